@@ -1,0 +1,45 @@
+"""Load the compiled core and turn tensors into the integers it takes.
+
+The core knows nothing of torch: a matrix is `(address, rows, columns, row stride in elements, dtype code)`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch  # first: the core then shares torch's own OpenMP runtime
+
+Matrix = tuple[int, int, int, int, int]
+
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
+NO_MATRIX: Matrix = (0, 0, 0, 0, 0)
+
+_VERSION = "0.1.0"
+
+
+def _load() -> ModuleType:
+    try:
+        from ardlora_ext import _C
+    except ImportError as cause:
+        raise ImportError(
+            "ardlora_ext: the compiled core `_C` could not be loaded; build it with `pip install .` "
+            f"from the project's root ({cause})"
+        ) from cause
+    if _C.__version__ != _VERSION:
+        raise ImportError(
+            f"ardlora_ext: the compiled core must be version {_VERSION}, got {_C.__version__}; run `pip install .` again"
+        )
+    return _C
+
+
+core = _load()
+
+
+def matrix(t: torch.Tensor) -> Matrix:
+    """Describe a 2-D tensor [rows, cols] whose rows are contiguous."""
+    return (t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), DTYPE_CODES[t.dtype])
+
+
+def threads() -> int:
+    """Return the thread count torch is set to."""
+    return torch.get_num_threads()

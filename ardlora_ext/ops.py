@@ -1,0 +1,200 @@
+"""Autograd over the native core: the LoRA linear with its base matmul, and the adapter alone.
+
+Both save x by reference and H [M, hidden] float32; nothing of the size of x is created.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, core, matrix, threads
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """View [..., features] as [M, features] with contiguous rows; copies only when the layout allows no view."""
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _check_cpu(op: str, *tensors: torch.Tensor) -> None:
+    for t in tensors:
+        if t.device.type != "cpu":
+            raise NotImplementedError(
+                f"{op}: tensors must be on the CPU, this build has no CUDA kernels, got {t.device}"
+            )
+        if t.dtype not in DTYPE_CODES:
+            raise ValueError(f"{op}: dtype must be float32 or bfloat16, got {t.dtype}")
+
+
+def _adapter_forward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    table: core.UnitTable,
+    scaling: float,
+) -> torch.Tensor:
+    """Accumulate the adapter into y [M, N] in place and return H [M, hidden]."""
+    h = torch.empty(x.shape[0], table.hidden, dtype=torch.float32)
+    core.lora_forward(
+        table,
+        matrix(x),
+        matrix(lora_A),
+        matrix(lora_B),
+        0 if gate is None else gate.data_ptr(),
+        scaling,
+        matrix(h),
+        matrix(y),
+        threads(),
+    )
+    return h
+
+
+def _adapter_backward(
+    ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accumulate the adapter's part of dx in place and return (dA, dB) in float32."""
+    x, lora_A, lora_B, gate, h = ctx.saved_tensors
+    d_a = torch.empty(lora_A.shape, dtype=torch.float32)
+    d_b = torch.empty(lora_B.shape, dtype=torch.float32)
+    d_h = torch.empty_like(h)
+    core.lora_backward(
+        ctx.table,
+        matrix(x),
+        matrix(lora_A),
+        matrix(lora_B),
+        0 if gate is None else gate.data_ptr(),
+        ctx.scaling,
+        matrix(h),
+        matrix(dy),
+        matrix(d_h),
+        NO_MATRIX if dx is None else matrix(dx),
+        matrix(d_a),
+        matrix(d_b),
+        threads(),
+    )
+    return d_a, d_b
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W^T + bias + scaling * (g o (x A^T)) B with W frozen: y and dx are accumulated in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        gate: torch.Tensor | None,
+        table: core.UnitTable,
+        scaling: float,
+    ) -> torch.Tensor:
+        x2 = _rows(x)
+        y = F.linear(x2, weight, bias)
+        h = _adapter_forward(x2, y, lora_A, lora_B, gate, table, scaling)
+        ctx.save_for_backward(x2, lora_A, lora_B, gate, h)
+        ctx.weight, ctx.table, ctx.scaling, ctx.shape = weight, table, scaling, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dy = _rows(grad[0])
+        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
+        d_a, d_b = _adapter_backward(ctx, dy, dx)
+        return (None if dx is None else dx.view(ctx.shape), None, None, d_a, d_b, None, None, None)
+
+
+class _LoraAccumulate(torch.autograd.Function):
+    """y += scaling * (g o (x A^T)) B for a y that any module made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        gate: torch.Tensor | None,
+        table: core.UnitTable,
+        scaling: float,
+    ) -> torch.Tensor:
+        x2, y2 = _rows(x), _rows(y)
+        h = _adapter_forward(x2, y2, lora_A, lora_B, gate, table, scaling)
+        ctx.save_for_backward(x2, lora_A, lora_B, gate, h)
+        ctx.table, ctx.scaling, ctx.shape = table, scaling, x.shape
+        if y2.data_ptr() != y.data_ptr():
+            y.copy_(y2.view(y.shape))
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dy = _rows(grad[0])
+        x = ctx.saved_tensors[0]
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        d_a, d_b = _adapter_backward(ctx, dy, dx)
+        return (grad[0], None if dx is None else dx.view(ctx.shape), d_a, d_b, None, None, None)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    table: core.UnitTable,
+    scaling: float,
+) -> torch.Tensor:
+    """Compute y = x W^T + bias + scaling * (g o (x A^T)) B with a frozen W, one autograd node for all of it.
+
+    Args:
+        x: [..., K] float32 or bfloat16, on the CPU.
+        weight: [N, K], same dtype; gets no gradient.
+        bias: [N] or None; gets no gradient.
+        lora_A: [>= a_rows, a_width] float32, or the dtype of x. Contiguous.
+        lora_B: [>= b_rows, b_width], rank-major, same dtype as lora_A. Contiguous.
+        gate: [gated rows] float32 or None for 1.
+        table: units of the matrix at their present ranks.
+        scaling: the constant in front of the update.
+
+    Returns:
+        y [..., N] in the dtype of x; sums are kept in float32 and rounded once.
+
+    Raises:
+        NotImplementedError: a tensor is not on the CPU.
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check_cpu("lora_linear", x, weight, lora_A, lora_B)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"lora_linear: x must have the dtype of weight ({weight.dtype}), got {x.dtype}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"lora_linear: x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
+    out: torch.Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, gate, table, scaling)
+    return out
+
+
+def lora_accumulate(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    table: core.UnitTable,
+    scaling: float,
+) -> torch.Tensor:
+    """Add scaling * (g o (x A^T)) B to y [..., N] in place and return it; arguments as in `lora_linear`.
+
+    For a base of any kind (quantised, autocast, another library's): y is what it returned.
+    """
+    _check_cpu("lora_accumulate", x, y, lora_A, lora_B)
+    if x.dtype != y.dtype:
+        raise ValueError(f"lora_accumulate: x must have the dtype of y ({y.dtype}), got {x.dtype}")
+    out: torch.Tensor = _LoraAccumulate.apply(y, x, lora_A, lora_B, gate, table, scaling)
+    return out

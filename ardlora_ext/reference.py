@@ -1,0 +1,110 @@
+"""Every native op in plain torch: the specification, the test oracle and the fall-back.
+
+Works in the dtype of its inputs; tests call it in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ardlora_ext.units import UnitLayout
+
+
+def unit_slices(layout: UnitLayout, ranks: Sequence[int]) -> list[tuple[slice, slice, slice, slice]]:
+    """Return (rows of A, rows of B, input columns, output columns) of each unit."""
+    out = []
+    begin = 0
+    for u, r in enumerate(ranks):
+        own = slice(begin, begin + r)
+        common = slice(0, r)
+        begin += r
+        a_rows = common if layout.shared and not layout.gate_on_a else own
+        b_rows = common if layout.gate_on_a else own
+        in_cols = slice(u * layout.a_width, (u + 1) * layout.a_width) if layout.kind == "in_heads" else slice(None)
+        out_cols = slice(u * layout.b_width, (u + 1) * layout.b_width) if layout.kind == "out_heads" else slice(None)
+        out.append((a_rows, b_rows, in_cols, out_cols))
+    return out
+
+
+def lora_delta(
+    layout: UnitLayout,
+    ranks: Sequence[int],
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Return the dense update scaling * sum_u B_u^T diag(g_u) A_u, shape [out_features, in_features]."""
+    delta = lora_A.new_zeros(layout.out_features, layout.in_features)
+    begin = 0
+    for (a_rows, b_rows, in_cols, out_cols), r in zip(unit_slices(layout, ranks), ranks, strict=True):
+        b = lora_B[b_rows]
+        if gate is not None:
+            b = b * gate[begin : begin + r, None].to(b.dtype)
+        delta[out_cols, in_cols] = delta[out_cols, in_cols] + scaling * b.T @ lora_A[a_rows]
+        begin += r
+    return delta
+
+
+def lora_linear(
+    layout: UnitLayout,
+    ranks: Sequence[int],
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Return the adapter's output [M, out_features] for x [M, in_features], unit by unit, without the dense update."""
+    out = x.new_zeros(x.shape[0], layout.out_features)
+    begin = 0
+    for (a_rows, b_rows, in_cols, out_cols), r in zip(unit_slices(layout, ranks), ranks, strict=True):
+        h = x[:, in_cols] @ lora_A[a_rows].T
+        if gate is not None:
+            h = h * gate[begin : begin + r].to(h.dtype)
+        out[:, out_cols] = out[:, out_cols] + scaling * (h @ lora_B[b_rows])
+        begin += r
+    return out
+
+
+def row_dots(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return <weight_i, grad_i> for each row, shape [rows]."""
+    return (weight * grad).sum(dim=1)
+
+
+def rank_resize(buffer: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
+    """Return the rows `index` of `buffer`; -1 gives a row of zeros."""
+    out = buffer.new_zeros(len(index), *buffer.shape[1:])
+    for i, source in enumerate(index):
+        if source >= 0:
+            out[i] = buffer[source]
+    return out
+
+
+def prox_step(
+    alpha: torch.Tensor,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    step: float,
+    price: float,
+    tv: float,
+) -> torch.Tensor:
+    """Return argmin_a grad*a + price*weight*|a| + price*tv/2 (a - alpha)^2 + (a - alpha)^2 / (2 step), in [lo, hi]."""
+    damped = step / (1.0 + step * price * tv)
+    moved = alpha - damped * grad
+    shrunk = torch.sign(moved) * torch.clamp(moved.abs() - damped * price * weight, min=0.0)
+    return torch.minimum(torch.maximum(shrunk, lo), hi)
+
+
+def ramp_gate(rho: float, count: int, floor: float) -> torch.Tensor:
+    """Return the gates [count] of a unit with soft rank rho: 1 up to floor(rho), the rest, then the look-ahead."""
+    d = rho - torch.arange(count, dtype=torch.float64)
+    inside = torch.clamp(d, min=floor, max=1.0)
+    ahead = torch.clamp(floor * (1.0 + d), min=0.0)
+    gate = torch.where(d >= 0, inside, ahead)
+    gate[:1] = 1.0
+    return gate

@@ -1,0 +1,209 @@
+// The only Python module: converts integers to views, drops the GIL, calls the core, translates errors.
+// It knows nothing of torch: a matrix is (address, rows, cols, row stride in elements, dtype code).
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "ardlora/importance.h"
+#include "ardlora/lora_linear.h"
+#include "ardlora/rank_resize.h"
+#include "ardlora/regularizer.h"
+#include "cpu/kernel_table.h"
+#include "cuda/unavailable.h"
+
+namespace py = pybind11;
+using namespace ardlora;
+
+namespace {
+
+using MatrixArg = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, int>;
+using DoubleArray = py::array_t<double, py::array::c_style>;
+using IndexArray = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+
+MatrixView view(const MatrixArg& arg, const char* op) {
+  const auto [data, rows, cols, stride, dtype] = arg;
+  return {reinterpret_cast<void*>(data), rows, cols, stride, dtype_from_code(dtype, op)};
+}
+
+const float* floats(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+FactorView factor(const UnitTable& table, bool is_a, const MatrixView& weight, std::uintptr_t row_scale, float scale) {
+  return {is_a ? &table.a() : &table.b(), weight, floats(row_scale), scale};
+}
+
+void bind_unit_table(py::module_& m) {
+  py::class_<UnitTable>(m, "UnitTable", "Units of one adapted matrix and where their components live.")
+      .def(py::init([](int kind, int factoring, std::int64_t in_features, std::int64_t out_features,
+                       std::vector<std::int64_t> ranks) {
+             return UnitTable(static_cast<UnitKind>(kind), static_cast<Factoring>(factoring), in_features,
+                              out_features, std::move(ranks));
+           }),
+           py::arg("kind"), py::arg("factoring"), py::arg("in_features"), py::arg("out_features"), py::arg("ranks"))
+      .def_property_readonly("ranks", &UnitTable::ranks)
+      .def_property_readonly("unit_begin", &UnitTable::unit_begin)
+      .def_property_readonly("hidden", &UnitTable::hidden)
+      .def_property_readonly("gate_on_a", &UnitTable::gate_on_a)
+      .def_property_readonly("a_rows", [](const UnitTable& t) { return t.a().rows; })
+      .def_property_readonly("b_rows", [](const UnitTable& t) { return t.b().rows; })
+      .def_property_readonly("a_width", [](const UnitTable& t) { return t.a().width; })
+      .def_property_readonly("b_width", [](const UnitTable& t) { return t.b().width; });
+}
+
+void bind_primitives(py::module_& m) {
+  m.def(
+      "shrink",
+      [](const UnitTable& table, bool is_a, const MatrixArg& w, std::uintptr_t row_scale, float scale,
+         const MatrixArg& x, const MatrixArg& h, int threads) {
+        const FactorView f = factor(table, is_a, view(w, "shrink"), row_scale, scale);
+        const MatrixView xv = view(x, "shrink"), hv = view(h, "shrink");
+        py::gil_scoped_release release;
+        shrink(f, xv, hv, threads);
+      },
+      py::arg("table"), py::arg("is_a"), py::arg("weight"), py::arg("row_scale"), py::arg("scale"), py::arg("x"),
+      py::arg("h"), py::arg("threads"));
+  m.def(
+      "expand",
+      [](const UnitTable& table, bool is_a, const MatrixArg& w, std::uintptr_t row_scale, float scale,
+         const MatrixArg& h, const MatrixArg& y, int threads) {
+        const FactorView f = factor(table, is_a, view(w, "expand"), row_scale, scale);
+        const MatrixView hv = view(h, "expand"), yv = view(y, "expand");
+        py::gil_scoped_release release;
+        expand(f, hv, yv, threads);
+      },
+      py::arg("table"), py::arg("is_a"), py::arg("weight"), py::arg("row_scale"), py::arg("scale"), py::arg("h"),
+      py::arg("y"), py::arg("threads"));
+  m.def(
+      "outer",
+      [](const UnitTable& table, bool is_a, const MatrixArg& dw, std::uintptr_t row_scale, float scale,
+         const MatrixArg& h, const MatrixArg& x, int threads) {
+        const FactorView f = factor(table, is_a, view(dw, "outer"), row_scale, scale);
+        const MatrixView hv = view(h, "outer"), xv = view(x, "outer");
+        py::gil_scoped_release release;
+        outer(f, hv, xv, threads);
+      },
+      py::arg("table"), py::arg("is_a"), py::arg("dw"), py::arg("row_scale"), py::arg("scale"), py::arg("h"),
+      py::arg("x"), py::arg("threads"));
+}
+
+void bind_lora_linear(py::module_& m) {
+  m.def(
+      "lora_forward",
+      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
+         float scaling, const MatrixArg& h, const MatrixArg& y, int threads) {
+        constexpr const char* op = "lora_forward";
+        const LoraParams p{&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling, view(h, op), threads};
+        const MatrixView yv = view(y, op);
+        py::gil_scoped_release release;
+        lora_forward(p, yv);
+      },
+      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
+      py::arg("h"), py::arg("y"), py::arg("threads"));
+  m.def(
+      "lora_backward",
+      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
+         float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh, const MatrixArg& dx,
+         const MatrixArg& da, const MatrixArg& db, int threads) {
+        constexpr const char* op = "lora_backward";
+        const LoraParams p{&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling, view(h, op), threads};
+        const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
+                         dbv = view(db, op);
+        py::gil_scoped_release release;
+        lora_backward(p, dyv, dhv, dxv, dav, dbv);
+      },
+      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
+      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("threads"));
+}
+
+void bind_controller_passes(py::module_& m) {
+  m.def(
+      "row_dots",
+      [](const IndexArray& rows, int dtype, int threads) {  // rows [n, 3]: weight address, gradient address, columns
+        ARDLORA_CHECK(rows.ndim() == 2 && rows.shape(1) == 3, "row_dots: rows must be [n, 3]");
+        const auto r = rows.unchecked<2>();
+        std::vector<RowDot> jobs(static_cast<std::size_t>(r.shape(0)));
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
+          jobs[static_cast<std::size_t>(i)] = {reinterpret_cast<const void*>(r(i, 0)),
+                                               reinterpret_cast<const void*>(r(i, 1)), r(i, 2)};
+        }
+        py::array_t<float> out(r.shape(0));
+        float* data = out.mutable_data();
+        const DType type = dtype_from_code(dtype, "row_dots");
+        {
+          py::gil_scoped_release release;
+          row_dots(jobs, type, data, threads);
+        }
+        return out;
+      },
+      py::arg("rows"), py::arg("dtype"), py::arg("threads"));
+  m.def(
+      "rank_resize",
+      [](const IndexArray& moves, const std::vector<std::vector<std::int64_t>>& plans, int threads) {
+        // moves [n, 5]: source address, destination address, bytes per row, source rows, plan
+        ARDLORA_CHECK(moves.ndim() == 2 && moves.shape(1) == 5, "rank_resize: moves must be [n, 5]");
+        const auto r = moves.unchecked<2>();
+        std::vector<RowMove> jobs;
+        jobs.reserve(static_cast<std::size_t>(r.shape(0)));
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
+          jobs.push_back({reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<void*>(r(i, 1)), r(i, 2), r(i, 3),
+                          r(i, 4)});
+        }
+        py::gil_scoped_release release;
+        rank_resize(jobs, plans, threads);
+      },
+      py::arg("moves"), py::arg("plans"), py::arg("threads"));
+  m.def(
+      "prox_step",
+      [](DoubleArray alpha, const DoubleArray& grad, const DoubleArray& weight, const DoubleArray& lo,
+         const DoubleArray& hi, double step, double price, double tv) {
+        const py::ssize_t n = alpha.size();
+        ARDLORA_CHECK(grad.size() == n && weight.size() == n && lo.size() == n && hi.size() == n,
+                      "prox_step: arrays must have ", n, " entries each");
+        prox_step({n, alpha.mutable_data(), grad.data(), weight.data(), lo.data(), hi.data(), step, price, tv});
+      },
+      py::arg("alpha").noconvert(), py::arg("grad"), py::arg("weight"), py::arg("lo"), py::arg("hi"), py::arg("step"),
+      py::arg("price"), py::arg("tv"));
+  m.def(
+      "ramp_gates",
+      [](const IndexArray& blocks, const DoubleArray& rho, double floor) {  // blocks [units, 2]: gate address, count
+        ARDLORA_CHECK(blocks.ndim() == 2 && blocks.shape(1) == 2 && blocks.shape(0) == rho.size(),
+                      "ramp_gates: blocks must be [", rho.size(), ", 2]");
+        const auto r = blocks.unchecked<2>();
+        std::vector<GateBlock> jobs(static_cast<std::size_t>(r.shape(0)));
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
+          jobs[static_cast<std::size_t>(i)] = {reinterpret_cast<float*>(r(i, 0)), r(i, 1)};
+        }
+        ramp_gates(jobs, rho.data(), floor);
+      },
+      py::arg("blocks"), py::arg("rho"), py::arg("floor"));
+}
+
+void translate(std::exception_ptr p) {
+  try {
+    if (p) std::rethrow_exception(p);
+  } catch (const Error& e) {
+    PyObject* type = PyExc_RuntimeError;
+    if (e.kind() == ErrorKind::kValue) type = PyExc_ValueError;
+    if (e.kind() == ErrorKind::kType) type = PyExc_TypeError;
+    if (e.kind() == ErrorKind::kNotImplemented) type = PyExc_NotImplementedError;
+    PyErr_SetString(type, e.what());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of ardlora_ext.";
+  m.attr("__version__") = ARDLORA_VERSION;
+  py::register_exception_translator(&translate);
+  bind_unit_table(m);
+  bind_primitives(m);
+  bind_lora_linear(m);
+  bind_controller_passes(m);
+  m.def("active_isa", [] { return std::string(cpu::active().name); });
+  m.def("available_isas", &cpu::available_isas);
+  m.def("built_isas", &cpu::built_isas);
+  m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  m.def("cuda_available", &cuda::available);
+}

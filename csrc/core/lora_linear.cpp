@@ -1,0 +1,205 @@
+#include "ardlora/lora_linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
+
+namespace ardlora {
+namespace {
+
+using cpu::KernelFactor;
+
+constexpr std::int64_t kRowBlock = 32;  // rows that go through shrink and expand together, while they are in cache
+
+void check_factor(const FactorView& w, const char* op, const char* name) {
+  check_view(w.weight, w.factor->width, op, name);
+  ARDLORA_CHECK(w.weight.rows >= w.factor->rows, op, ": ", name, " must have at least ", w.factor->rows,
+                " rows, got ", w.weight.rows);
+}
+
+void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, const char* op) {
+  ARDLORA_CHECK(h.dtype == DType::kFloat32, op, ": h must be float32, got ", dtype_name(h.dtype));
+  check_view(h, h.cols, op, "h");
+  ARDLORA_CHECK(h.rows == rows, op, ": h must have ", rows, " rows, got ", h.rows);
+  for (const Segment& s : w.factor->segments) {
+    ARDLORA_CHECK(s.h_begin + s.rank <= h.cols, op, ": h must have at least ", s.h_begin + s.rank, " columns, got ",
+                  h.cols);
+  }
+}
+
+KernelFactor kernel_factor(const FactorView& w) {
+  return {w.factor->segments.data(), static_cast<std::int64_t>(w.factor->segments.size()),
+          w.factor->width,           w.weight.data,
+          w.weight.row_stride,       w.row_scale,
+          w.scale};
+}
+
+double factor_flops(const Factor& f, std::int64_t rows) {
+  return 2.0 * static_cast<double>(rows) * static_cast<double>(f.rows) * static_cast<double>(f.width);
+}
+
+// One side of a row pass: a factor, its activations, and the kernel that takes them.
+struct Side {
+  const FactorView& w;
+  const MatrixView& activations;
+  KernelFactor kernel = kernel_factor(w);
+  int act = static_cast<int>(activations.dtype);
+  int wt = static_cast<int>(w.weight.dtype);
+};
+
+void shrink_block(const Side& in, const MatrixView& h, std::int64_t begin, std::int64_t end) {
+  float* hp = static_cast<float*>(h.data);
+  for (std::int64_t m = begin; m < end; ++m) {
+    std::memset(hp + m * h.row_stride, 0, static_cast<std::size_t>(h.cols) * sizeof(float));
+  }
+  cpu::active().shrink[in.act][in.wt](in.kernel, in.activations.data, in.activations.row_stride, hp, h.row_stride,
+                                      begin, end);
+}
+
+void expand_block(const Side& out, const MatrixView& h, std::int64_t begin, std::int64_t end, float* scratch) {
+  cpu::active().expand[out.act][out.wt](out.kernel, static_cast<const float*>(h.data), h.row_stride,
+                                        out.activations.data, out.activations.row_stride, begin, end, scratch);
+}
+
+void check_activations(const FactorView& w, const MatrixView& x, const char* op, const char* name) {
+  check_view(x, w.factor->features, op, name);
+  check_dtype_pair(x.dtype, w.weight.dtype, op);
+}
+
+// y += expand(shrink(x)); `out` null: shrink alone. h keeps the result of shrink.
+void row_pass(const Side& in, const Side* out, const MatrixView& h, int threads) {
+  const std::int64_t rows = in.activations.rows;
+  double flops = factor_flops(*in.w.factor, rows);
+  if (out != nullptr) flops += factor_flops(*out->w.factor, rows);
+  cpu::parallel_for(rows, cpu::kMaxRowTile, cpu::useful_threads(threads, flops), [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> scratch(out == nullptr ? 0 : static_cast<std::size_t>(cpu::kMaxRowTile * out->w.factor->max_rank));
+    for (std::int64_t m = begin; m < end; m += kRowBlock) {
+      const std::int64_t stop = std::min(end, m + kRowBlock);
+      shrink_block(in, h, m, stop);
+      if (out != nullptr) expand_block(*out, h, m, stop, scratch.data());
+    }
+  });
+}
+
+struct OuterJob {
+  FactorView w;  // weight is the gradient
+  const MatrixView* h;
+  const MatrixView* x;
+};
+
+struct OuterTask {
+  const OuterJob* job;
+  const Segment* segment;
+  std::int64_t begin, end;
+};
+
+// Gradients of several factors in one parallel region; a task is a block of columns of one segment.
+void outer_pass(const std::vector<OuterJob>& jobs, int threads) {
+  std::vector<OuterTask> tasks;
+  double flops = 0.0;
+  for (const OuterJob& job : jobs) {
+    const Factor& f = *job.w.factor;
+    for (std::int64_t r = f.rows; r < job.w.weight.rows; ++r) {
+      std::memset(static_cast<float*>(job.w.weight.data) + r * job.w.weight.row_stride, 0,
+                  static_cast<std::size_t>(f.width) * sizeof(float));
+    }
+    for (const Segment& s : f.segments) {
+      for (std::int64_t c = 0; c < f.width; c += cpu::kOuterBlock) {
+        tasks.push_back({&job, &s, c, std::min(f.width, c + cpu::kOuterBlock)});
+      }
+    }
+    flops += factor_flops(f, job.x->rows);
+  }
+  const auto run = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      const OuterTask& task = tasks[static_cast<std::size_t>(t)];
+      const OuterJob& job = *task.job;
+      cpu::active().outer[static_cast<int>(job.x->dtype)](kernel_factor(job.w), *task.segment,
+                                                          static_cast<const float*>(job.h->data), job.h->row_stride,
+                                                          job.x->data, job.x->row_stride, job.x->rows, task.begin,
+                                                          task.end);
+    }
+  };
+  cpu::parallel_for(static_cast<std::int64_t>(tasks.size()), 1, cpu::useful_threads(threads, flops), run);
+}
+
+void check_gradient(const FactorView& w, const char* op, const char* name) {
+  check_factor(w, op, name);
+  ARDLORA_CHECK(w.weight.dtype == DType::kFloat32, op, ": ", name, " must be float32, got ",
+                dtype_name(w.weight.dtype));
+}
+
+}  // namespace
+
+void shrink(const FactorView& w, const MatrixView& x, const MatrixView& h, int threads) {
+  check_factor(w, "shrink", "weight");
+  check_activations(w, x, "shrink", "x");
+  check_hidden(h, w, x.rows, "shrink");
+  row_pass(Side{w, x}, nullptr, h, threads);
+}
+
+void expand(const FactorView& w, const MatrixView& h, const MatrixView& y, int threads) {
+  check_factor(w, "expand", "weight");
+  check_activations(w, y, "expand", "y");
+  check_hidden(h, w, y.rows, "expand");
+  const Side out{w, y};
+  const int used = cpu::useful_threads(threads, factor_flops(*w.factor, y.rows));
+  cpu::parallel_for(y.rows, cpu::kMaxRowTile, used, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> scratch(static_cast<std::size_t>(cpu::kMaxRowTile * w.factor->max_rank));
+    expand_block(out, h, begin, end, scratch.data());
+  });
+}
+
+void outer(const FactorView& w, const MatrixView& h, const MatrixView& x, int threads) {
+  check_gradient(w, "outer", "weight");
+  check_view(x, w.factor->features, "outer", "x");
+  check_hidden(h, w, x.rows, "outer");
+  outer_pass({{w, &h, &x}}, threads);
+}
+
+void lora_forward(const LoraParams& p, const MatrixView& y) {
+  const bool on_a = p.table->gate_on_a();
+  const FactorView a{&p.table->a(), p.lora_A, on_a ? p.gate : nullptr, 1.0f};
+  const FactorView b{&p.table->b(), p.lora_B, on_a ? nullptr : p.gate, p.scaling};
+  check_factor(a, "lora_forward", "lora_A");
+  check_factor(b, "lora_forward", "lora_B");
+  check_activations(a, p.x, "lora_forward", "x");
+  check_activations(b, y, "lora_forward", "y");
+  check_hidden(p.h, a, p.x.rows, "lora_forward");
+  check_hidden(p.h, b, y.rows, "lora_forward");
+  const Side out{b, y};
+  row_pass(Side{a, p.x}, &out, p.h, p.threads);
+}
+
+void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
+                   const MatrixView& dA, const MatrixView& dB) {
+  const bool on_a = p.table->gate_on_a();
+  const FactorView a{&p.table->a(), p.lora_A, on_a ? p.gate : nullptr, 1.0f};
+  const FactorView b{&p.table->b(), p.lora_B, on_a ? nullptr : p.gate, p.scaling};
+  FactorView grad_a = a, grad_b = b;
+  grad_a.weight = dA;
+  grad_b.weight = dB;
+  check_factor(a, "lora_backward", "lora_A");
+  check_factor(b, "lora_backward", "lora_B");
+  check_gradient(grad_a, "lora_backward", "dA");
+  check_gradient(grad_b, "lora_backward", "dB");
+  check_activations(a, p.x, "lora_backward", "x");
+  check_activations(b, dy, "lora_backward", "dy");
+  check_hidden(p.h, b, dy.rows, "lora_backward");
+  check_hidden(dh, b, dy.rows, "lora_backward");
+  check_hidden(dh, a, p.x.rows, "lora_backward");
+  if (dx.data == nullptr) {
+    row_pass(Side{b, dy}, nullptr, dh, p.threads);
+  } else {
+    check_activations(a, dx, "lora_backward", "dx");
+    ARDLORA_CHECK(dx.rows == dy.rows, "lora_backward: dx must have ", dy.rows, " rows, got ", dx.rows);
+    const Side out{a, dx};
+    row_pass(Side{b, dy}, &out, dh, p.threads);
+  }
+  outer_pass({{grad_b, &p.h, &dy}, {grad_a, &dh, &p.x}}, p.threads);
+}
+
+}  // namespace ardlora

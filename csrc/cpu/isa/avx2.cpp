@@ -1,0 +1,21 @@
+#include <immintrin.h>
+#include "cpu/cpu_features.h"
+#include "cpu/kernel_table.h"
+
+#define ARDLORA_ISA_NAME "avx2"
+#define ARDLORA_ISA_NEEDS kAvx2Fma
+
+namespace ardlora::cpu::avx2 {
+// Unnamed: a copy merged by the linker would carry these instructions into code that runs everywhere.
+namespace {
+#include "cpu/vec_avx2.h"
+
+#include "cpu/kernels/tiles.inl"
+
+#include "cpu/kernels/expand.inl"
+#include "cpu/kernels/outer.inl"
+#include "cpu/kernels/row_dot.inl"
+#include "cpu/kernels/shrink.inl"
+}  // namespace
+#include "cpu/isa/table.inl"
+}  // namespace ardlora::cpu::avx2

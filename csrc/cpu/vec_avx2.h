@@ -1,0 +1,51 @@
+// Eight floats: AVX2 + FMA.
+struct Vec {
+  static constexpr std::int64_t kWidth = 8;
+  static constexpr std::int64_t kShrinkRows = 2, kShrinkRanks = 4;  // 16 registers
+  static constexpr std::int64_t kExpandRows = 4, kExpandVecs = 2;
+  static constexpr std::int64_t kOuterRanks = 4, kOuterVecs = 2;
+  __m256 v;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  static Vec load(const float* p, std::int64_t n) { return {_mm256_maskload_ps(p, mask(n))}; }
+  static Vec load(const BFloat16* p, std::int64_t n) {
+    BFloat16 full[kWidth] = {};
+    for (std::int64_t i = 0; i < n; ++i) full[i] = p[i];
+    return load(full);
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(BFloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round()); }
+  void store(float* p, std::int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
+  void store(BFloat16* p, std::int64_t n) const {
+    BFloat16 full[kWidth];
+    store(full);
+    for (std::int64_t i = 0; i < n; ++i) p[i] = full[i];
+  }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  float sum() const {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+
+ private:
+  static __m256i mask(std::int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  __m128i round() const {  // to nearest even; NaN becomes a quiet NaN
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+  }
+};

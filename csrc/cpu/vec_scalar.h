@@ -1,0 +1,27 @@
+// One float at a time: the specification of Vec, and the fall-back of every CPU.
+// Vec: kWidth lanes; load/store of float and bf16, whole or the first n lanes; fma(a, b, c) = a*b + c.
+struct Vec {
+  static constexpr std::int64_t kWidth = 1;
+  static constexpr std::int64_t kShrinkRows = 4, kShrinkRanks = 2;  // register tiles of the kernels
+  static constexpr std::int64_t kExpandRows = 2, kExpandVecs = 4;
+  static constexpr std::int64_t kOuterRanks = 4, kOuterVecs = 2;
+  float v;
+
+  static Vec zero() { return {0.0f}; }
+  static Vec broadcast(float x) { return {x}; }
+  static Vec load(const float* p) { return {*p}; }
+  static Vec load(const BFloat16* p) { return {to_float(*p)}; }
+  template <typename T>
+  static Vec load(const T* p, std::int64_t n) {
+    return n > 0 ? load(p) : zero();
+  }
+  void store(float* p) const { *p = v; }
+  void store(BFloat16* p) const { *p = to_bfloat16(v); }
+  template <typename T>
+  void store(T* p, std::int64_t n) const {
+    if (n > 0) store(p);
+  }
+  static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+  float sum() const { return v; }
+};

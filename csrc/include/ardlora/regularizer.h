@@ -1,0 +1,37 @@
+// ARD-LoRA's rank factor alpha: the proximal step of its regulariser and the gate it opens.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace ardlora {
+
+// argmin_a  grad*a + price*weight*|a| + price*tv/2*(a - alpha)^2 + (a - alpha)^2 / (2*step),  then clipped to [lo, hi]:
+// l1 by soft threshold, the quadratic temporal TV as the smaller step  step / (1 + step*price*tv).
+struct ProxParams {
+  std::int64_t units;
+  double* alpha;         // [units], updated in place
+  const double* grad;    // [units]
+  const double* weight;  // [units], cost of a component relative to the mean
+  const double* lo;      // [units]
+  const double* hi;      // [units]
+  double step;
+  double price;
+  double tv;
+};
+
+void prox_step(const ProxParams& p);
+
+// Gate of component j of a unit with soft rank rho, d = rho - j:
+//   1 (d >= 1),  max(d, floor) (0 <= d < 1),  floor*(1 + d) (-1 < d < 0: the look-ahead component),  0 below.
+// Continuous in rho, so adding or removing a component whose gate is 0 changes nothing; component 0 stays at 1.
+double ramp_gate(double rho, std::int64_t j, double floor);
+
+struct GateBlock {
+  float* gate;         // components of one unit
+  std::int64_t count;  // live components
+};
+
+void ramp_gates(const std::vector<GateBlock>& blocks, const double* rho, double floor);
+
+}  // namespace ardlora
