@@ -54,9 +54,7 @@ def _adapter_forward(
     return h
 
 
-def _adapter_backward(
-    ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _adapter_backward(ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Accumulate the adapter's part of dx in place and return (dA, dB) in float32."""
     x, lora_A, lora_B, gate, h = ctx.saved_tensors
     d_a = torch.empty(lora_A.shape, dtype=torch.float32)

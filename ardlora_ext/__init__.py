@@ -1,0 +1,45 @@
+"""LoRA fine-tuning whose ranks are learned during training, on native kernels.
+
+import ardlora_ext as ard
+model = ard.wrap(model, ard.ArdConfig(r0=8))
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+controller = ard.attach(model, optimizer, total_steps=1000)
+...                                    # any training loop
+ard.save_pretrained(model, "out/")     # a plain PEFT LoRA checkpoint
+"""
+
+from pkgutil import extend_path
+
+# A source checkout finds the compiled core of the installed package.
+__path__ = extend_path(__path__, __name__)
+
+from ardlora_ext.attach import attach
+from ardlora_ext.config import AdapterConfig, ArdConfig, LoraConfig
+from ardlora_ext.controllers import ArdController, Controller
+from ardlora_ext.export import load_pretrained, save_pretrained
+from ardlora_ext.inject import ParametersReport, adapters, merge, parameters_report, unwrap, wrap
+from ardlora_ext.layers import LoraLinear
+from ardlora_ext.resize import RankUpdate, UnitUpdate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "ArdConfig",
+    "ArdController",
+    "Controller",
+    "LoraConfig",
+    "LoraLinear",
+    "ParametersReport",
+    "RankUpdate",
+    "UnitUpdate",
+    "__version__",
+    "adapters",
+    "attach",
+    "load_pretrained",
+    "merge",
+    "parameters_report",
+    "save_pretrained",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,74 @@
+"""Let a controller follow an optimizer: two hooks, nothing else to call in the training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ardlora_ext import resize
+from ardlora_ext.controllers import Controller, make_controller
+from ardlora_ext.inject import adapters, injection
+from ardlora_ext.optim import check_optimizer, unwrapped
+
+_SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+def attach(model: nn.Module, optimizer: Any, total_steps: int | None = None) -> Controller[Any]:
+    """Let ranks follow the gradients that `optimizer` steps on.
+
+    A pre-step hook reads the gradients (accumulated, unscaled and clipped by then), a post-step hook changes ranks, so
+    any loop works: raw, Trainer, Accelerate, Lightning. A wrapped plain LoRA gets a controller that changes nothing.
+
+    Args:
+        model: a model that `wrap` or `load_pretrained` prepared.
+        optimizer: a torch optimizer that holds all adapter parameters: Adam, AdamW, SGD or another with one moment per
+            weight.
+        total_steps: optimizer steps of the run, when the config does not say; ARD freezes ranks in the last part.
+
+    Returns:
+        The controller: `ranks()`, `records`, `summary()`, `state_dict()`.
+
+    Raises:
+        ValueError: the model is not wrapped or already attached, or the optimizer cannot follow rank changes.
+        TypeError: not an optimizer.
+    """
+    if type(model).__name__ in _SHARDED:
+        raise ValueError(
+            f"attach: model must not be inside {type(model).__name__}, which keeps its own view of the parameters; "
+            "pass the module before it was wrapped and train on one process"
+        )
+    record = injection(model)
+    if record.controller is not None:
+        raise ValueError("attach: model must not be attached already")
+    torch_optimizer = unwrapped(optimizer)
+    layers = adapters(model)
+    named = [(f"{n}.{f}", getattr(layer, f)) for n, layer in layers.items() for f in ("lora_A", "lora_B")]
+    check_optimizer(torch_optimizer, named)
+
+    controller = make_controller(model, record.config, total_steps)
+    if record.controller_state:
+        controller.load_state_dict(record.controller_state)
+
+    def apply(update: resize.RankUpdate) -> None:
+        resize.apply(model, update, torch_optimizer)
+        controller.applied()
+
+    def before(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        controller.observe()
+
+    def after(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        update = controller.propose()
+        if update is not None:
+            apply(update)
+
+    first = controller.start()
+    if first is not None:
+        apply(first)
+    controller.applied()
+    controller.apply = apply
+    torch_optimizer.register_step_pre_hook(before)
+    torch_optimizer.register_step_post_hook(after)
+    record.controller = controller
+    return controller

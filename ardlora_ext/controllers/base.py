@@ -1,0 +1,114 @@
+"""What every rank controller is: told facts, asked for a decision. It never touches the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch import nn
+
+from ardlora_ext.config import AdapterConfig, LoraConfig
+from ardlora_ext.controllers.allocate import Costs, Ints
+from ardlora_ext.inject import adapters
+from ardlora_ext.layers import LoraLinear
+from ardlora_ext.resize import RankUpdate
+
+Config = TypeVar("Config", bound=AdapterConfig)
+
+
+class Units:
+    """All units of a model as flat arrays, in the model's order."""
+
+    def __init__(self, layers: dict[str, LoraLinear]) -> None:
+        self.names = list(layers)
+        self.layers = list(layers.values())
+        layouts = [layer.layout for layer in self.layers]
+        counts = [lay.units for lay in layouts]
+        self.first = np.cumsum([0, *counts])
+        self.module_of: Ints = np.repeat(np.arange(len(layouts)), counts)
+        widths = [(lay.a_width, lay.b_width) for lay in layouts]
+        own = [
+            a + b if not lay.shared else (a if lay.gate_on_a else b)
+            for lay, (a, b) in zip(layouts, widths, strict=True)
+        ]
+        common = [
+            0 if not lay.shared else (b if lay.gate_on_a else a) for lay, (a, b) in zip(layouts, widths, strict=True)
+        ]
+        self.costs = Costs(np.repeat(own, counts).astype(float), np.array(common, dtype=float), self.module_of)
+        self.limit: Ints = np.repeat([layer.max_rank for layer in self.layers], counts).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def live(self) -> Ints:
+        """Return the live rank of each unit."""
+        return np.array([r for layer in self.layers for r in layer.ranks], dtype=np.int64)
+
+    def rows(self) -> Ints:
+        """Return the first row of each unit in its gated factor."""
+        return np.array([b for layer in self.layers for b in layer.table.unit_begin[:-1]], dtype=np.int64)
+
+    def by_module(self, values: Ints) -> dict[str, list[int]]:
+        """Split [units] values into lists by module name."""
+        return {
+            name: [int(v) for v in values[a:b]]
+            for name, a, b in zip(self.names, self.first[:-1], self.first[1:], strict=True)
+        }
+
+
+class Controller(Generic[Config]):
+    """Decides about ranks. `attach` drives it: `observe` before each optimizer step, `propose` after it.
+
+    Attributes:
+        records: one JSON-able dict per decision, with its reason.
+        step: optimizer steps seen.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, total_steps: int | None = None) -> None:
+        self.config = config
+        self.units = Units(adapters(model))
+        self.total_steps = total_steps
+        self.step = 0
+        self.records: list[dict[str, Any]] = []
+        self.apply: Callable[[RankUpdate], None] | None = None  # set by attach
+
+    def start(self) -> RankUpdate | None:
+        """Return the change to make before the first step."""
+        return None
+
+    def observe(self) -> None:
+        """Read gradients: they are accumulated, unscaled, clipped and all-reduced here."""
+
+    def propose(self) -> RankUpdate | None:
+        """Return the rank change to make after this optimizer step, if any."""
+        self.step += 1
+        return None
+
+    def applied(self) -> None:
+        """Take note that ranks have just changed."""
+
+    def finalize(self) -> None:
+        """Make ranks final now, for runs whose length was not known."""
+
+    def ranks(self) -> dict[str, list[int]]:
+        """Return the rank of each unit by module name."""
+        return self.units.by_module(self.units.live())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the present state in a few JSON-able numbers, for logs."""
+        return {"step": self.step, "phase": "fixed", "mean_rank": float(np.mean(self.units.live()))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists: everything a resumed run needs to take the same decisions."""
+        return {"step": self.step, "total_steps": self.total_steps, "records": list(self.records)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state from `state_dict`."""
+        self.step = int(state["step"])
+        self.total_steps = state["total_steps"]
+        self.records = list(state["records"])
+
+
+class FixedController(Controller[LoraConfig]):
+    """Plain LoRA: ranks never change."""

@@ -1,0 +1,254 @@
+"""Checkpoints: a plain PEFT LoRA adapter that every loader scales right, and beside it what a resumed run needs.
+
+`portable` form: units, gates and scaling are folded into B, every module is zero-padded to one rank R and
+`r = lora_alpha = R`, so PEFT, vLLM and llama.cpp all compute a scale of 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from ardlora_ext.config import ArdConfig, config_from_dict, config_to_dict
+from ardlora_ext.files import recover, write_set
+from ardlora_ext.inject import adapters, injection, wrap
+from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+STATE_WEIGHTS = "ardlora_state.safetensors"
+STATE = "ardlora_state.json"
+
+_FORMAT = 1
+_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    out = torch.zeros(rank, rows.shape[1])
+    out[: rows.shape[0]] = rows
+    return out
+
+
+def _peft_files(model: nn.Module, layers: dict[str, LoraLinear]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return PEFT's adapter_config and tensors, in `portable` form."""
+    record = injection(model)
+    live = {name: layer for name, layer in layers.items() if layer.table.hidden > 0}
+    largest = max((layer.table.hidden for layer in live.values()), default=1)
+    rank = next((r for r in _SERVED_RANKS if r >= largest), largest)
+    tensors = {}
+    for name, layer in live.items():
+        a, b = layer.fold()
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = _padded(a, rank)
+        tensors[f"{prefix}.lora_B.weight"] = _padded(b.T, rank).T.contiguous()
+    for name, value in _saved_modules(model).items():
+        tensors[f"base_model.model.{name}"] = value
+    kind = type(model).__name__
+    base = getattr(model, "config", None)
+    config = {
+        "peft_type": "LORA",
+        "task_type": next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None),
+        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live.values()),
+        "target_modules": sorted(live),
+        "modules_to_save": list(record.modules_to_save) or None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    return config, tensors
+
+
+def _saved_modules(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of `modules_to_save` by full name."""
+    found = {}
+    for name in injection(model).modules_to_save:
+        for key, value in model.get_submodule(name).state_dict().items():
+            found[f"{name}.{key}"] = value.detach().contiguous()
+    return found
+
+
+def _raw_tensors(model: nn.Module, layers: dict[str, LoraLinear]) -> dict[str, torch.Tensor]:
+    """Return live rows as they are: what the folded form cannot give back bit for bit."""
+    raw = {}
+    for name, layer in layers.items():
+        a_rows, b_rows = layer.layout.rows(layer.ranks)
+        raw[f"{name}.lora_A"] = layer.lora_A.detach()[:a_rows].contiguous()
+        raw[f"{name}.lora_B"] = layer.lora_B.detach()[:b_rows].contiguous()
+        if layer.lora_gate is not None:
+            raw[f"{name}.lora_gate"] = layer.lora_gate.contiguous()
+    return raw | {f"saved.{name}": value for name, value in _saved_modules(model).items()}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def save_pretrained(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapters as a PEFT LoRA checkpoint plus `ardlora_state.*` to resume from.
+
+    Files: `adapter_config.json` and `adapter_model.safetensors` (load with `peft.PeftModel.from_pretrained`),
+    `ardlora_state.json` (config, ranks, controller) and `ardlora_state.safetensors` (live rows). A crash leaves the
+    previous checkpoint or the new one.
+
+    Args:
+        model: a wrapped model.
+        directory: where to write; made if missing, other files in it stay.
+
+    Raises:
+        ValueError: the model is not wrapped, or an adapter holds NaN or Inf.
+        OSError: the directory cannot be written.
+    """
+    record = injection(model)
+    layers = adapters(model)
+    raw = _raw_tensors(model, layers)
+    broken = [name for name, value in raw.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"save_pretrained: adapters must be finite, got NaN or Inf in '{broken[0]}'")
+    if isinstance(record.config, ArdConfig) and record.controller is None and not record.controller_state:
+        warnings.warn(
+            "save_pretrained: ardlora_ext.attach(model, optimizer) was never called, so ranks did not change",
+            stacklevel=2,
+        )
+    config, tensors = _peft_files(model, layers)
+    weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
+    controller = record.controller.state_dict() if record.controller is not None else record.controller_state
+    state = {
+        "format": _FORMAT,
+        "config": config_to_dict(record.config),
+        "modules_to_save": list(record.modules_to_save),
+        "modules": {name: _layer_state(layer) for name, layer in layers.items()},
+        "controller": controller,
+        "sha256": {STATE_WEIGHTS: hashlib.sha256(raw_weights).hexdigest()},
+    }
+    files = {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: _json(config), STATE_WEIGHTS: raw_weights, STATE: _json(state)}
+    write_set(Path(directory), files)
+
+
+def _layer_state(layer: LoraLinear) -> dict[str, Any]:
+    lay = layer.layout
+    return {
+        "kind": lay.kind,
+        "factoring": lay.factoring,
+        "in_features": lay.in_features,
+        "out_features": lay.out_features,
+        "ranks": layer.ranks,
+    }
+
+
+def _read_state(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read and check both state files.
+
+    Raises:
+        FileNotFoundError: there is no `ardlora_state.json`.
+        ValueError: a file is corrupt, foreign or from a newer version.
+    """
+    path = directory / STATE
+    if directory.is_dir():
+        recover(directory, STATE)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_pretrained: directory must hold {STATE}, got '{directory}' without it")
+    try:
+        state = json.loads(path.read_text())
+        version, modules, digest = state["format"], state["modules"], state["sha256"][STATE_WEIGHTS]
+        entries = [
+            (m["kind"], m["factoring"], m["in_features"], m["out_features"], m["ranks"]) for m in modules.values()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise ValueError(f"load_pretrained: {STATE} must be one that save_pretrained wrote, got {cause!r}") from cause
+    if version != _FORMAT:
+        raise ValueError(f"load_pretrained: format of {STATE} must be {_FORMAT}, got {version}")
+    if not all(isinstance(r, int) and r >= 0 for entry in entries for r in entry[-1]):
+        raise ValueError(f"load_pretrained: ranks in {STATE} must be whole numbers >= 0")
+    weights = directory / STATE_WEIGHTS
+    data = weights.read_bytes() if weights.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"load_pretrained: {STATE_WEIGHTS} must match its checksum in {STATE}; the file is corrupt")
+    return state, load_tensors(data)
+
+
+@torch.no_grad()
+def load_pretrained(model: Model, directory: str | Path) -> Model:
+    """Wrap a base model with the adapters that `save_pretrained` wrote, in place, to go on training or to evaluate.
+
+    Ranks, weights and gates are restored exactly; the controller's state waits for `attach`.
+
+    Args:
+        model: the base model, not wrapped.
+        directory: what `save_pretrained` wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: no `ardlora_state.json` there.
+        ValueError: the state is corrupt, foreign, or of another model; the model is unchanged then.
+    """
+    state, tensors = _read_state(Path(directory))
+    config = config_from_dict(state["config"])
+    _check_model(model, state, tensors)
+    wrap(model, config)
+    layers = adapters(model)
+    if list(layers) != list(state["modules"]) and set(layers) != set(state["modules"]):
+        from ardlora_ext.inject import unwrap
+
+        unwrap(model)
+        raise ValueError("load_pretrained: the model's targets must be those of the checkpoint")
+    modules = {
+        name: tuple(UnitUpdate(tuple(range(min(a, b))), max(b - a, 0)) for a, b in zip(layer.ranks, want, strict=True))
+        for name, layer in layers.items()
+        if (want := state["modules"][name]["ranks"]) != layer.ranks
+    }
+    apply(model, RankUpdate(modules))
+    for name, layer in layers.items():
+        for factor in ("lora_A", "lora_B"):
+            value = tensors[f"{name}.{factor}"]
+            getattr(layer, factor)[: len(value)] = value
+        if layer.lora_gate is not None:
+            layer.lora_gate.copy_(tensors[f"{name}.lora_gate"])
+    saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
+    model.load_state_dict(saved, strict=False)
+    injection(model).controller_state = state["controller"]
+    return model
+
+
+def _check_model(model: nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Check that every module and tensor of the checkpoint fits the model, before it changes."""
+    modules = dict(model.named_modules())
+    for name, entry in state["modules"].items():
+        weight = getattr(modules.get(name), "weight", None)
+        sizes = sorted((entry["in_features"], entry["out_features"]))
+        if not isinstance(weight, torch.Tensor) or (weight.dim() == 2 and sorted(weight.shape) != sizes):
+            got = "no such layer" if weight is None else f"shape {list(weight.shape)}"
+            raise ValueError(f"load_pretrained: model must have '{name}' with features {sizes}, got {got}")
+        if f"{name}.lora_A" not in tensors or f"{name}.lora_B" not in tensors:
+            raise ValueError(f"load_pretrained: {STATE_WEIGHTS} must hold the factors of '{name}'")
+    own = model.state_dict()
+    for key, value in tensors.items():
+        name = key.removeprefix("saved.")
+        if key.startswith("saved.") and (name not in own or own[name].shape != value.shape):
+            raise ValueError(f"load_pretrained: model must have '{name}' of shape {list(value.shape)}")

@@ -1,0 +1,311 @@
+"""Put adapters into a model and take them out again."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ardlora_ext._native import DTYPE_CODES
+from ardlora_ext.config import AdapterConfig, ArdConfig
+from ardlora_ext.heads import unit_layout
+from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.units import UnitLayout
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_HEADS = ("classifier", "score")  # transformers' names of classification heads, as in PEFT
+_ATTRIBUTE = "_ardlora"
+
+
+@dataclass
+class Injection:
+    """What `wrap` remembers on the model."""
+
+    config: AdapterConfig
+    requires_grad: dict[str, bool]  # of the base, before it was frozen
+    modules_to_save: tuple[str, ...]
+    controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach
+    controller: Any = None  # set by attach
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model is not attached: its controller follows the original's optimizer."""
+        return {**self.__dict__, "controller": None}
+
+
+@dataclass(frozen=True)
+class ParametersReport:
+    """Parameter counts of a wrapped model.
+
+    Attributes:
+        live: adapter parameters in use.
+        allocated: adapter parameters held, with the slack of their capacity.
+        trainable: everything that gets a gradient: live adapters and `modules_to_save`.
+        total: the whole model with its live adapters.
+    """
+
+    live: int
+    allocated: int
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {100 * self.trainable / max(self.total, 1):.4f} || adapters: {self.live:,}"
+        )
+
+
+def injection(model: nn.Module) -> Injection:
+    """Return what `wrap` left on the model.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    found = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(found, Injection):
+        raise ValueError(f"{type(model).__name__} must be wrapped: call ardlora_ext.wrap(model, config) first")
+    return found
+
+
+def adapters(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return the adapters by the name of the module they replaced, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Tell whether PEFT's rule for target_modules takes `name`: full name, dotted suffix, or one regex on all of it."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in_features, out_features) of anything that acts like a linear layer."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and not isinstance(module, LoraLinear):
+        return sizes[0], sizes[1]
+    return None
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside_mha = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    for name, module in model.named_modules():
+        # nn.MultiheadAttention reads out_proj.weight itself and would never call the adapter.
+        if name and _features(module) is not None and not any(name.startswith(p + ".") or not p for p in inside_mha):
+            yield name, module
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    names = [name for name, _ in model.named_modules() if name]
+    if config.modules_to_save is None:
+        if not type(model).__name__.endswith(
+            ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
+        ):
+            return ()
+        return tuple(n for n in names if n in _HEADS)
+    saved: list[str] = []
+    for pattern in config.modules_to_save:
+        found = [n for n in names if matches(n, [pattern])]
+        if not found:
+            raise ValueError(
+                f"wrap: modules_to_save must name modules of the model, got '{pattern}'{_near(pattern, names)}"
+            )
+        saved += found
+    return tuple(dict.fromkeys(saved))
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    leaves = sorted({n.split(".")[-1] for n in names} | set(names))
+    close = difflib.get_close_matches(pattern.split(".")[-1], leaves, n=5, cutoff=0.5)
+    return f"; near misses: {', '.join(close)}" if close else ""
+
+
+def _inside(name: str, parents: Sequence[str]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in parents)
+
+
+def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers that `target_modules` names.
+
+    Raises:
+        ValueError: there is nothing to adapt; near misses are listed.
+    """
+    linears = dict(_linears(model))
+    if not linears:
+        raise ValueError(f"wrap: model must have linear layers, got {type(model).__name__} without any")
+    if config.target_modules == "all-linear":
+        head = _output_head(model)
+        chosen = {n: m for n, m in linears.items() if m is not head and n.split(".")[-1] not in ("lm_head", *_HEADS)}
+        if not chosen:  # a model that is nothing but its head
+            chosen = linears
+    else:
+        chosen = {n: m for n, m in linears.items() if matches(n, config.target_modules)}
+        patterns = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
+        unmatched = [
+            p for p in patterns if isinstance(config.target_modules, str) or not any(matches(n, [p]) for n in linears)
+        ]
+        if not chosen or (unmatched and not isinstance(config.target_modules, str)):
+            near = "".join(_near(p, list(linears)) for p in unmatched)
+            names = ", ".join(sorted({n.split(".")[-1] for n in linears}))
+            raise ValueError(
+                f"wrap: target_modules must match linear layers, got no match for {', '.join(map(repr, unmatched))}"
+                f"{near}; linear layers are named: {names}"
+            )
+    excluded = config.exclude_modules
+    chosen = {n: m for n, m in chosen.items() if not _inside(n, saved) and not (excluded and matches(n, excluded))}
+    if not chosen:
+        raise ValueError("wrap: target_modules must leave something to adapt after exclude_modules and modules_to_save")
+    return chosen
+
+
+def _check_tensors(chosen: dict[str, nn.Module]) -> None:
+    for name, module in chosen.items():
+        for tensor in module.parameters(recurse=False):
+            if tensor.device.type != "cpu":
+                raise ValueError(f"wrap: parameters must be on the CPU in this build, got '{name}' on {tensor.device}")
+            if tensor.is_floating_point() and tensor.dtype not in DTYPE_CODES:
+                raise ValueError(f"wrap: '{name}' must be float32 or bfloat16, got {tensor.dtype}")
+
+
+def parameter_range(layouts: dict[str, UnitLayout], max_rank: int) -> tuple[int, int]:
+    """Return the adapter parameters at rank 1 everywhere and at the largest rank everywhere."""
+    floor = sum(lay.parameters([1] * lay.units) for lay in layouts.values())
+    full = sum(lay.parameters([min(max_rank, lay.max_rank)] * lay.units) for lay in layouts.values())
+    return floor, full
+
+
+def _check_budget(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> None:
+    if not isinstance(config, ArdConfig) or config.budget is None:
+        return
+    floor, full = parameter_range(layouts, config.max_rank)
+    if not floor <= config.budget <= full:
+        raise ValueError(
+            f"wrap: budget must be between {floor:,} parameters (rank 1 everywhere) and {full:,} "
+            f"(rank {config.max_rank} everywhere), got {config.budget:,}"
+        )
+
+
+def wrap(model: Model, config: AdapterConfig) -> Model:
+    """Freeze the model and put an adapter on every target, in place.
+
+    Args:
+        model: any module with linear layers on the CPU; a transformers model tells its heads itself.
+        config: `LoraConfig` or `ArdConfig`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide, a
+            budget is out of range, parameters are not on the CPU. The model is unchanged then.
+    """
+    if getattr(model, _ATTRIBUTE, None) is not None or adapters(model):
+        raise ValueError("wrap: model must not be wrapped already; call ardlora_ext.unwrap(model) first")
+    saved = _modules_to_save(model, config)
+    chosen = _select(model, config, saved)
+    _check_tensors(chosen)
+    layouts = {}
+    for name, module in chosen.items():
+        sizes = _features(module)
+        assert sizes is not None
+        layouts[name] = unit_layout(model, name, *sizes, config)
+    _check_budget(config, layouts)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    wrapped = {id(module): _adapter(module, layouts[name], config, generator) for name, module in chosen.items()}
+    record = Injection(config, {n: p.requires_grad for n, p in model.named_parameters()}, saved)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_inside(name.rpartition(".")[0], saved))
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if id(child) in wrapped:
+                setattr(parent, key, wrapped[id(child)])
+    setattr(model, _ATTRIBUTE, record)
+    return model
+
+
+def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, generator: torch.Generator) -> LoraLinear:
+    weight = getattr(module, "weight", None)
+    auto = config.adapter_dtype == "auto" and isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    return LoraLinear(
+        module,
+        layout,
+        config.initial_rank,
+        config.scaling,
+        max_rank=config.max_rank,
+        capacity=config.capacity,
+        gated=isinstance(config, ArdConfig),
+        dtype=weight.dtype if auto and isinstance(weight, torch.Tensor) else torch.float32,
+        generator=generator,
+    )
+
+
+def _remove(model: Model, replacement: dict[int, nn.Module]) -> Model:
+    record = injection(model)
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if id(child) in replacement:
+                setattr(parent, key, replacement[id(child)])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(record.requires_grad.get(name, True))
+    delattr(model, _ATTRIBUTE)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take the adapters out, in place: the base layers and their `requires_grad` flags are back as before `wrap`.
+
+    `modules_to_save` keep what they learned.
+    """
+    injection(model)
+    return _remove(model, {id(layer): layer.base_layer for layer in adapters(model).values()})
+
+
+def merge(model: Model) -> Model:
+    """Add every update to its base weight (float32 sum, cast back) and take the adapters out, in place.
+
+    Raises:
+        ValueError: a merged weight is not finite or a base has no floating-point weight; nothing is merged then.
+    """
+    injection(model)
+    layers = adapters(model)
+    for name, layer in layers.items():  # before anything changes
+        weight = getattr(layer.base_layer, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise ValueError(
+                f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}"
+            )
+        if not torch.isfinite(layer.lora_A).all() or not torch.isfinite(layer.lora_B).all():
+            raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
+    for layer in layers.values():
+        layer.merge()
+    return _remove(model, {id(layer): layer.base_layer for layer in layers.values()})
+
+
+def parameters_report(model: nn.Module) -> ParametersReport:
+    """Count the parameters of a wrapped model; `print` it for PEFT's one-line form."""
+    injection(model)
+    layers = list(adapters(model).values())
+    own = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
+    live = sum(layer.live_parameters for layer in layers)
+    others = [p for p in model.parameters() if id(p) not in own]
+    return ParametersReport(
+        live=live,
+        allocated=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        trainable=live + sum(p.numel() for p in others if p.requires_grad),
+        total=live + sum(p.numel() for p in others),
+    )

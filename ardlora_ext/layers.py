@@ -1,0 +1,201 @@
+"""`LoraLinear`: a frozen linear layer and its adapter, with one rank per unit that can change in place."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ardlora_ext import ops, reference
+from ardlora_ext.units import UnitLayout
+
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError:  # pragma: no cover - transformers is a dependency, its layout is not ours
+
+    class Conv1D(nn.Module):  # type: ignore[no-redef]
+        """Stands in where transformers has no Conv1D."""
+
+
+Capacity = Literal["elastic", "fixed"]
+
+_CLASS = 8  # rows of a capacity class
+_SMALL_CLASS = 4  # below one class
+
+
+def capacity_of(rows: int, current: int = 0) -> int:
+    """Return the rows to allocate for `rows` live ones: a size class, kept until a whole class is free."""
+    step = _SMALL_CLASS if rows <= _SMALL_CLASS else _CLASS
+    wanted = max(step, math.ceil(rows / step) * step)
+    return current if wanted <= current < wanted + _CLASS else wanted
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + scaling * sum_u (g_u o (x A_u^T)) B_u over the units of one matrix.
+
+    `lora_A` [capacity, a_width] and `lora_B` [capacity, b_width] are rank-major: row i of both is component i, rows
+    past the live ones are zero. lora_A starts as Kaiming uniform (bound 1/sqrt(a_width), as in PEFT), lora_B at zero.
+
+    Attributes:
+        base_layer: the wrapped layer, frozen.
+        layout: how the matrix is cut into units.
+        ranks: live components of each unit.
+        scaling: constant in front of the update; does not change with the ranks.
+        lora_gate: [live rows of the gated factor] float32 gates, or None for 1.
+    """
+
+    lora_gate: torch.Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        layout: UnitLayout,
+        r: int,
+        scaling: float,
+        *,
+        max_rank: int | None = None,
+        capacity: Capacity = "elastic",
+        gated: bool = False,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layout = layout
+        self.max_rank = min(r if max_rank is None else max_rank, layout.max_rank)
+        self.scaling = scaling
+        self.capacity = capacity
+        self.ranks: list[int] = []
+        self.set_ranks([min(r, layout.max_rank)] * layout.units)
+        a_rows, b_rows = layout.rows(self.ranks)
+        a_cap, b_cap = self.capacities(a_rows, b_rows)
+        lora_A = torch.zeros(a_cap, layout.a_width, dtype=dtype)
+        lora_A[:a_rows] = initial_rows(a_rows, layout.a_width, generator)
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(torch.zeros(b_cap, layout.b_width, dtype=dtype))
+        self.register_buffer("lora_gate", torch.ones(sum(self.ranks)) if gated else None)
+
+    def set_ranks(self, ranks: Sequence[int]) -> None:
+        """Record the live ranks; the caller has brought the buffers in line."""
+        self.ranks = list(ranks)
+        self.table = self.layout.table(self.ranks)
+
+    def capacities(self, a_rows: int, b_rows: int, a_now: int = 0, b_now: int = 0) -> tuple[int, int]:
+        """Return the rows to allocate for (lora_A, lora_B) given the live and the present ones."""
+        if self.capacity == "fixed":
+            return self.layout.rows([self.max_rank] * self.layout.units)
+        return capacity_of(a_rows, a_now), capacity_of(b_rows, b_now)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LoraLinear:
+        """Copy everything but the native table, which is rebuilt."""
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        for key, value in self.__dict__.items():
+            if key != "table":
+                clone.__dict__[key] = copy.deepcopy(value, memo)
+        clone.set_ranks(self.ranks)
+        return clone
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "table"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self.set_ranks(self.ranks)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraLinear:
+        """Follow `.to(...)`, but keep gates in float32, the type the kernels read."""
+        super()._apply(fn, recurse)
+        if self.lora_gate is not None:
+            self.lora_gate = self.lora_gate.float()
+        return self
+
+    @property
+    def live_parameters(self) -> int:
+        """Adapter parameters in use."""
+        return self.layout.parameters(self.ranks)
+
+    @property
+    def gated(self) -> nn.Parameter:
+        """The factor with one row per unit and component, on which gates act."""
+        return self.lora_A if self.layout.gate_on_a else self.lora_B
+
+    def _dense_weight(self) -> torch.Tensor | None:
+        """Return the base weight as [N, K] when the base is a plain frozen linear, else None."""
+        base = self.base_layer
+        if type(base) not in (nn.Linear, Conv1D) or base._forward_hooks or base._forward_pre_hooks:
+            return None
+        weight: torch.Tensor = base.weight
+        if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return None
+        return weight if type(base) is nn.Linear else weight.t()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return base(x) plus the adapter's output, [..., out_features]."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        weight = None if autocast else self._dense_weight()
+        if weight is not None and weight.dtype == x.dtype:
+            return ops.lora_linear(
+                x, weight, self.base_layer.bias, self.lora_A, self.lora_B, self.lora_gate, self.table, self.scaling
+            )
+        y = self.base_layer(x)
+        return ops.lora_accumulate(y, x.to(y.dtype), self.lora_A, self.lora_B, self.lora_gate, self.table, self.scaling)
+
+    @torch.no_grad()
+    def get_delta_weight(self) -> torch.Tensor:
+        """Return the dense update [out_features, in_features] in float32."""
+        gate = None if self.lora_gate is None else self.lora_gate.float()
+        return reference.lora_delta(
+            self.layout, self.ranks, self.lora_A.float(), self.lora_B.float(), gate, self.scaling
+        )
+
+    @torch.no_grad()
+    def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return plain LoRA factors (A [hidden, in_features], B [out_features, hidden]) in float32, B A = the update.
+
+        Units, gates and scaling are folded in; `hidden` is the rank of the result.
+        """
+        hidden = self.table.hidden
+        a = torch.zeros(hidden, self.layout.in_features)
+        b = torch.zeros(hidden, self.layout.out_features)
+        own = 0
+        for (a_rows, b_rows, in_cols, out_cols), r in zip(
+            reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True
+        ):
+            h = slice(0, r) if self.layout.shared else slice(own, own + r)
+            gate = torch.ones(r, 1) if self.lora_gate is None else self.lora_gate[own : own + r, None].float()
+            on_a, on_b = (gate, 1.0) if self.layout.gate_on_a else (1.0, gate)
+            a[h, in_cols] = on_a * self.lora_A[a_rows].float()
+            b[h, out_cols] = self.scaling * on_b * self.lora_B[b_rows].float()
+            own += r
+        return a, b.T.contiguous()
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Add the update to the base weight (in float32, rounded once) and return the base layer."""
+        weight = getattr(self.base_layer, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            kind = type(self.base_layer).__name__
+            raise ValueError(f"merge: base layer must have a floating-point weight, got {kind}")
+        delta = self.get_delta_weight()
+        if isinstance(self.base_layer, Conv1D):
+            delta = delta.T
+        merged = (weight.float() + delta).to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError("merge: merged weight must be finite, got NaN or Inf")
+        weight.copy_(merged)
+        return self.base_layer
+
+    def extra_repr(self) -> str:
+        lay = self.layout
+        ranks = self.ranks[0] if len(self.ranks) == 1 else self.ranks
+        return f"in_features={lay.in_features}, out_features={lay.out_features}, kind={lay.kind}, ranks={ranks}"
+
+
+def initial_rows(rows: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Return `rows` new rows of lora_A: uniform with bound 1/sqrt(width), the Kaiming start of LoRA."""
+    return (torch.rand(rows, width, generator=generator) * 2.0 - 1.0) / math.sqrt(width)

@@ -1,0 +1,252 @@
+"""Rank changes: `RankUpdate` says what, `apply` does it to layers, gradients and optimizer state together.
+
+This is the only place that changes ranks. Rows of lora_A, lora_B, their gradients and every moment move by one plan in
+one native call; parameter objects, their groups, schedulers and `step` stay.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ardlora_ext._native import core, threads
+from ardlora_ext.inject import adapters
+from ardlora_ext.layers import LoraLinear, initial_rows
+from ardlora_ext.optim import moments
+from ardlora_ext.units import UnitLayout
+
+ZERO = -1  # plan entry of a new row
+
+
+@dataclass(frozen=True)
+class UnitUpdate:
+    """One unit's change: components `keep` in their new order, then `grow` new ones.
+
+    Units that share a factor share the order of its components: the shorter lists are prefixes of the longest.
+    """
+
+    keep: tuple[int, ...]
+    grow: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Rank after the change."""
+        return len(self.keep) + self.grow
+
+
+@dataclass(frozen=True)
+class RankUpdate:
+    """A decision about ranks, before it is applied: per module, one `UnitUpdate` per unit. JSON both ways."""
+
+    modules: Mapping[str, tuple[UnitUpdate, ...]]
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts and lists."""
+        modules = {n: [{"keep": list(u.keep), "grow": u.grow} for u in units] for n, units in self.modules.items()}
+        return {"seed": self.seed, "modules": modules}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RankUpdate:
+        """Rebuild what `to_json` made."""
+        modules = {
+            n: tuple(UnitUpdate(tuple(u["keep"]), u["grow"]) for u in units) for n, units in values["modules"].items()
+        }
+        return cls(modules, values["seed"])
+
+
+def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
+    if len(units) != layer.layout.units:
+        raise ValueError(f"rank change: '{name}' must have {layer.layout.units} unit updates, got {len(units)}")
+    order = max((u.keep for u in units), key=len)
+    for u, (unit, rank) in enumerate(zip(units, layer.ranks, strict=True)):
+        if len(set(unit.keep)) != len(unit.keep) or any(not 0 <= k < rank for k in unit.keep):
+            raise ValueError(
+                f"rank change: keep of '{name}' unit {u} must be distinct components of {rank}, got {unit.keep}"
+            )
+        if unit.grow < 0 or unit.rank > layer.max_rank:
+            raise ValueError(
+                f"rank change: '{name}' unit {u} must stay between rank 0 and {layer.max_rank}, got {unit.rank}"
+            )
+        if layer.layout.shared and unit.keep != order[: len(unit.keep)]:
+            raise ValueError(
+                f"rank change: units of '{name}' share components and must keep a common order, got {unit.keep} "
+                f"beside {order}"
+            )
+
+
+def _own_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]:
+    """Rows of a factor that has one row per unit and component."""
+    plan: list[int] = []
+    begin = 0
+    for rank, unit in zip(ranks, units, strict=True):
+        plan += [begin + k for k in unit.keep] + [ZERO] * unit.grow
+        begin += rank
+    return plan
+
+
+def _common_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]:
+    """Rows of a factor that all units share: the common order, then rows still there, then new ones."""
+    order = list(max((u.keep for u in units), key=len))
+    order += [row for row in range(max(ranks)) if row not in order]
+    wanted = max(u.rank for u in units)
+    return order[:wanted] + [ZERO] * (wanted - len(order))
+
+
+def row_plans(layout: UnitLayout, ranks: Sequence[int], units: Sequence[UnitUpdate]) -> tuple[list[int], list[int]]:
+    """Return where each new live row of (lora_A, lora_B) comes from; -1 for a new row."""
+    own = _own_plan(ranks, units)
+    if not layout.shared:
+        return own, own
+    common = _common_plan(ranks, units)
+    return (own, common) if layout.gate_on_a else (common, own)
+
+
+@dataclass
+class _Buffer:
+    """One tensor that moves: a parameter, its gradient, or a moment."""
+
+    old: torch.Tensor
+    new: torch.Tensor
+    plan: int
+
+
+@dataclass
+class _Change:
+    name: str
+    layer: LoraLinear
+    units: tuple[UnitUpdate, ...]
+    plans: tuple[list[int], list[int]]  # of lora_A and lora_B, padded to their capacity
+    buffers: dict[tuple[str, str], _Buffer]  # (factor, "" for the parameter | "grad" | state key)
+
+
+def _prepare(
+    name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimizer: Optimizer | None, first_plan: int
+) -> _Change:
+    """Check and allocate everything one module needs; nothing of the model changes."""
+    _check(name, layer, units)
+    plan_a, plan_b = row_plans(layer.layout, layer.ranks, units)
+    caps = layer.capacities(len(plan_a), len(plan_b), layer.lora_A.shape[0], layer.lora_B.shape[0])
+    padded = tuple(plan + [ZERO] * (cap - len(plan)) for plan, cap in zip((plan_a, plan_b), caps, strict=True))
+    buffers = {}
+    for i, (factor, cap) in enumerate(zip(("lora_A", "lora_B"), caps, strict=True)):
+        parameter: nn.Parameter = getattr(layer, factor)
+        tensors = {"": parameter.data}
+        if parameter.grad is not None:
+            tensors["grad"] = parameter.grad
+        if optimizer is not None:
+            tensors |= moments(optimizer, parameter)
+        for key, old in tensors.items():
+            if not old.is_contiguous():
+                raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {old.stride()}")
+            new = old if cap == old.shape[0] else old.new_empty(cap, old.shape[1])
+            buffers[factor, key] = _Buffer(old, new, first_plan + i)
+    return _Change(name, layer, units, (padded[0], padded[1]), buffers)
+
+
+def _move(changes: Sequence[_Change]) -> None:
+    """Move all rows in one native call."""
+    moves = np.array(
+        [
+            (b.old.data_ptr(), b.new.data_ptr(), b.old.shape[1] * b.old.element_size(), b.old.shape[0], b.plan)
+            for change in changes
+            for b in change.buffers.values()
+        ],
+        dtype=np.int64,
+    )
+    core.rank_resize(moves, [plan for change in changes for plan in change.plans], threads())
+
+
+def _commit(change: _Change, optimizer: Optimizer | None) -> None:
+    """Point parameters, gradients, state and ranks at what was moved; assignments only."""
+    for factor in ("lora_A", "lora_B"):
+        parameter: nn.Parameter = getattr(change.layer, factor)
+        grad = change.buffers.get((factor, "grad"))
+        parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
+        parameter.set_(change.buffers[factor, ""].new)
+        if grad is not None:
+            parameter.grad = grad.new
+        if optimizer is not None:
+            for (owner, key), buffer in change.buffers.items():
+                if owner == factor and key not in ("", "grad"):
+                    optimizer.state[parameter][key] = buffer.new
+    change.layer.set_ranks([u.rank for u in change.units])
+
+
+def _new_gates(layer: LoraLinear, units: Sequence[UnitUpdate]) -> torch.Tensor | None:
+    """Gates of kept components move with them; a new component is closed until its controller opens it."""
+    if layer.lora_gate is None:
+        return None
+    plan = torch.tensor(_own_plan(layer.ranks, units), dtype=torch.int64)
+    gates = layer.lora_gate[plan.clamp(min=0)] if len(layer.lora_gate) else torch.zeros(len(plan))
+    return torch.where(plan >= 0, gates, torch.zeros(()))
+
+
+def _start_rows(change: _Change, live: int, generator: torch.Generator) -> None:
+    """Give new rows of lora_A a direction of their own: Gaussian, orthogonal to the live rows, of their typical norm.
+
+    lora_B's new rows stay zero, so the function does not change. Where an existing row of a shared lora_B meets a new
+    row of lora_A, that one stays zero instead and lora_B carries the gradient.
+    """
+    layer = change.layer
+    plan_a, plan_b = change.plans[0][:live], change.plans[1]
+    fresh = [row for row, source in enumerate(plan_a) if source == ZERO]
+    if layer.layout.gate_on_a:
+        begins = np.cumsum([0, *(u.rank for u in change.units)])
+        component = {int(b) + j: j for b, u in zip(begins, change.units, strict=False) for j in range(u.rank)}
+        fresh = [row for row in fresh if plan_b[component[row]] == ZERO]
+    if not fresh:
+        return
+    old = [row for row, source in enumerate(plan_a) if source != ZERO]
+    rows = layer.lora_A.data
+    new = initial_rows(len(fresh), layer.layout.a_width, generator)
+    if len(old) > 0 and len(old) + len(fresh) <= layer.layout.a_width:
+        norm = new.norm(dim=1).mean()
+        basis = torch.linalg.qr(rows[old].float().T).Q
+        for i in range(len(fresh)):
+            v = new[i] - basis @ (basis.T @ new[i])
+            v = v - basis @ (basis.T @ v)  # twice is enough for full accuracy
+            new[i] = v / v.norm()
+            basis = torch.cat([basis, new[i, :, None]], dim=1)
+        new *= norm
+    rows[fresh] = new.to(rows.dtype)
+
+
+@torch.no_grad()
+def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = None) -> None:
+    """Change ranks as `update` says, in the model and in the optimizer.
+
+    Kept rows and their moments are bitwise unchanged, new rows' moments are zero, `step` stays. Call it between steps,
+    when no graph is alive. The function of the model changes only by the components that are dropped.
+
+    Args:
+        model: a wrapped model.
+        update: the decision.
+        optimizer: the optimizer of the adapters, or None before there is one.
+
+    Raises:
+        ValueError: the update does not fit the model, or the optimizer's state cannot follow. Nothing changes then.
+    """
+    layers = adapters(model)
+    changes: list[_Change] = []
+    for name, units in update.modules.items():
+        if name not in layers:
+            raise ValueError(f"rank change: module must be an adapter of the model, got '{name}'")
+        changes.append(_prepare(name, layers[name], tuple(units), optimizer, 2 * len(changes)))
+    if not changes:
+        return
+    gates = [_new_gates(change.layer, change.units) for change in changes]
+    _move(changes)
+    for change, gate in zip(changes, gates, strict=True):
+        _commit(change, optimizer)
+        change.layer.lora_gate = gate
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{update.seed}/{change.name}".encode()))
+        live = change.layer.layout.rows(change.layer.ranks)[0]
+        _start_rows(change, live, generator)
