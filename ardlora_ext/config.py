@@ -122,6 +122,9 @@ class ArdConfig(AdapterConfig):
             the parameters of plain LoRA at rank r0, so ranks move but never cost more in total.
         l1: a fixed price instead of a budget, in units of the typical (RMS) gradient of alpha.
         tv: beta, strength of the temporal total variation (proximal form: a damper).
+        slope: what stands for dL/drho. `secant`: minus the loss that the unit's next component is worth as a whole,
+            estimated from its singular value and the unit's Fisher information. `tangent`: the derivative by the gate
+            of the boundary component, the literal reading; blind to a component whose factors are already fitted.
         lr_alpha: step of alpha.
         lr_price: dual step on the price per relative budget excess.
         cost_weighted: weight the l1 term by what a component of the unit costs in parameters (mean 1).
@@ -142,6 +145,7 @@ class ArdConfig(AdapterConfig):
     budget: int | None = None
     l1: float | None = None
     tv: float = 1.0
+    slope: Literal["secant", "tangent"] = "secant"
     lr_alpha: float = 0.02
     lr_price: float = 0.5
     cost_weighted: bool = True
@@ -151,11 +155,12 @@ class ArdConfig(AdapterConfig):
     freeze_ratio: float = 0.3
     harden_ratio: float = 0.05
     update_interval: int = 10
-    gate_floor: float = 0.01
+    gate_floor: float = 0.1
     hysteresis: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _choice("ArdConfig", "slope", self.slope, ("secant", "tangent"))
         _require(self.r0 >= 1, f"ArdConfig: r0 must be >= 1, got {self.r0}")
         _require(self.r_max is None or self.r_max >= self.r0, f"ArdConfig: r_max must be >= r0, got {self.r_max}")
         _require(self.budget is None or self.l1 is None, "ArdConfig: budget and l1 must not both be given")

@@ -154,6 +154,28 @@ class LoraLinear(nn.Module):
         )
 
     @torch.no_grad()
+    def singular_values(self) -> torch.Tensor:
+        """Return the singular values of each unit's update, [units, largest rank] float64, descending, 0-padded.
+
+        From the rank-sized Gram matrices of the factors: the update itself is never formed.
+        """
+        units, widest = self.layout.units, max(self.ranks)
+        gram = torch.zeros(2, units, widest, widest, dtype=torch.float64)
+        own = 0
+        for u, ((a_rows, b_rows, _, _), r) in enumerate(
+            zip(reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True)
+        ):
+            gate = torch.ones(r) if self.lora_gate is None else self.lora_gate[own : own + r]
+            a, b = self.lora_A[a_rows].float(), self.lora_B[b_rows].float() * (self.scaling * gate[:, None])
+            gram[0, u, :r, :r], gram[1, u, :r, :r] = a @ a.T, b @ b.T
+            own += r
+        # sigma^2 are the eigenvalues of A A^T B B^T, symmetric as C^T (B B^T) C with A A^T = C C^T.
+        values, vectors = torch.linalg.eigh(gram[0])
+        root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
+        squares = torch.linalg.eigvalsh(root.mT @ gram[1] @ root)
+        return squares.clamp(min=0.0).sqrt().flip(-1)
+
+    @torch.no_grad()
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return plain LoRA factors (A [hidden, in_features], B [out_features, hidden]) in float32, B A = the update.
 

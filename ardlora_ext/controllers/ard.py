@@ -48,6 +48,8 @@ class ArdController(Controller[ArdConfig]):
         self.alpha: Floats = np.minimum(np.ones(groups), self.limit / config.r0)
         self.grad_square = 0.0
         self.gain: Floats = np.zeros(groups)  # EMA of -dL/dalpha, normalised
+        self.fisher: Floats = np.zeros(len(units))
+        self.spectrum: Floats | None = None  # squared singular values [units, rank], refreshed every interval
         self.price = 0.0 if config.l1 is None else config.l1
         self.dual = 0.0
         self.target: Ints | None = None  # whole ranks, once decided
@@ -95,50 +97,66 @@ class ArdController(Controller[ArdConfig]):
     def _rounded(self) -> Ints:
         return np.maximum(1, np.floor(self._unit_rho() + 0.5)).astype(np.int64)
 
-    def _boundary_gradient(self) -> Floats:
-        """Return dL/drho of each unit: the row dot of its boundary component over its gate."""
-        units = self.units
-        live = units.live()
-        boundary = np.minimum(np.floor(self._unit_rho()).astype(np.int64), live - 1)
-        rows = units.rows() + boundary
-        out = np.zeros(len(units))
-        for code, members in self._by_dtype().items():
-            table = np.concatenate([self._row_addresses(m, rows) for m in members])
-            index = np.concatenate([np.arange(units.first[m], units.first[m + 1]) for m in members])
+    def _row_dots(self) -> Floats:
+        """Return <dW_i, W_i> of every live row of the gated factors, module after module; 0 without a gradient."""
+        layers = self.units.layers
+        rows = [sum(layer.ranks) for layer in layers]
+        out = np.zeros(sum(rows))
+        offset = np.cumsum([0, *rows])
+        for dtype, code in DTYPE_CODES.items():
+            members = [m for m, g in enumerate(layers) if g.gated.grad is not None and g.gated.dtype == dtype]
+            if not members:
+                continue
+            blocks = [(layers[m].gated, layers[m].gated.grad, rows[m]) for m in members]
+            table = np.array([(w.data_ptr(), g.data_ptr(), r, w.shape[1]) for w, g, r in blocks if g is not None])
+            index = np.concatenate([np.arange(offset[m], offset[m + 1]) for m in members])
             out[index] = core.row_dots(table, code, threads())
-        gates = np.concatenate([layer.lora_gate.numpy() for layer in units.layers if layer.lora_gate is not None])
-        offset = np.cumsum([0, *(sum(layer.ranks) for layer in units.layers)])[units.module_of]
-        result: Floats = out / gates[offset + rows]
+        return out
+
+    def _first_rows(self) -> Ints:
+        """Return the first row of each unit among all rows of `_row_dots`."""
+        offset = np.cumsum([0, *(sum(layer.ranks) for layer in self.units.layers)])
+        first: Ints = offset[self.units.module_of] + self.units.rows()
+        return first
+
+    def _boundary(self) -> Ints:
+        """Return the component each unit's soft rank ends in."""
+        boundary: Ints = np.minimum(np.floor(self._unit_rho()).astype(np.int64), self.units.live() - 1)
+        return boundary
+
+    def _tangent(self, dots: Floats) -> Floats:
+        """dL/drho of each unit: the row dot of its boundary component over its gate."""
+        gates = np.concatenate([layer.lora_gate.numpy() for layer in self.units.layers if layer.lora_gate is not None])
+        rows = self._first_rows() + self._boundary()
+        result: Floats = dots[rows] / gates[rows]
         return result
 
-    def _by_dtype(self) -> dict[int, list[int]]:
-        """Modules with a gradient, by the dtype of their adapter; a unit without gradient counts as zero."""
-        found: dict[int, list[int]] = {}
-        for m, layer in enumerate(self.units.layers):
-            if layer.gated.grad is not None:
-                found.setdefault(DTYPE_CODES[layer.gated.dtype], []).append(m)
-        return found
+    def _secant(self, dots: Floats) -> Floats:
+        """Minus the square root of what each unit's boundary component is worth.
 
-    def _row_addresses(self, module: int, rows: Ints) -> Ints:
-        weight = self.units.layers[module].gated
-        grad = weight.grad
-        assert grad is not None
-        mine = rows[self.units.first[module] : self.units.first[module + 1]]
-        steps = mine * weight.shape[1] * weight.element_size()
-        return np.stack(
-            [weight.data_ptr() + steps, grad.data_ptr() + steps, np.full(len(mine), weight.shape[1])], axis=1
-        )
+        The loss that a unit's update is worth is its Fisher information along itself, E[<dL/ddW, dW>^2]; component j
+        holds the share sigma_j^2 / sum sigma^2 of it.
+        """
+        unit = np.add.reduceat(dots, self._first_rows())
+        self.fisher = _EMA * self.fisher + (1.0 - _EMA) * unit**2
+        if self.spectrum is None or self.step % self.config.update_interval == 0:
+            widest = int(self.units.live().max())
+            values = [layer.singular_values().numpy() ** 2 for layer in self.units.layers]
+            self.spectrum = np.concatenate([np.pad(v, ((0, 0), (0, widest - v.shape[1]))) for v in values])
+        share = self.spectrum[np.arange(len(unit)), np.minimum(self._boundary(), self.spectrum.shape[1] - 1)]
+        result: Floats = -np.sqrt(self.fisher * share / np.maximum(self.spectrum.sum(axis=1), 1e-300))
+        return result
 
     def observe(self) -> None:
         self._pending = None
-        if self.phase not in ("warmup", "adapt") or not any(
-            layer.gated.grad is not None for layer in self.units.layers
-        ):
+        if self.phase not in ("warmup", "adapt") or all(g.gated.grad is None for g in self.units.layers):
             return
-        gradient = np.bincount(self.group, self._boundary_gradient(), minlength=len(self.alpha))
-        if not np.isfinite(gradient).all():
+        dots = self._row_dots()
+        if not np.isfinite(dots).all():
             self._record_skip()
             return
+        slope = self._secant(dots) if self.config.slope == "secant" else self._tangent(dots)
+        gradient = np.bincount(self.group, slope, minlength=len(self.alpha))
         if self.config.normalize:
             correction = 1.0 - _EMA ** (self.step + 1)
             self.grad_square = _EMA * self.grad_square + (1.0 - _EMA) * float(np.mean(gradient**2))
@@ -182,6 +200,8 @@ class ArdController(Controller[ArdConfig]):
         rho = self._unit_rho()
         cost = np.bincount(self.group, units.costs.marginal(rho), minlength=len(self.alpha))
         weight = cost / cost.mean() if cfg.cost_weighted else np.ones_like(cost)
+        if cfg.slope == "secant":  # the slope is an amplitude, so is the cost it is weighed against
+            weight = np.sqrt(weight)
         if self.budget is not None:
             # Augmented Lagrangian: the integral finds the price, the proportional part damps it critically.
             excess = units.costs.parameters(rho) / self.budget - 1.0

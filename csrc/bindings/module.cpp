@@ -119,24 +119,26 @@ void bind_lora_linear(py::module_& m) {
 void bind_controller_passes(py::module_& m) {
   m.def(
       "row_dots",
-      [](const IndexArray& rows, int dtype, int threads) {  // rows [n, 3]: weight address, gradient address, columns
-        ARDLORA_CHECK(rows.ndim() == 2 && rows.shape(1) == 3, "row_dots: rows must be [n, 3]");
-        const auto r = rows.unchecked<2>();
-        std::vector<RowDot> jobs(static_cast<std::size_t>(r.shape(0)));
+      [](const IndexArray& table, int dtype, int threads) {  // [n, 4]: weight address, gradient address, rows, columns
+        ARDLORA_CHECK(table.ndim() == 2 && table.shape(1) == 4, "row_dots: blocks must be [n, 4]");
+        const auto r = table.unchecked<2>();
+        std::vector<RowBlock> blocks;
+        py::ssize_t rows = 0;
         for (py::ssize_t i = 0; i < r.shape(0); ++i) {
-          jobs[static_cast<std::size_t>(i)] = {reinterpret_cast<const void*>(r(i, 0)),
-                                               reinterpret_cast<const void*>(r(i, 1)), r(i, 2)};
+          blocks.push_back({reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<const void*>(r(i, 1)), r(i, 2),
+                            r(i, 3)});
+          rows += r(i, 2);
         }
-        py::array_t<float> out(r.shape(0));
+        py::array_t<float> out(rows);
         float* data = out.mutable_data();
         const DType type = dtype_from_code(dtype, "row_dots");
         {
           py::gil_scoped_release release;
-          row_dots(jobs, type, data, threads);
+          row_dots(blocks, type, data, threads);
         }
         return out;
       },
-      py::arg("rows"), py::arg("dtype"), py::arg("threads"));
+      py::arg("blocks"), py::arg("dtype"), py::arg("threads"));
   m.def(
       "rank_resize",
       [](const IndexArray& moves, const std::vector<std::vector<std::int64_t>>& plans, int threads) {

@@ -8,13 +8,16 @@
 
 namespace ardlora {
 
-// out[i] = <weight_i, grad_i> over `cols` contiguous elements. For a gated component <dL/dB_i, B_i> = g_i dL/dg_i.
-struct RowDot {
-  const void* weight;
-  const void* grad;
+// Rows of a factor and of its gradient, contiguous: out gets <weight_i, grad_i> for each row. For a gated component
+// <dL/dB_i, B_i> = g_i dL/dg_i.
+struct RowBlock {
+  const void* weight;  // [rows, cols]
+  const void* grad;    // [rows, cols]
+  std::int64_t rows;
   std::int64_t cols;
 };
 
-void row_dots(const std::vector<RowDot>& rows, DType dtype, float* out, int threads);
+// `out` holds the rows of all blocks, block after block.
+void row_dots(const std::vector<RowBlock>& blocks, DType dtype, float* out, int threads);
 
 }  // namespace ardlora
