@@ -62,6 +62,7 @@ def lora_backward(
     dx: _Matrix,
     dA: _Matrix,
     dB: _Matrix,
+    dgate: int,
     threads: int,
 ) -> None: ...
 def row_dots(blocks: NDArray[np.int64], dtype: int, threads: int) -> NDArray[np.float32]: ...

@@ -44,7 +44,7 @@ def attach(model: nn.Module, optimizer: Any, total_steps: int | None = None) -> 
         raise ValueError("attach: model must not be attached already")
     torch_optimizer = unwrapped(optimizer)
     layers = adapters(model)
-    named = [(f"{n}.{f}", getattr(layer, f)) for n, layer in layers.items() for f in ("lora_A", "lora_B")]
+    named = [(f"{n}.{f}", p) for n, layer in layers.items() for f, p in layer.factors.items()]
     check_optimizer(torch_optimizer, named)
 
     controller = make_controller(model, record.config, total_steps)

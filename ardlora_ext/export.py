@@ -99,8 +99,8 @@ def _raw_tensors(model: nn.Module, layers: dict[str, LoraLinear]) -> dict[str, t
         a_rows, b_rows = layer.layout.rows(layer.ranks)
         raw[f"{name}.lora_A"] = layer.lora_A.detach()[:a_rows].contiguous()
         raw[f"{name}.lora_B"] = layer.lora_B.detach()[:b_rows].contiguous()
-        if layer.lora_gate is not None:
-            raw[f"{name}.lora_gate"] = layer.lora_gate.contiguous()
+        if layer.gate is not None:
+            raw[f"{name}.gate"] = layer.gate.detach()[: sum(layer.ranks)].contiguous()
     return raw | {f"saved.{name}": value for name, value in _saved_modules(model).items()}
 
 
@@ -228,8 +228,8 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
         for factor in ("lora_A", "lora_B"):
             value = tensors[f"{name}.{factor}"]
             getattr(layer, factor)[: len(value)] = value
-        if layer.lora_gate is not None:
-            layer.lora_gate.copy_(tensors[f"{name}.lora_gate"])
+        if layer.gate is not None:
+            layer.gate[: sum(layer.ranks)] = tensors[f"{name}.gate"]
     saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
     model.load_state_dict(saved, strict=False)
     injection(model).controller_state = state["controller"]

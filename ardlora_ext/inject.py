@@ -248,7 +248,7 @@ def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, gener
         config.scaling,
         max_rank=config.max_rank,
         capacity=config.capacity,
-        gated=isinstance(config, ArdConfig),
+        gate="controlled" if isinstance(config, ArdConfig) else "none",
         dtype=weight.dtype if auto and isinstance(weight, torch.Tensor) else torch.float32,
         generator=generator,
     )
@@ -289,7 +289,7 @@ def merge(model: Model) -> Model:
             raise ValueError(
                 f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}"
             )
-        if not torch.isfinite(layer.lora_A).all() or not torch.isfinite(layer.lora_B).all():
+        if not all(torch.isfinite(p).all() for p in layer.factors.values()):
             raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
     for layer in layers.values():
         layer.merge()
@@ -300,12 +300,12 @@ def parameters_report(model: nn.Module) -> ParametersReport:
     """Count the parameters of a wrapped model; `print` it for PEFT's one-line form."""
     injection(model)
     layers = list(adapters(model).values())
-    own = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
+    own = {id(p) for layer in layers for p in layer.factors.values()}
     live = sum(layer.live_parameters for layer in layers)
     others = [p for p in model.parameters() if id(p) not in own]
     return ParametersReport(
         live=live,
-        allocated=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        allocated=sum(p.numel() for layer in layers for p in layer.factors.values()),
         trainable=live + sum(p.numel() for p in others if p.requires_grad),
         total=live + sum(p.numel() for p in others),
     )

@@ -22,6 +22,7 @@ except ImportError:  # pragma: no cover - transformers is a dependency, its layo
 
 
 Capacity = Literal["elastic", "fixed"]
+Gate = Literal["none", "controlled", "trained"]
 
 _CLASS = 8  # rows of a capacity class
 _SMALL_CLASS = 4  # below one class
@@ -45,10 +46,12 @@ class LoraLinear(nn.Module):
         layout: how the matrix is cut into units.
         ranks: live components of each unit.
         scaling: constant in front of the update; does not change with the ranks.
-        lora_gate: [live rows of the gated factor] float32 gates, or None for 1.
+        lora_gate: [live rows of the gated factor] float32 gates that a controller sets, or None.
+        lora_E: [capacity, 1] gates that the optimizer trains (the singular values of the P Lambda Q form), or None.
     """
 
     lora_gate: torch.Tensor | None
+    lora_E: nn.Parameter | None
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class LoraLinear(nn.Module):
         *,
         max_rank: int | None = None,
         capacity: Capacity = "elastic",
-        gated: bool = False,
+        gate: Gate = "none",
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -77,7 +80,9 @@ class LoraLinear(nn.Module):
         lora_A[:a_rows] = initial_rows(a_rows, layout.a_width, generator)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(torch.zeros(b_cap, layout.b_width, dtype=dtype))
-        self.register_buffer("lora_gate", torch.ones(sum(self.ranks)) if gated else None)
+        self.register_buffer("lora_gate", torch.ones(sum(self.ranks)) if gate == "controlled" else None)
+        trained = nn.Parameter(torch.zeros(self.gated.shape[0], 1)) if gate == "trained" else None
+        self.register_parameter("lora_E", trained)
 
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """Record the live ranks; the caller has brought the buffers in line."""
@@ -112,12 +117,25 @@ class LoraLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.lora_gate is not None:
             self.lora_gate = self.lora_gate.float()
+        if self.lora_E is not None:
+            self.lora_E.data = self.lora_E.data.float()
         return self
 
     @property
     def live_parameters(self) -> int:
         """Adapter parameters in use."""
         return self.layout.parameters(self.ranks)
+
+    @property
+    def gate(self) -> torch.Tensor | None:
+        """The gates, [live rows of the gated factor] or longer, or None for 1."""
+        return self.lora_gate if self.lora_E is None else self.lora_E.view(-1)
+
+    @property
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The trained factors by name."""
+        found = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_E": self.lora_E}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def gated(self) -> nn.Parameter:
@@ -140,15 +158,15 @@ class LoraLinear(nn.Module):
         weight = None if autocast else self._dense_weight()
         if weight is not None and weight.dtype == x.dtype:
             return ops.lora_linear(
-                x, weight, self.base_layer.bias, self.lora_A, self.lora_B, self.lora_gate, self.table, self.scaling
+                x, weight, self.base_layer.bias, self.lora_A, self.lora_B, self.gate, self.table, self.scaling
             )
         y = self.base_layer(x)
-        return ops.lora_accumulate(y, x.to(y.dtype), self.lora_A, self.lora_B, self.lora_gate, self.table, self.scaling)
+        return ops.lora_accumulate(y, x.to(y.dtype), self.lora_A, self.lora_B, self.gate, self.table, self.scaling)
 
     @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:
         """Return the dense update [out_features, in_features] in float32."""
-        gate = None if self.lora_gate is None else self.lora_gate.float()
+        gate = self.gate
         return reference.lora_delta(
             self.layout, self.ranks, self.lora_A.float(), self.lora_B.float(), gate, self.scaling
         )
@@ -165,7 +183,7 @@ class LoraLinear(nn.Module):
         for u, ((a_rows, b_rows, _, _), r) in enumerate(
             zip(reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True)
         ):
-            gate = torch.ones(r) if self.lora_gate is None else self.lora_gate[own : own + r]
+            gate = torch.ones(r) if self.gate is None else self.gate[own : own + r]
             a, b = self.lora_A[a_rows].float(), self.lora_B[b_rows].float() * (self.scaling * gate[:, None])
             gram[0, u, :r, :r], gram[1, u, :r, :r] = a @ a.T, b @ b.T
             own += r
@@ -189,7 +207,7 @@ class LoraLinear(nn.Module):
             reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True
         ):
             h = slice(0, r) if self.layout.shared else slice(own, own + r)
-            gate = torch.ones(r, 1) if self.lora_gate is None else self.lora_gate[own : own + r, None].float()
+            gate = torch.ones(r, 1) if self.gate is None else self.gate[own : own + r, None]
             on_a, on_b = (gate, 1.0) if self.layout.gate_on_a else (1.0, gate)
             a[h, in_cols] = on_a * self.lora_A[a_rows].float()
             b[h, out_cols] = self.scaling * on_b * self.lora_B[b_rows].float()

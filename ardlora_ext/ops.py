@@ -54,12 +54,15 @@ def _adapter_forward(
     return h
 
 
-def _adapter_backward(ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accumulate the adapter's part of dx in place and return (dA, dB) in float32."""
+def _adapter_backward(
+    ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None, gate_needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Accumulate the adapter's part of dx in place and return (dA, dB, dgate) in float32."""
     x, lora_A, lora_B, gate, h = ctx.saved_tensors
     d_a = torch.empty(lora_A.shape, dtype=torch.float32)
     d_b = torch.empty(lora_B.shape, dtype=torch.float32)
     d_h = torch.empty_like(h)
+    d_gate = torch.zeros_like(gate) if gate_needs_grad else None
     core.lora_backward(
         ctx.table,
         matrix(x),
@@ -73,9 +76,10 @@ def _adapter_backward(ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None) -> tu
         NO_MATRIX if dx is None else matrix(dx),
         matrix(d_a),
         matrix(d_b),
+        0 if d_gate is None else d_gate.data_ptr(),
         threads(),
     )
-    return d_a, d_b
+    return d_a, d_b, d_gate
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -104,8 +108,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy = _rows(grad[0])
         dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
-        d_a, d_b = _adapter_backward(ctx, dy, dx)
-        return (None if dx is None else dx.view(ctx.shape), None, None, d_a, d_b, None, None, None)
+        grads = _adapter_backward(ctx, dy, dx, ctx.needs_input_grad[5])
+        return (None if dx is None else dx.view(ctx.shape), None, None, *grads, None, None)
 
 
 class _LoraAccumulate(torch.autograd.Function):
@@ -136,8 +140,8 @@ class _LoraAccumulate(torch.autograd.Function):
         dy = _rows(grad[0])
         x = ctx.saved_tensors[0]
         dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        d_a, d_b = _adapter_backward(ctx, dy, dx)
-        return (grad[0], None if dx is None else dx.view(ctx.shape), d_a, d_b, None, None, None)
+        grads = _adapter_backward(ctx, dy, dx, ctx.needs_input_grad[4])
+        return (grad[0], None if dx is None else dx.view(ctx.shape), *grads, None, None)
 
 
 def lora_linear(
@@ -158,7 +162,7 @@ def lora_linear(
         bias: [N] or None; gets no gradient.
         lora_A: [>= a_rows, a_width] float32, or the dtype of x. Contiguous.
         lora_B: [>= b_rows, b_width], rank-major, same dtype as lora_A. Contiguous.
-        gate: [gated rows] float32 or None for 1.
+        gate: float32, at least one entry per live row of the gated factor, or None for 1; may require a gradient.
         table: units of the matrix at their present ranks.
         scaling: the constant in front of the update.
 

@@ -123,7 +123,7 @@ class _Change:
     name: str
     layer: LoraLinear
     units: tuple[UnitUpdate, ...]
-    plans: tuple[list[int], list[int]]  # of lora_A and lora_B, padded to their capacity
+    plans: tuple[list[int], list[int]]  # of lora_A and lora_B, padded to their capacity; lora_E moves with its factor
     buffers: dict[tuple[str, str], _Buffer]  # (factor, "" for the parameter | "grad" | state key)
 
 
@@ -136,8 +136,10 @@ def _prepare(
     caps = layer.capacities(len(plan_a), len(plan_b), layer.lora_A.shape[0], layer.lora_B.shape[0])
     padded = tuple(plan + [ZERO] * (cap - len(plan)) for plan, cap in zip((plan_a, plan_b), caps, strict=True))
     buffers = {}
-    for i, (factor, cap) in enumerate(zip(("lora_A", "lora_B"), caps, strict=True)):
-        parameter: nn.Parameter = getattr(layer, factor)
+    gated = 0 if layer.layout.gate_on_a else 1
+    for factor, parameter in layer.factors.items():
+        i = {"lora_A": 0, "lora_B": 1, "lora_E": gated}[factor]
+        cap = caps[i]
         tensors = {"": parameter.data}
         if parameter.grad is not None:
             tensors["grad"] = parameter.grad
@@ -166,8 +168,7 @@ def _move(changes: Sequence[_Change]) -> None:
 
 def _commit(change: _Change, optimizer: Optimizer | None) -> None:
     """Point parameters, gradients, state and ranks at what was moved; assignments only."""
-    for factor in ("lora_A", "lora_B"):
-        parameter: nn.Parameter = getattr(change.layer, factor)
+    for factor, parameter in change.layer.factors.items():
         grad = change.buffers.get((factor, "grad"))
         parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
         parameter.set_(change.buffers[factor, ""].new)

@@ -104,16 +104,16 @@ void bind_lora_linear(py::module_& m) {
       "lora_backward",
       [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
          float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh, const MatrixArg& dx,
-         const MatrixArg& da, const MatrixArg& db, int threads) {
+         const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, int threads) {
         constexpr const char* op = "lora_backward";
         const LoraParams p{&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling, view(h, op), threads};
         const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
                          dbv = view(db, op);
         py::gil_scoped_release release;
-        lora_backward(p, dyv, dhv, dxv, dav, dbv);
+        lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
       },
       py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
-      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("threads"));
+      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("threads"));
 }
 
 void bind_controller_passes(py::module_& m) {

@@ -132,6 +132,24 @@ void check_gradient(const FactorView& w, const char* op, const char* name) {
                 dtype_name(w.weight.dtype));
 }
 
+// From the gradient of the factor with gates left out: dg_i = <dW_i, W_i>, then dW_i *= g_i. Right at g_i = 0 too.
+void gate_gradient(const FactorView& grad, const MatrixView& weight, const float* gate, float* dgate) {
+  const cpu::RowDotFn dot = cpu::active().row_dot[static_cast<int>(DType::kFloat32)];
+  const std::int64_t width = grad.factor->width;
+  std::vector<float> row(static_cast<std::size_t>(width));
+  for (std::int64_t i = 0; i < grad.factor->rows; ++i) {
+    float* dw = static_cast<float*>(grad.weight.data) + i * grad.weight.row_stride;
+    for (std::int64_t n = 0; n < width; ++n) {
+      const std::int64_t at = i * weight.row_stride + n;
+      row[static_cast<std::size_t>(n)] = weight.dtype == DType::kFloat32
+                                             ? static_cast<const float*>(weight.data)[at]
+                                             : to_float(static_cast<const BFloat16*>(weight.data)[at]);
+    }
+    dgate[i] = dot(dw, row.data(), width);
+    for (std::int64_t n = 0; n < width; ++n) dw[n] *= gate[i];
+  }
+}
+
 }  // namespace
 
 void shrink(const FactorView& w, const MatrixView& x, const MatrixView& h, int threads) {
@@ -175,13 +193,14 @@ void lora_forward(const LoraParams& p, const MatrixView& y) {
 }
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
-                   const MatrixView& dA, const MatrixView& dB) {
+                   const MatrixView& dA, const MatrixView& dB, float* dgate) {
   const bool on_a = p.table->gate_on_a();
   const FactorView a{&p.table->a(), p.lora_A, on_a ? p.gate : nullptr, 1.0f};
   const FactorView b{&p.table->b(), p.lora_B, on_a ? nullptr : p.gate, p.scaling};
   FactorView grad_a = a, grad_b = b;
   grad_a.weight = dA;
   grad_b.weight = dB;
+  ARDLORA_CHECK(dgate == nullptr || p.gate != nullptr, "lora_backward: dgate must come with a gate");
   check_factor(a, "lora_backward", "lora_A");
   check_factor(b, "lora_backward", "lora_B");
   check_gradient(grad_a, "lora_backward", "dA");
@@ -199,7 +218,10 @@ void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& 
     const Side out{a, dx};
     row_pass(Side{b, dy}, &out, dh, p.threads);
   }
+  FactorView& gated = on_a ? grad_a : grad_b;
+  if (dgate != nullptr) gated.row_scale = nullptr;
   outer_pass({{grad_b, &p.h, &dy}, {grad_a, &dh, &p.x}}, p.threads);
+  if (dgate != nullptr) gate_gradient(gated, on_a ? p.lora_A : p.lora_B, p.gate, dgate);
 }
 
 }  // namespace ardlora

@@ -39,8 +39,9 @@ struct LoraParams {
 void lora_forward(const LoraParams& p, const MatrixView& y);
 
 // dx [M, K] += ..., dA and dB (float32, same shape as the parameters) are overwritten. `dx.data` may be null when the
-// input needs no gradient. `dh` [M, hidden] float32 is scratch.
+// input needs no gradient. `dgate` [gated rows] may be null; it costs one more pass over the gated factor's gradient.
+// `dh` [M, hidden] float32 is scratch.
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
-                   const MatrixView& dA, const MatrixView& dB);
+                   const MatrixView& dA, const MatrixView& dB, float* dgate);
 
 }  // namespace ardlora

@@ -1,0 +1,433 @@
+"""One fine-tuning run: data in, adapter and records out. A raw PyTorch loop; the ranks move by themselves.
+
+    corpus -> tokens -> wrap(model) -> attach(optimizer) -> train, evaluate -> save_pretrained, records, metrics, report
+
+Nothing in the run depends on an evaluation: the test set is only looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from ardlora_ext.attach import attach
+from ardlora_ext.batches import Batch, Collator, Features, Outcome, batches, encode, evaluate
+from ardlora_ext.config import ArdConfig, LoraConfig
+from ardlora_ext.data import Corpus, InputError, default_model, load_corpus, trec_corpus
+from ardlora_ext.export import save_pretrained
+from ardlora_ext.inject import parameters_report, wrap
+from ardlora_ext.pretrained import head_modules, load_model, load_tokenizer
+
+Json = dict[str, Any]
+
+_EVAL_POINTS = 5
+_PROBE_EXAMPLES = 500  # a standard error of 1.3 points near 90 %: enough to see a curve, a quarter of the cost
+_HISTORY_POINTS = 600
+_WARMUP_SHARE = 0.06
+_CLIP_NORM = 1.0
+
+
+class DivergenceError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is asked to do; the defaults are the command line's.
+
+    Attributes:
+        out: Folder for the adapter, the records and the report.
+        method: "ard" learns the ranks, "lora" keeps them at `r`.
+        model: Local folder of a transformers model; None for all-MiniLM-L6-v2.
+        data: The user's file, see `load_corpus`; None for the TREC questions.
+        task: "classification", "lm", or "auto" by the columns of `data`.
+        r: Rank of every unit at the start.
+        budget: Most live adapter parameters at the end; None leaves the choice to the controller.
+        granularity: What has a rank of its own: "head", "matrix" or "layer".
+        target_modules: Suffixes of the modules to adapt, as in PEFT, or ("all-linear",).
+        lr: Peak learning rate of the adapters.
+        head_lr: Peak learning rate of the classification head and pooler.
+        batch_size: Examples, or blocks of text, in a step.
+        epochs: Passes over the training examples.
+        max_steps: Steps to take instead of `epochs`.
+        max_length: Tokens at which a text is cut, or of a block of text.
+        seed: Of everything random but the split.
+        threads: CPU threads; None leaves torch's choice.
+    """
+
+    out: Path
+    method: Literal["ard", "lora"] = "ard"
+    model: Path | None = None
+    data: Path | None = None
+    task: Literal["auto", "classification", "lm"] = "auto"
+    r: int = 8
+    budget: int | None = None
+    granularity: Literal["head", "matrix", "layer"] = "head"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    lr: float = 1e-3
+    head_lr: float = 1e-2
+    batch_size: int = 16
+    epochs: int = 3
+    max_steps: int | None = None
+    max_length: int = 128
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.data is None:
+            raise InputError("finetune: --model must come with --data, got no --data")
+        for name in ("batch_size", "epochs", "max_steps", "threads", "lr", "head_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"finetune: --{name.replace('_', '-')} must be positive, got {value}")
+        if self.max_length < 2:
+            raise InputError(f"finetune: --max-length must be at least 2, got {self.max_length}")
+
+    def command(self) -> str:
+        """Return the command line that repeats the run (options at their default are left out)."""
+        words = ["python", "-m", "ardlora_ext", "finetune"]
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value != entry.default:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{entry.name.replace('_', '-')}", *map(str, values)]
+        return shlex.join(words)
+
+
+@dataclass
+class Trace:
+    """What a run leaves behind for its report."""
+
+    history: list[Json] = field(default_factory=list)
+    evals: list[Json] = field(default_factory=list)
+    rank_history: list[Json] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def params_live(self) -> int:
+        """Live adapter parameters now."""
+        return int(self.rank_history[-1]["params"])
+
+    @property
+    def mean_rank(self) -> float:
+        """Mean rank over all units now."""
+        return statistics.fmean(chain.from_iterable(self.rank_history[-1]["ranks"].values()))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens trained on per second, without padding and evaluations."""
+        return self.tokens / self.seconds
+
+    def note_step(self, tokens: int, seconds: float) -> None:
+        """Count a training step."""
+        self.tokens += tokens
+        self.seconds += seconds
+        self.step_ms.append(seconds * 1e3)
+
+    def note_ranks(self, step: int, model: torch.nn.Module, controller: Any) -> None:
+        """Keep the ranks, and the parameters they use, if they changed."""
+        ranks = {name: list(units) for name, units in controller.ranks().items()}
+        now = {"params": parameters_report(model).live, "ranks": ranks}
+        if not self.rank_history or now != {key: self.rank_history[-1][key] for key in now}:
+            self.rank_history.append({"step": step, **now})
+
+    def note_eval(self, step: int, outcome: Outcome) -> None:
+        """Keep an evaluation."""
+        self.evals.append(
+            {"step": step, "loss": outcome.loss, "metric": outcome.metric, "examples": len(outcome.losses)}
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training loop holds."""
+
+    settings: Settings
+    model: torch.nn.Module
+    collate: Collator
+    train: list[Features]
+    test: list[Features]
+    steps: int
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    controller: Any
+    config: ArdConfig | LoraConfig
+
+    @property
+    def probe(self) -> list[Features]:
+        """The fixed part of the test set that the curve during the run is drawn from."""
+        return self.test[:_PROBE_EXAMPLES]
+
+    def evaluate(self, features: Sequence[Features]) -> Outcome:
+        """Score the model on `features`."""
+        return evaluate(self.model, features, self.collate, self.settings.batch_size)
+
+
+def run(settings: Settings) -> Json:
+    """Fine-tune as `settings` say, fill `settings.out`, and return the content of its metrics.json.
+
+    Raises:
+        InputError: Something the user gave cannot be used; found before training starts.
+        DivergenceError: The loss became NaN or infinite.
+    """
+    from ardlora_ext import report  # draws with matplotlib, an extra: better to fail before the training than after it
+
+    started = time.perf_counter()
+    _prepare_folder(settings.out)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+
+    corpus = trec_corpus() if settings.data is None else load_corpus(settings.data, settings.task)
+    job = prepare(settings, corpus)
+    trace = Trace()
+    trace.note_ranks(0, job.model, job.controller)
+    before = job.evaluate(job.test)
+    trace.note_eval(0, before.first(len(job.probe)))
+    train(job, trace)
+    after = job.evaluate(job.test)
+    if not math.isfinite(after.loss):
+        raise DivergenceError(f"finetune: the loss after training is {after.loss}; try a smaller --lr")
+    trace.note_eval(job.steps, after.first(len(job.probe)))
+
+    save_pretrained(job.model, settings.out)
+    metrics = _metrics(job, corpus, trace, before, after, time.perf_counter() - started)
+    report.write_records(settings.out, job.controller.records)
+    report.write_metrics(settings.out, metrics)
+    report.write_report(settings.out)
+    return metrics
+
+
+def prepare(settings: Settings, corpus: Corpus) -> Job:
+    """Load the model, wrap it, and build optimizer, schedule and controller."""
+    if settings.model is None and corpus.task == "lm":
+        raise InputError(
+            "finetune: text without labels must come with --model, a causal language model, got no --model"
+        )
+    folder = settings.model or default_model()
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, corpus, tokenizer)
+    max_length = min(settings.max_length, getattr(model.config, "max_position_embeddings", None) or settings.max_length)
+    train_features = encode(corpus.train, tokenizer, max_length)
+    test_features = encode(corpus.test, tokenizer, max_length)
+    steps = settings.max_steps or settings.epochs * math.ceil(len(train_features) / settings.batch_size)
+
+    heads = head_modules(model) if corpus.task == "classification" else ()
+    try:
+        config = _adapter_config(settings, heads, steps)
+        model = wrap(model, config)
+        optimizer = torch.optim.AdamW(_parameter_groups(model, heads, settings), weight_decay=0.0)
+        controller = attach(model, optimizer)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    schedule = LambdaLR(optimizer, lambda step: _warmup_decay(step, steps))
+    collate = Collator(tokenizer)
+    return Job(settings, model, collate, train_features, test_features, steps, optimizer, schedule, controller, config)
+
+
+def train(job: Job, trace: Trace) -> None:
+    """Take `job.steps` optimizer steps, with a progress bar, and keep in `trace` what happened."""
+    settings, total = job.settings, job.steps
+    eval_steps = {round(total * point / _EVAL_POINTS) for point in range(1, _EVAL_POINTS)}
+    window = _Window(max(1, total // _HISTORY_POINTS))
+    interval = 0.1 if sys.stderr.isatty() else 15.0  # a log file gets a line now and then, a person a moving bar
+    order = batches(len(job.train), settings.batch_size, settings.seed)
+    job.model.train()
+    with tqdm(total=total, desc=settings.method, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
+        for step in range(1, total + 1):
+            begun = time.perf_counter()
+            batch = job.collate([job.train[index] for index in next(order)])
+            loss = _step(job, batch)
+            seconds = time.perf_counter() - begun
+            if not math.isfinite(loss):
+                raise DivergenceError(f"finetune: the loss became {loss} at step {step}; try a smaller --lr")
+            tokens = int(batch["attention_mask"].sum())
+            trace.note_step(tokens, seconds)
+            trace.note_ranks(step, job.model, job.controller)
+            window.add(loss, tokens, seconds)
+            if window.full or step == total:
+                trace.history.append(_history_entry(step, job, trace, window))
+            if step in eval_steps and step < total:
+                trace.note_eval(step, job.evaluate(job.probe))
+            bar.set_postfix(_postfix(loss, trace), refresh=False)
+            bar.update()
+
+
+def _step(job: Job, batch: Batch) -> float:
+    loss = job.model(**batch).loss
+    loss.backward()
+    trained = [p for group in job.optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, _CLIP_NORM)
+    job.optimizer.step()
+    job.schedule.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+@dataclass
+class _Window:
+    """Steps that share one entry of the history, so that a long run does not write a long file."""
+
+    size: int
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def full(self) -> bool:
+        return len(self.losses) >= self.size
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+def _history_entry(step: int, job: Job, trace: Trace, window: _Window) -> Json:
+    entry = {
+        "step": step,
+        "loss": statistics.fmean(window.losses),
+        "lr": job.schedule.get_last_lr()[0],
+        "mean_rank": trace.mean_rank,
+        "params_live": trace.params_live,
+        "tokens_per_s": window.tokens / window.seconds,
+    }
+    window.losses, window.tokens, window.seconds = [], 0, 0.0
+    return entry
+
+
+def _postfix(loss: float, trace: Trace) -> dict[str, str]:
+    return {
+        "loss": f"{loss:.3f}",
+        "metric": f"{trace.evals[-1]['metric']:.3f}",
+        "rank": f"{trace.mean_rank:.2f}",
+        "params": f"{trace.params_live:,}",
+        "tok/s": f"{trace.tokens_per_s:,.0f}",
+    }
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _prepare_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"finetune: --out must be a folder that can be written, got {out}: {error.strerror}"
+        ) from error
+
+
+def _adapter_config(settings: Settings, heads: tuple[str, ...], steps: int) -> ArdConfig | LoraConfig:
+    targets = "all-linear" if settings.target_modules == ("all-linear",) else settings.target_modules
+    if settings.method == "lora":
+        return LoraConfig(r=settings.r, target_modules=targets, modules_to_save=heads)
+    return ArdConfig(
+        r0=settings.r,
+        granularity=settings.granularity,
+        target_modules=targets,
+        modules_to_save=heads,
+        budget=settings.budget,
+        total_steps=steps,
+    )
+
+
+def _parameter_groups(model: torch.nn.Module, heads: tuple[str, ...], settings: Settings) -> list[Json]:
+    """Split the trainable parameters into adapters and head, by the modules that own them."""
+    owners = [module for name, module in model.named_modules() if name.rpartition(".")[2] in heads]
+    head_ids = {id(parameter) for module in owners for parameter in module.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapters = [parameter for parameter in trained if id(parameter) not in head_ids]
+    head = [parameter for parameter in trained if id(parameter) in head_ids]
+    groups = [{"params": adapters, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}]
+    return [group for group in groups if group["params"]]
+
+
+def _warmup_decay(step: int, total: int) -> float:
+    """Rise linearly over the first steps, then fall linearly to zero."""
+    warmup = max(1, round(_WARMUP_SHARE * total))
+    return min((step + 1) / warmup, max(0.0, (total - step) / max(1, total - warmup)))
+
+
+def _metrics(job: Job, corpus: Corpus, trace: Trace, before: Outcome, after: Outcome, seconds: float) -> Json:
+    settings, summary = job.settings, job.controller.summary()
+    budget = summary.get("budget")
+    sizes = parameters_report(job.model)
+    return {
+        "method": settings.method,
+        "model": settings.model.resolve().name if settings.model else "all-MiniLM-L6-v2",
+        "data": corpus.name,
+        "task": corpus.task,
+        "labels": list(corpus.labels),
+        "seed": settings.seed,
+        "command": settings.command(),
+        "config": asdict(job.config),
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
+        },
+        "controller": summary,
+        "steps": job.steps,
+        "epochs": job.steps * settings.batch_size / len(job.train),
+        "batch_size": settings.batch_size,
+        "train_examples": len(job.train),
+        "test_examples": len(job.test),
+        "metric_name": after.metric_name,
+        "metric_before": before.metric,
+        "metric_after": after.metric,
+        "loss_before": before.loss,
+        "loss_after": after.loss,
+        "params_live": sizes.live,
+        "params_peak": max(entry["params"] for entry in trace.rank_history),
+        "params_budget": None if budget is None else round(budget),
+        "params_trainable": sizes.trainable,
+        "params_total": sizes.total,
+        "seconds": seconds,
+        "step_ms_median": statistics.median(trace.step_ms),
+        "tokens_per_s": trace.tokens_per_s,
+        "peak_rss_mb": _peak_rss_mb(),
+        "versions": _versions(),
+        "history": trace.history,
+        "evals": trace.evals,
+        "ranks": trace.rank_history[-1]["ranks"],
+        "rank_history": trace.rank_history,
+    }
+
+
+def _peak_rss_mb() -> float | None:
+    """Return the largest resident size of this process so far; None where the system does not tell."""
+    if os.name != "posix":
+        return None
+    import resource  # absent on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("ardlora_ext", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            found[name] = "source tree"
+    return found

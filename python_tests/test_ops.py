@@ -1,0 +1,314 @@
+"""Native kernels against the float64 reference: every unit kind, ragged ranks, odd sizes, every instruction set."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ardlora_ext import ops, reference
+from ardlora_ext._native import core, matrix
+from ardlora_ext.units import UnitKind, UnitLayout
+
+from tolerances import assert_close_to_reference
+
+UNITS: list[tuple[UnitKind, list[int]]] = [
+    ("matrix", [0]),
+    ("matrix", [1]),
+    ("matrix", [7]),
+    ("matrix", [37]),
+    ("matrix", [66]),
+    ("out_heads", [0, 1, 5, 3]),
+    ("in_heads", [3, 0, 9, 1]),
+]
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+Inputs = dict[str, torch.Tensor]
+
+
+def make_inputs(layout: UnitLayout, ranks: list[int], rows: int, act: torch.dtype, adapter: torch.dtype) -> Inputs:
+    """Inputs are slices of larger tensors, so that strides are always tested."""
+    a_rows, b_rows = layout.rows(ranks)
+    k, n = layout.in_features, layout.out_features
+    return {
+        "x": torch.randn(rows, k + 5).to(act)[:, 2 : k + 2],
+        "weight": (torch.randn(n, k) / k**0.5).to(act),
+        "bias": torch.randn(n).to(act),
+        "lora_A": torch.randn(a_rows + 2, layout.a_width).to(adapter),
+        "lora_B": torch.randn(b_rows + 1, layout.b_width).to(adapter),
+        "gate": torch.rand(sum(ranks)),
+        "dy": torch.randn(rows, n + 3).to(act)[:, 1 : n + 1],
+    }
+
+
+def run_reference(layout: UnitLayout, ranks: list[int], v: Inputs, dtype: torch.dtype, gated: bool) -> Inputs:
+    """Forward and backward in plain torch at `dtype`."""
+    x, a, b = (v[key].detach().to(dtype).requires_grad_() for key in ("x", "lora_A", "lora_B"))
+    a_rows, b_rows = layout.rows(ranks)
+    gate = v["gate"].to(dtype) if gated else None
+    y = x @ v["weight"].to(dtype).T + v["bias"].to(dtype)
+    y = y + reference.lora_linear(layout, ranks, x, a[:a_rows], b[:b_rows], gate, 0.7)
+    y.backward(v["dy"].to(dtype))
+    grads = {"dx": x.grad, "dA": a.grad, "dB": b.grad}
+    return {"y": y.detach()} | {key: torch.zeros(0) if g is None else g for key, g in grads.items()}
+
+
+def run_native(layout: UnitLayout, ranks: list[int], v: Inputs, gated: bool) -> Inputs:
+    """Forward and backward through the autograd node."""
+    x, a, b = (v[key].detach().requires_grad_() for key in ("x", "lora_A", "lora_B"))
+    gate = v["gate"] if gated else None
+    y = ops.lora_linear(x, v["weight"], v["bias"], a, b, gate, layout.table(ranks), 0.7)
+    y.backward(v["dy"])
+    assert x.grad is not None
+    assert a.grad is not None
+    assert b.grad is not None
+    return {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}
+
+
+@pytest.mark.parametrize("rows", [1, 5, 67])
+@pytest.mark.parametrize(("act", "adapter"), DTYPES)
+@pytest.mark.parametrize("factoring", ["independent", "shared"])
+@pytest.mark.parametrize(("kind", "ranks"), UNITS)
+def test_lora_linear(
+    isa: str, kind: UnitKind, ranks: list[int], factoring: str, act: torch.dtype, adapter: torch.dtype, rows: int
+) -> None:
+    layout = UnitLayout(kind, factoring, len(ranks), 132, 100)  # type: ignore[arg-type]
+    for gated in (False, True):
+        v = make_inputs(layout, ranks, rows, act, adapter)
+        exact, theirs = (run_reference(layout, ranks, v, dtype, gated) for dtype in (torch.float64, act))
+        ours = run_native(layout, ranks, v, gated)
+        for key, value in ours.items():
+            assert_close_to_reference(value, theirs[key], exact[key], act, f"{key} gated={gated}")
+        a_rows, b_rows = layout.rows(ranks)
+        assert not ours["dA"][a_rows:].any(), "rows past the live ones get zero gradients"
+        assert not ours["dB"][b_rows:].any()
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 8, 9, 15, 16, 17, 21, 31, 33, 64, 130])
+def test_sizes_around_the_vector_width(isa: str, width: int) -> None:
+    layout = UnitLayout("matrix", "shared", 1, width, width + 1)
+    ranks = [min(width, 5)]
+    for act in (torch.float32, torch.bfloat16):
+        v = make_inputs(layout, ranks, 13, act, torch.float32)
+        exact, theirs = (run_reference(layout, ranks, v, dtype, True) for dtype in (torch.float64, act))
+        for key, value in run_native(layout, ranks, v, True).items():
+            assert_close_to_reference(value, theirs[key], exact[key], act, f"{key} width={width}")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["out_heads", "in_heads"]),
+    factoring=st.sampled_from(["independent", "shared"]),
+    ranks=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    head_dim=st.integers(1, 20),
+    other=st.integers(1, 40),
+    rows=st.integers(0, 40),
+)
+def test_any_unit_table(kind: UnitKind, factoring: str, ranks: list[int], head_dim: int, other: int, rows: int) -> None:
+    cut = head_dim * len(ranks)
+    sizes = (other, cut) if kind == "out_heads" else (cut, other)
+    layout = UnitLayout(kind, factoring, len(ranks), *sizes)  # type: ignore[arg-type]
+    v = make_inputs(layout, ranks, rows, torch.float32, torch.float32)
+    exact, theirs = (run_reference(layout, ranks, v, dtype, True) for dtype in (torch.float64, torch.float32))
+    for key, value in run_native(layout, ranks, v, True).items():
+        assert_close_to_reference(value, theirs[key], exact[key], torch.float32, key)
+
+
+def test_native_table_agrees_with_layout() -> None:
+    for (kind, ranks), factoring in itertools.product(UNITS, ["independent", "shared"]):
+        layout = UnitLayout(kind, factoring, len(ranks), 132, 100)  # type: ignore[arg-type]
+        table = layout.table(ranks)
+        assert (table.a_rows, table.b_rows) == layout.rows(ranks)
+        assert (table.a_width, table.b_width, table.gate_on_a) == (layout.a_width, layout.b_width, layout.gate_on_a)
+
+
+@pytest.mark.parametrize("act", [torch.float32, torch.bfloat16])
+def test_bitwise_equal_between_runs_and_thread_counts(isa: str, act: torch.dtype) -> None:
+    layout = UnitLayout("out_heads", "shared", 4, 260, 132)
+    ranks = [9, 1, 4, 6]
+    v = make_inputs(layout, ranks, 203, act, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(run_adapter_alone(layout, ranks, v))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(value, other[key]), key
+
+
+def run_adapter_alone(layout: UnitLayout, ranks: list[int], v: Inputs) -> Inputs:
+    """The kernels without torch's own matmul, whose bits may depend on the number of threads."""
+    x, a, b = (v[key].detach().requires_grad_() for key in ("x", "lora_A", "lora_B"))
+    y = torch.zeros(len(x), layout.out_features, dtype=x.dtype)
+    out = ops.lora_accumulate(y, x, a, b, v["gate"], layout.table(ranks), 0.7)
+    out.backward(v["dy"])
+    assert x.grad is not None
+    assert a.grad is not None
+    assert b.grad is not None
+    return {"y": out.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}
+
+
+def test_primitives_match_their_formulas(isa: str) -> None:
+    layout = UnitLayout("matrix", "shared", 1, 50, 33)
+    table, x = layout.table([6]), torch.randn(19, 50)
+    w, b, scale = torch.randn(6, 50), torch.randn(6, 33), torch.rand(6)
+    h, y, dw = torch.empty(19, 6), torch.randn(19, 33), torch.empty(8, 50)
+    core.shrink(table, True, matrix(w), scale.data_ptr(), 0.5, matrix(x), matrix(h), 2)
+    torch.testing.assert_close(h, 0.5 * scale * (x @ w.T))
+    expected = y + 0.5 * (scale * h) @ b
+    core.expand(table, False, matrix(b), scale.data_ptr(), 0.5, matrix(h), matrix(y), 2)
+    torch.testing.assert_close(y, expected)
+    core.outer(table, True, matrix(dw), scale.data_ptr(), 0.5, matrix(h), matrix(x), 2)
+    torch.testing.assert_close(dw[:6], 0.5 * scale[:, None] * (h.T @ x))
+    assert not dw[6:].any()
+
+
+def test_gradcheck_by_finite_differences() -> None:
+    layout = UnitLayout("in_heads", "shared", 2, 8, 6)
+    v = make_inputs(layout, [2, 3], 4, torch.float32, torch.float32)
+    ours = run_native(layout, [2, 3], v, True)
+    step = 1e-2
+    for i, j in ((0, 0), (2, 3)):
+        moved = {**v, "lora_A": v["lora_A"].clone()}
+        moved["lora_A"][i, j] += step
+        table = layout.table([2, 3])
+
+        def loss(inputs: Inputs, table: core.UnitTable = table) -> float:
+            y = ops.lora_linear(
+                inputs["x"], v["weight"], v["bias"], inputs["lora_A"], v["lora_B"], v["gate"], table, 0.7
+            )
+            return float((y * v["dy"]).sum())
+
+        numeric = (loss(moved) - loss(v)) / step  # the loss is linear in A: exact up to rounding
+        assert ours["dA"][i, j].item() == pytest.approx(numeric, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_dots(isa: str, dtype: torch.dtype) -> None:
+    pairs = [(torch.randn(r, c).to(dtype), torch.randn(r, c).to(dtype)) for r, c in ((3, 70), (1, 1), (9, 33), (2, 64))]
+    blocks = np.array([(w.data_ptr(), g.data_ptr(), *w.shape) for w, g in pairs], dtype=np.int64)
+    out = core.row_dots(blocks, 0 if dtype == torch.float32 else 1, 2)
+    expected = torch.cat([reference.row_dots(w.double(), g.double()) for w, g in pairs])
+    scale = torch.cat([(w.double().norm(dim=1) * g.double().norm(dim=1)) for w, g in pairs])
+    assert ((torch.from_numpy(out).double() - expected).abs() <= 1e-6 * scale).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 12), cols=st.integers(1, 9), in_place=st.booleans())
+def test_rank_resize_is_a_gather_in_any_order(data: st.DataObject, rows: int, cols: int, in_place: bool) -> None:
+    count = rows if in_place else data.draw(st.integers(0, 14))
+    sources = data.draw(st.permutations([*range(rows), *[-1] * 14]))[:count]
+    old = torch.randn(rows, cols)
+    expected = reference.rank_resize(old, sources)
+    new = old if in_place else torch.full((count, cols), float("nan"))
+    moves = np.array([(old.data_ptr(), new.data_ptr(), 4 * cols, rows, 0)], dtype=np.int64)
+    core.rank_resize(moves, [sources], 2)
+    assert torch.equal(new[:count], expected)
+
+
+def test_rank_resize_checks_everything_before_it_moves() -> None:
+    good, bad = torch.ones(2, 3), torch.ones(2, 3)
+    moves = np.array(
+        [(good.data_ptr(), good.data_ptr(), 12, 2, 0), (bad.data_ptr(), bad.data_ptr(), 12, 2, 1)], dtype=np.int64
+    )
+    with pytest.raises(ValueError, match="rank_resize: index must use each row once, got 1 twice"):
+        core.rank_resize(moves, [[-1, -1], [1, 1]], 1)
+    assert good.all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    alpha=st.lists(st.floats(0, 4), min_size=1, max_size=8),
+    step=st.floats(1e-3, 1.0),
+    price=st.floats(0, 2),
+    tv=st.floats(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_prox_step_is_the_minimiser(alpha: list[float], step: float, price: float, tv: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.tensor(alpha, dtype=torch.float64)
+    grad = torch.randn(len(a), generator=generator, dtype=torch.float64)
+    weight = torch.rand(len(a), generator=generator, dtype=torch.float64) + 0.1
+    lo, hi = torch.full_like(a, 0.125), torch.full_like(a, 4.0)
+    ours = a.numpy().copy()
+    core.prox_step(ours, grad.numpy(), weight.numpy(), lo.numpy(), hi.numpy(), step, price, tv)
+    torch.testing.assert_close(
+        torch.from_numpy(ours), reference.prox_step(a, grad, weight, lo, hi, step, price, tv), rtol=1e-12, atol=1e-12
+    )
+
+    def objective(z: torch.Tensor) -> torch.Tensor:
+        return grad * z + price * weight * z.abs() + (price * tv + 1.0 / step) / 2.0 * (z - a) ** 2
+
+    grid = torch.linspace(0.125, 4.0, 4001, dtype=torch.float64)
+    best = torch.stack([objective(g.expand_as(a)) for g in grid]).min(dim=0).values
+    assert (objective(torch.from_numpy(ours)) <= best + 1e-9).all()
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0, 2.3, 2.95, 3.0, 7.999, 12.0])
+def test_ramp_gates(rho: float) -> None:
+    gate = torch.full((9,), -1.0)
+    core.ramp_gates(np.array([[gate.data_ptr(), 9]], dtype=np.int64), np.array([rho]), 0.1)
+    torch.testing.assert_close(gate, reference.ramp_gate(rho, 9, 0.1).float())
+    live = gate[: int(np.ceil(rho)) + 1]
+    assert (live[:-1] > 0).all(), "the boundary component is always trained"
+    assert not gate[int(np.ceil(rho)) + 1 :].any()
+
+
+def test_ramp_gates_are_continuous() -> None:
+    points = np.linspace(1.0, 6.0, 2001)
+    gates = torch.stack([reference.ramp_gate(float(r), 8, 0.1) for r in points])
+    rise = gates[1:] - gates[:-1]
+    assert rise.max().item() <= points[1] - points[0] + 1e-9
+    assert rise.min().item() >= -1e-12, "more rank never closes a gate"
+
+
+def test_errors_name_the_argument() -> None:
+    layout = UnitLayout("matrix", "shared", 1, 16, 8)
+    a, b, weight, table = torch.randn(3, 16), torch.randn(3, 8), torch.randn(8, 16), layout.table([3])
+    x = torch.randn(4, 16)
+    with pytest.raises(ValueError, match=r"lora_linear: x must be \[\.\.\., K\] = \[\.\.\., 16\], got \[4, 15\]"):
+        ops.lora_linear(x[:, :15], weight, None, a, b, None, table, 1.0)
+    with pytest.raises(ValueError, match="lora_linear: x must have the dtype of weight"):
+        ops.lora_linear(x.bfloat16(), weight, None, a, b, None, table, 1.0)
+    with pytest.raises(ValueError, match="lora_A must have at least 3 rows, got 2"):
+        ops.lora_linear(x, weight, None, a[:2], b, None, table, 1.0)
+    with pytest.raises(ValueError, match="adapter dtype must be float32 or equal the activations' float32"):
+        ops.lora_linear(x, weight, None, a.bfloat16(), b.bfloat16(), None, table, 1.0)
+    with pytest.raises(NotImplementedError, match="tensors must be on the CPU, this build has no CUDA kernels"):
+        ops.lora_linear(x.to("meta"), weight, None, a, b, None, table, 1.0)
+    with pytest.raises(ValueError, match=r"dtype must be float32 or bfloat16, got torch\.float16"):
+        ops.lora_linear(x.half(), weight.half(), None, a, b, None, table, 1.0)
+    with pytest.raises(ValueError, match="heads must divide"):
+        UnitLayout("out_heads", "shared", 3, 16, 8)
+    with pytest.raises(ValueError, match="ranks must be >= 0, got -1"):
+        core.UnitTable(0, 0, 16, 8, [-1])
+
+
+def test_isa_override() -> None:
+    with pytest.raises(ValueError, match=r"instruction set must be one this CPU can run \(.*scalar.*\), got 'sse9'"):
+        core.set_isa("sse9")
+    code = "from ardlora_ext._native import core; print(core.active_isa())"
+    environment = {**os.environ, "ARDLORA_ISA": "scalar"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "scalar"
+    environment["ARDLORA_ISA"] = "nonsense"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "ARDLORA_ISA: instruction set must be one this CPU can run" in run.stderr
+
+
+def test_core_has_no_torch_headers() -> None:
+    root = Path(__file__).parents[1] / "csrc"
+    included = [p for p in root.rglob("*.*") if "#include <torch" in p.read_text() or "#include <ATen" in p.read_text()]
+    assert not included
