@@ -51,7 +51,7 @@ class LoraLinear(nn.Module):
     """
 
     lora_gate: torch.Tensor | None
-    lora_E: nn.Parameter | None
+    lora_E: nn.Parameter | None  # noqa: N815
 
     def __init__(
         self,
