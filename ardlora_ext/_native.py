@@ -5,9 +5,17 @@ The core knows nothing of torch: a matrix is `(address, rows, columns, row strid
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch  # first: the core then shares torch's own OpenMP runtime
+
+try:
+    from ardlora_ext import _C as core
+except ImportError as cause:
+    raise ImportError(
+        "ardlora_ext: the compiled core `_C` could not be loaded; build it with `pip install .` "
+        f"from the project's root ({cause})"
+    ) from cause
+
+__all__ = ["DTYPE_CODES", "NO_MATRIX", "Matrix", "core", "matrix", "threads"]
 
 Matrix = tuple[int, int, int, int, int]
 
@@ -16,23 +24,10 @@ NO_MATRIX: Matrix = (0, 0, 0, 0, 0)
 
 _VERSION = "0.1.0"
 
-
-def _load() -> ModuleType:
-    try:
-        from ardlora_ext import _C
-    except ImportError as cause:
-        raise ImportError(
-            "ardlora_ext: the compiled core `_C` could not be loaded; build it with `pip install .` "
-            f"from the project's root ({cause})"
-        ) from cause
-    if _C.__version__ != _VERSION:
-        raise ImportError(
-            f"ardlora_ext: the compiled core must be version {_VERSION}, got {_C.__version__}; run `pip install .` again"
-        )
-    return _C
-
-
-core = _load()
+if core.__version__ != _VERSION:
+    raise ImportError(
+        f"ardlora_ext: the compiled core must be version {_VERSION}, got {core.__version__}; run `pip install .` again"
+    )
 
 
 def matrix(t: torch.Tensor) -> Matrix:

@@ -64,7 +64,7 @@ def _peft_files(model: nn.Module, layers: dict[str, LoraLinear]) -> tuple[dict[s
         tensors[f"base_model.model.{name}"] = value
     kind = type(model).__name__
     base = getattr(model, "config", None)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None),
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,

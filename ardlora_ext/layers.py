@@ -21,6 +21,8 @@ except ImportError:  # pragma: no cover - transformers is a dependency, its layo
         """Stands in where transformers has no Conv1D."""
 
 
+__all__ = ["Capacity", "Conv1D", "Gate", "LoraLinear", "capacity_of", "initial_rows"]
+
 Capacity = Literal["elastic", "fixed"]
 Gate = Literal["none", "controlled", "trained"]
 
@@ -109,12 +111,12 @@ class LoraLinear(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "table"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.set_ranks(self.ranks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraLinear:
         """Follow `.to(...)`, but keep gates in float32, the type the kernels read."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.lora_gate is not None:
             self.lora_gate = self.lora_gate.float()
         if self.lora_E is not None:
@@ -142,34 +144,32 @@ class LoraLinear(nn.Module):
         """The factor with one row per unit and component, on which gates act."""
         return self.lora_A if self.layout.gate_on_a else self.lora_B
 
-    def _dense_weight(self) -> torch.Tensor | None:
-        """Return the base weight as [N, K] when the base is a plain frozen linear, else None."""
+    def _dense_base(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return (weight [N, K], bias) when the base is a plain frozen linear, else None."""
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or base._forward_hooks or base._forward_pre_hooks:
             return None
-        weight: torch.Tensor = base.weight
-        if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        weight: torch.Tensor = getattr(base, "weight")  # noqa: B009 - typed as Tensor | Module
+        bias: torch.Tensor | None = getattr(base, "bias")  # noqa: B009
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
-        return weight if type(base) is nn.Linear else weight.t()
+        return (weight if type(base) is nn.Linear else weight.t()), bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return base(x) plus the adapter's output, [..., out_features]."""
-        autocast = torch.is_autocast_enabled(x.device.type)
-        weight = None if autocast else self._dense_weight()
-        if weight is not None and weight.dtype == x.dtype:
-            return ops.lora_linear(
-                x, weight, self.base_layer.bias, self.lora_A, self.lora_B, self.gate, self.table, self.scaling
-            )
+        adapter = self.lora_A, self.lora_B, self.gate, self.table, self.scaling
+        dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
+        if dense is not None and dense[0].dtype == x.dtype:
+            weight, bias = dense
+            return ops.lora_linear(x, weight, bias, *adapter)
         y = self.base_layer(x)
-        return ops.lora_accumulate(y, x.to(y.dtype), self.lora_A, self.lora_B, self.gate, self.table, self.scaling)
+        return ops.lora_accumulate(y, x.to(y.dtype), *adapter)
 
     @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:
         """Return the dense update [out_features, in_features] in float32."""
-        gate = self.gate
-        return reference.lora_delta(
-            self.layout, self.ranks, self.lora_A.float(), self.lora_B.float(), gate, self.scaling
-        )
+        factors = self.lora_A.float(), self.lora_B.float()
+        return reference.lora_delta(self.layout, self.ranks, *factors, self.gate, self.scaling)
 
     @torch.no_grad()
     def singular_values(self) -> torch.Tensor:
@@ -190,7 +190,7 @@ class LoraLinear(nn.Module):
         # sigma^2 are the eigenvalues of A A^T B B^T, symmetric as C^T (B B^T) C with A A^T = C C^T.
         values, vectors = torch.linalg.eigh(gram[0])
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
-        squares = torch.linalg.eigvalsh(root.mT @ gram[1] @ root)
+        squares: torch.Tensor = torch.linalg.eigvalsh(root.mT @ gram[1] @ root)
         return squares.clamp(min=0.0).sqrt().flip(-1)
 
     @torch.no_grad()

@@ -178,7 +178,9 @@ def lora_linear(
         raise ValueError(f"lora_linear: x must have the dtype of weight ({weight.dtype}), got {x.dtype}")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lora_linear: x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
-    out: torch.Tensor = _LoraLinear.apply(x, weight, bias, lora_A, lora_B, gate, table, scaling)
+    out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, lora_A, lora_B, gate, table, scaling
+    )
     return out
 
 
@@ -198,5 +200,7 @@ def lora_accumulate(
     _check_cpu("lora_accumulate", x, y, lora_A, lora_B)
     if x.dtype != y.dtype:
         raise ValueError(f"lora_accumulate: x must have the dtype of y ({y.dtype}), got {x.dtype}")
-    out: torch.Tensor = _LoraAccumulate.apply(y, x, lora_A, lora_B, gate, table, scaling)
+    out: torch.Tensor = _LoraAccumulate.apply(  # type: ignore[no-untyped-call]
+        y, x, lora_A, lora_B, gate, table, scaling
+    )
     return out

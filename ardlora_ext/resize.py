@@ -65,7 +65,7 @@ class RankUpdate:
 def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
     if len(units) != layer.layout.units:
         raise ValueError(f"rank change: '{name}' must have {layer.layout.units} unit updates, got {len(units)}")
-    order = max((u.keep for u in units), key=len)
+    order: tuple[int, ...] = max((u.keep for u in units), key=lambda keep: len(keep))
     for u, (unit, rank) in enumerate(zip(units, layer.ranks, strict=True)):
         if len(set(unit.keep)) != len(unit.keep) or any(not 0 <= k < rank for k in unit.keep):
             raise ValueError(
@@ -94,7 +94,8 @@ def _own_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]:
 
 def _common_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]:
     """Rows of a factor that all units share: the common order, then rows still there, then new ones."""
-    order = list(max((u.keep for u in units), key=len))
+    longest: tuple[int, ...] = max((u.keep for u in units), key=lambda keep: len(keep))
+    order = list(longest)
     order += [row for row in range(max(ranks)) if row not in order]
     wanted = max(u.rank for u in units)
     return order[:wanted] + [ZERO] * (wanted - len(order))
@@ -171,7 +172,7 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
     for factor, parameter in change.layer.factors.items():
         grad = change.buffers.get((factor, "grad"))
         parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
-        parameter.set_(change.buffers[factor, ""].new)
+        parameter.set_(change.buffers[factor, ""].new)  # type: ignore[call-overload]
         if grad is not None:
             parameter.grad = grad.new
         if optimizer is not None:

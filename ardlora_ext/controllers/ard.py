@@ -138,11 +138,12 @@ class ArdController(Controller[ArdConfig]):
         holds the share sigma_j^2 / sum sigma^2 of it.
         """
         unit = np.add.reduceat(dots, self._first_rows())
-        self.fisher = _EMA * self.fisher + (1.0 - _EMA) * unit**2
+        self.fisher = np.asarray(_EMA * self.fisher + (1.0 - _EMA) * unit**2, dtype=np.float64)
         if self.spectrum is None or self.step % self.config.update_interval == 0:
             widest = int(self.units.live().max())
             values = [layer.singular_values().numpy() ** 2 for layer in self.units.layers]
-            self.spectrum = np.concatenate([np.pad(v, ((0, 0), (0, widest - v.shape[1]))) for v in values])
+            padded = [np.pad(v, ((0, 0), (0, widest - v.shape[1]))) for v in values]
+            self.spectrum = np.asarray(np.concatenate(padded), dtype=np.float64)
         share = self.spectrum[np.arange(len(unit)), np.minimum(self._boundary(), self.spectrum.shape[1] - 1)]
         result: Floats = -np.sqrt(self.fisher * share / np.maximum(self.spectrum.sum(axis=1), 1e-300))
         return result
@@ -156,7 +157,7 @@ class ArdController(Controller[ArdConfig]):
             self._record_skip()
             return
         slope = self._secant(dots) if self.config.slope == "secant" else self._tangent(dots)
-        gradient = np.bincount(self.group, slope, minlength=len(self.alpha))
+        gradient: Floats = np.bincount(self.group, slope, minlength=len(self.alpha)).astype(np.float64)
         if self.config.normalize:
             correction = 1.0 - _EMA ** (self.step + 1)
             self.grad_square = _EMA * self.grad_square + (1.0 - _EMA) * float(np.mean(gradient**2))
@@ -198,7 +199,7 @@ class ArdController(Controller[ArdConfig]):
             return
         cfg, units = self.config, self.units
         rho = self._unit_rho()
-        cost = np.bincount(self.group, units.costs.marginal(rho), minlength=len(self.alpha))
+        cost: Floats = np.bincount(self.group, units.costs.marginal(rho), minlength=len(self.alpha)).astype(np.float64)
         weight = cost / cost.mean() if cfg.cost_weighted else np.ones_like(cost)
         if cfg.slope == "secant":  # the slope is an amplitude, so is the cost it is weighed against
             weight = np.sqrt(weight)
