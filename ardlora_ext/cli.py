@@ -62,23 +62,32 @@ def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         formatter_class=_HelpFormatter,
     )
     parser.set_defaults(run=_finetune)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter, the records and report.html")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the adapter, the records and report.html"
+    )
 
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", type=Path, help="local folder of a transformers model (default: all-MiniLM-L6-v2)")
+    data.add_argument(
+        "--model", type=Path, metavar="DIR", help="local folder of a transformers model (default: all-MiniLM-L6-v2)"
+    )
     data.add_argument(
         "--data",
         type=Path,
+        metavar="FILE",
         help="a .jsonl or .csv file with the columns text, label and perhaps text_pair; "
         "or only text, or a .txt file, for language modelling (default: the TREC questions)",
     )
     data.add_argument("--task", choices=("auto", "classification", "lm"), default=Settings.task, help="what to learn")
-    data.add_argument("--max-length", type=int, default=Settings.max_length, help="tokens of a text or block at most")
+    data.add_argument(
+        "--max-length", type=int, metavar="N", default=Settings.max_length, help="tokens of a text or block at most"
+    )
 
     ranks = parser.add_argument_group("adapters and ranks")
     ranks.add_argument("--method", choices=("ard", "lora"), default=Settings.method, help="learn the ranks or fix them")
-    ranks.add_argument("--r", type=int, default=Settings.r, help="rank of every unit at the start")
-    ranks.add_argument("--budget", type=int, help="adapter parameters at the end at most (default: by the controller)")
+    ranks.add_argument("--r", type=int, metavar="N", default=Settings.r, help="rank of every unit at the start")
+    ranks.add_argument(
+        "--budget", type=int, metavar="N", help="adapter parameters at the end (default: as plain LoRA with --r has)"
+    )
     ranks.add_argument(
         "--granularity", choices=("head", "matrix", "layer"), default=Settings.granularity, help="what has its own rank"
     )
@@ -91,13 +100,21 @@ def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=Settings.epochs, help="passes over the training examples")
-    training.add_argument("--max-steps", type=int, help="steps to take, instead of --epochs")
-    training.add_argument("--batch-size", type=int, default=Settings.batch_size, help="examples in a step")
-    training.add_argument("--lr", type=float, default=Settings.lr, help="peak learning rate of the adapters")
-    training.add_argument("--head-lr", type=float, default=Settings.head_lr, help="peak learning rate of a new head")
-    training.add_argument("--seed", type=int, default=Settings.seed, help="of all that is random but the data split")
-    training.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    training.add_argument(
+        "--epochs", type=int, metavar="N", default=Settings.epochs, help="passes over the training examples"
+    )
+    training.add_argument("--max-steps", type=int, metavar="N", help="steps to take, instead of --epochs")
+    training.add_argument("--batch-size", type=int, metavar="N", default=Settings.batch_size, help="examples in a step")
+    training.add_argument(
+        "--lr", type=float, metavar="X", default=Settings.lr, help="peak learning rate of the adapters"
+    )
+    training.add_argument(
+        "--head-lr", type=float, metavar="X", default=Settings.head_lr, help="peak learning rate of a new head"
+    )
+    training.add_argument(
+        "--seed", type=int, metavar="N", default=Settings.seed, help="of all that is random but the data split"
+    )
+    training.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -38,7 +38,7 @@ Json = dict[str, Any]
 
 _EVAL_POINTS = 5
 _PROBE_EXAMPLES = 500  # a standard error of 1.3 points near 90 %: enough to see a curve, a quarter of the cost
-_HISTORY_POINTS = 600
+_HISTORY_POINTS = 450  # at most twice as many, however long the run is
 _WARMUP_SHARE = 0.06
 _CLIP_NORM = 1.0
 
@@ -58,7 +58,7 @@ class Settings:
         data: The user's file, see `load_corpus`; None for the TREC questions.
         task: "classification", "lm", or "auto" by the columns of `data`.
         r: Rank of every unit at the start.
-        budget: Most live adapter parameters at the end; None leaves the choice to the controller.
+        budget: Most live adapter parameters at the end; None for what plain LoRA with `r` has.
         granularity: What has a rank of its own: "head", "matrix" or "layer".
         target_modules: Suffixes of the modules to adapt, as in PEFT, or ("all-linear",).
         lr: Peak learning rate of the adapters.
@@ -96,6 +96,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"finetune: --{name.replace('_', '-')} must be positive, got {value}")
+        if self.budget is not None and self.method != "ard":
+            raise InputError(f"finetune: --budget must come with --method ard, got --method {self.method}")
         if self.max_length < 2:
             raise InputError(f"finetune: --max-length must be at least 2, got {self.max_length}")
 
@@ -120,16 +122,14 @@ class Trace:
     step_ms: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
-
-    @property
-    def params_live(self) -> int:
-        """Live adapter parameters now."""
-        return int(self.rank_history[-1]["params"])
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    params_live: int = 0
+    params_peak: int = 0
 
     @property
     def mean_rank(self) -> float:
         """Mean rank over all units now."""
-        return statistics.fmean(chain.from_iterable(self.rank_history[-1]["ranks"].values()))
+        return statistics.fmean(chain.from_iterable(self.ranks.values()))
 
     @property
     def tokens_per_s(self) -> float:
@@ -142,11 +142,13 @@ class Trace:
         self.seconds += seconds
         self.step_ms.append(seconds * 1e3)
 
-    def note_ranks(self, step: int, model: torch.nn.Module, controller: Any) -> None:
-        """Keep the ranks, and the parameters they use, if they changed."""
-        ranks = {name: list(units) for name, units in controller.ranks().items()}
-        now = {"params": parameters_report(model).live, "ranks": ranks}
-        if not self.rank_history or now != {key: self.rank_history[-1][key] for key in now}:
+    def note_ranks(self, step: int, model: torch.nn.Module, controller: Any, keep: bool) -> None:
+        """Look at the ranks and the parameters they use; put them into the history if asked to, and if they changed."""
+        self.ranks = {name: list(units) for name, units in controller.ranks().items()}
+        self.params_live = parameters_report(model).live
+        self.params_peak = max(self.params_peak, self.params_live)
+        now = {"params": self.params_live, "ranks": self.ranks}
+        if keep and (not self.rank_history or now != {key: self.rank_history[-1][key] for key in now}):
             self.rank_history.append({"step": step, **now})
 
     def note_eval(self, step: int, outcome: Outcome) -> None:
@@ -199,7 +201,7 @@ def run(settings: Settings) -> Json:
     corpus = trec_corpus() if settings.data is None else load_corpus(settings.data, settings.task)
     job = prepare(settings, corpus)
     trace = Trace()
-    trace.note_ranks(0, job.model, job.controller)
+    trace.note_ranks(0, job.model, job.controller, keep=True)
     before = job.evaluate(job.test)
     trace.note_eval(0, before.first(len(job.probe)))
     train(job, trace)
@@ -261,9 +263,10 @@ def train(job: Job, trace: Trace) -> None:
                 raise DivergenceError(f"finetune: the loss became {loss} at step {step}; try a smaller --lr")
             tokens = int(batch["attention_mask"].sum())
             trace.note_step(tokens, seconds)
-            trace.note_ranks(step, job.model, job.controller)
             window.add(loss, tokens, seconds)
-            if window.full or step == total:
+            closed = window.full or step == total
+            trace.note_ranks(step, job.model, job.controller, keep=closed)
+            if closed:
                 trace.history.append(_history_entry(step, job, trace, window))
             if step in eval_steps and step < total:
                 trace.note_eval(step, job.evaluate(job.probe))
@@ -397,7 +400,7 @@ def _metrics(job: Job, corpus: Corpus, trace: Trace, before: Outcome, after: Out
         "loss_before": before.loss,
         "loss_after": after.loss,
         "params_live": sizes.live,
-        "params_peak": max(entry["params"] for entry in trace.rank_history),
+        "params_peak": trace.params_peak,
         "params_budget": None if budget is None else round(budget),
         "params_trainable": sizes.trainable,
         "params_total": sizes.total,
@@ -408,7 +411,7 @@ def _metrics(job: Job, corpus: Corpus, trace: Trace, before: Outcome, after: Out
         "versions": _versions(),
         "history": trace.history,
         "evals": trace.evals,
-        "ranks": trace.rank_history[-1]["ranks"],
+        "ranks": trace.ranks,
         "rank_history": trace.rank_history,
     }
 

@@ -5,6 +5,7 @@ Works in the dtype of its inputs; tests call it in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -100,11 +101,23 @@ def prox_step(
     return torch.minimum(torch.maximum(shrunk, lo), hi)
 
 
-def ramp_gate(rho: float, count: int, floor: float) -> torch.Tensor:
-    """Return the gates [count] of a unit with soft rank rho: 1 up to floor(rho), the rest, then the look-ahead."""
-    d = rho - torch.arange(count, dtype=torch.float64)
-    inside = torch.clamp(d, min=floor, max=1.0)
-    ahead = torch.clamp(floor * (1.0 + d), min=0.0)
-    gate = torch.where(d >= 0, inside, ahead)
+def gates(kind: str, rho: float, count: int, floor: float, width: float = 1.0) -> torch.Tensor:
+    """Return the gates [count] of a unit with soft rank rho, component 0 open.
+
+    `ramp`: 1 up to floor(rho), the rest (at least `floor`), then the look-ahead. `ste`: 1 for the first round(rho).
+    `sigmoid`: sigma((rho - j - 1/2) / width). `scale`: rho / width for the first round(rho).
+    """
+    j = torch.arange(count, dtype=torch.float64)
+    d = rho - j
+    inside = j < math.floor(rho + 0.5)
+    if kind == "scale":
+        return torch.where(inside | (j == 0), torch.full_like(d, rho / width), torch.full_like(d, floor))
+    if kind == "ste":
+        gate = torch.where(inside, torch.ones_like(d), torch.full_like(d, floor))
+    elif kind == "sigmoid":
+        gate = torch.sigmoid((d - 0.5) / width)
+    else:
+        ahead = torch.clamp(floor * (1.0 + d), min=0.0)
+        gate = torch.where(d >= 0, torch.clamp(d, min=floor, max=1.0), ahead)
     gate[:1] = 1.0
     return gate

@@ -56,8 +56,9 @@ def write_records(folder: Path, records: Iterable[Json]) -> None:
 
 
 def write_metrics(folder: Path, metrics: Json) -> None:
-    """Write metrics.json."""
-    write_atomic(folder / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
+    """Write metrics.json, one key in a line: short, and still readable."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in metrics.items()]
+    write_atomic(folder / METRICS_FILE, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def load_run(folder: Path) -> tuple[Json, list[Json]]:
@@ -152,7 +153,7 @@ def _figures(metrics: Json) -> dict[str, Figure]:
         )
         figures["params"] = Figure(
             "Live adapter parameters and rank changes over training",
-            "Live parameters are the ones that the current ranks use.",
+            "Live are all components that are computed with, also one on trial above a unit's rank while ranks move.",
             plots.params_over_time(history, metrics["params_budget"], steps),
         )
     return figures

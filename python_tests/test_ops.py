@@ -255,22 +255,27 @@ def test_prox_step_is_the_minimiser(alpha: list[float], step: float, price: floa
     assert (objective(torch.from_numpy(ours)) <= best + 1e-9).all()
 
 
+GATES = ["ramp", "ste", "sigmoid", "scale"]
+
+
 @pytest.mark.parametrize("rho", [1.0, 2.0, 2.3, 2.95, 3.0, 7.999, 12.0])
-def test_ramp_gates(rho: float) -> None:
+@pytest.mark.parametrize("kind", GATES)
+def test_gates(kind: str, rho: float) -> None:
     gate = torch.full((9,), -1.0)
-    core.ramp_gates(np.array([[gate.data_ptr(), 9]], dtype=np.int64), np.array([rho]), 0.1)
-    torch.testing.assert_close(gate, reference.ramp_gate(rho, 9, 0.1).float())
+    blocks = np.array([[gate.data_ptr(), 9]], dtype=np.int64)
+    core.set_gates(blocks, np.array([rho]), GATES.index(kind), 0.1, 4.0)
+    torch.testing.assert_close(gate, reference.gates(kind, rho, 9, 0.1, 4.0).float())
     live = gate[: int(np.ceil(rho)) + 1]
     assert (live[:-1] > 0).all(), "the boundary component is always trained"
-    assert not gate[int(np.ceil(rho)) + 1 :].any()
 
 
 def test_ramp_gates_are_continuous() -> None:
     points = np.linspace(1.0, 6.0, 2001)
-    gates = torch.stack([reference.ramp_gate(float(r), 8, 0.1) for r in points])
+    gates = torch.stack([reference.gates("ramp", float(r), 8, 0.1) for r in points])
     rise = gates[1:] - gates[:-1]
     assert rise.max().item() <= points[1] - points[0] + 1e-9
     assert rise.min().item() >= -1e-12, "more rank never closes a gate"
+    assert not gates[0, 2:].any()
 
 
 def test_errors_name_the_argument() -> None:

@@ -167,18 +167,20 @@ void bind_controller_passes(py::module_& m) {
       py::arg("alpha").noconvert(), py::arg("grad"), py::arg("weight"), py::arg("lo"), py::arg("hi"), py::arg("step"),
       py::arg("price"), py::arg("tv"));
   m.def(
-      "ramp_gates",
-      [](const IndexArray& blocks, const DoubleArray& rho, double floor) {  // blocks [units, 2]: gate address, count
+      "set_gates",
+      [](const IndexArray& blocks, const DoubleArray& rho, int kind, double floor, double width) {
+        // blocks [units, 2]: gate address, count
         ARDLORA_CHECK(blocks.ndim() == 2 && blocks.shape(1) == 2 && blocks.shape(0) == rho.size(),
-                      "ramp_gates: blocks must be [", rho.size(), ", 2]");
+                      "set_gates: blocks must be [", rho.size(), ", 2]");
+        ARDLORA_CHECK(kind >= 0 && kind <= 3, "set_gates: kind must be 0 to 3, got ", kind);
         const auto r = blocks.unchecked<2>();
         std::vector<GateBlock> jobs(static_cast<std::size_t>(r.shape(0)));
         for (py::ssize_t i = 0; i < r.shape(0); ++i) {
           jobs[static_cast<std::size_t>(i)] = {reinterpret_cast<float*>(r(i, 0)), r(i, 1)};
         }
-        ramp_gates(jobs, rho.data(), floor);
+        set_gates(jobs, rho.data(), {static_cast<GateKind>(kind), floor, width});
       },
-      py::arg("blocks"), py::arg("rho"), py::arg("floor"));
+      py::arg("blocks"), py::arg("rho"), py::arg("kind"), py::arg("floor"), py::arg("width"));
 }
 
 void translate(std::exception_ptr p) {

@@ -19,17 +19,21 @@ void prox_step(const ProxParams& p) {
   }
 }
 
-double ramp_gate(double rho, std::int64_t j, double floor) {
+double gate_value(const GateParams& p, double rho, std::int64_t j) {
   const double d = rho - static_cast<double>(j);
-  if (j == 0 || d >= 1.0) return 1.0;
-  if (d >= 0.0) return std::max(d, floor);
-  return std::max(floor * (1.0 + d), 0.0);
+  const bool inside = static_cast<double>(j) < std::floor(rho + 0.5);
+  if (p.kind == GateKind::kScale) return inside || j == 0 ? rho / p.width : p.floor;
+  if (j == 0 || (p.kind == GateKind::kRamp && d >= 1.0)) return 1.0;
+  if (p.kind == GateKind::kHard) return inside ? 1.0 : p.floor;
+  if (p.kind == GateKind::kSigmoid) return 1.0 / (1.0 + std::exp((0.5 - d) / p.width));
+  return d >= 0.0 ? std::max(d, p.floor) : std::max(p.floor * (1.0 + d), 0.0);
 }
 
-void ramp_gates(const std::vector<GateBlock>& blocks, const double* rho, double floor) {
+void set_gates(const std::vector<GateBlock>& blocks, const double* rho, const GateParams& p) {
+  ARDLORA_CHECK(p.width > 0.0, "set_gates: width must be > 0, got ", p.width);
   for (std::size_t u = 0; u < blocks.size(); ++u) {
     for (std::int64_t j = 0; j < blocks[u].count; ++j) {
-      blocks[u].gate[j] = static_cast<float>(ramp_gate(rho[u], j, floor));
+      blocks[u].gate[j] = static_cast<float>(gate_value(p, rho[u], j));
     }
   }
 }

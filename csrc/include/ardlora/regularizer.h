@@ -22,16 +22,27 @@ struct ProxParams {
 
 void prox_step(const ProxParams& p);
 
-// Gate of component j of a unit with soft rank rho, d = rho - j:
-//   1 (d >= 1),  max(d, floor) (0 <= d < 1),  floor*(1 + d) (-1 < d < 0: the look-ahead component),  0 below.
-// Continuous in rho, so adding or removing a component whose gate is 0 changes nothing; component 0 stays at 1.
-double ramp_gate(double rho, std::int64_t j, double floor);
+// Gate of component j of a unit with soft rank rho, d = rho - j. Component 0 is always open.
+//   kRamp     1 (d >= 1),  max(d, floor) (0 <= d < 1),  floor*(1 + d) (-1 < d < 0: the look-ahead component),  0 below;
+//             continuous in rho, so adding or removing a component whose gate is 0 changes nothing
+//   kHard     1 for j < round(rho), floor for the others (straight-through: the slope is the ramp's)
+//   kSigmoid  sigma((d - 1/2) / width)
+//   kScale    rho / width for j < round(rho) (alpha itself multiplies the update, width = r0), floor for the others
+enum class GateKind : int { kRamp = 0, kHard = 1, kSigmoid = 2, kScale = 3 };
+
+struct GateParams {
+  GateKind kind;
+  double floor;
+  double width;
+};
+
+double gate_value(const GateParams& p, double rho, std::int64_t j);
 
 struct GateBlock {
   float* gate;         // components of one unit
   std::int64_t count;  // live components
 };
 
-void ramp_gates(const std::vector<GateBlock>& blocks, const double* rho, double floor);
+void set_gates(const std::vector<GateBlock>& blocks, const double* rho, const GateParams& p);
 
 }  // namespace ardlora

@@ -1,0 +1,251 @@
+"""The report: drawn from saved files alone, self-contained, and true to them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ardlora_ext import plots, report
+from ardlora_ext.data import InputError
+
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+KINDS = {"attention.self.query": 4, "attention.output.dense": 4, "intermediate.dense": 1, "output.dense": 1}
+
+
+def ranks_of(*layers: int) -> dict[str, list[int]]:
+    """One rank for every unit of a layer, in a small BERT-like model."""
+    return {
+        f"bert.encoder.layer.{layer}.{kind}": [rank] * units
+        for layer, rank in enumerate(layers)
+        for kind, units in KINDS.items()
+    }
+
+
+def metrics_of(**changes: Any) -> dict[str, Any]:
+    steps = 40
+    metrics: dict[str, Any] = {
+        "method": "ard",
+        "model": "tiny",
+        "data": "toy.jsonl",
+        "task": "classification",
+        "labels": ["low", "high"],
+        "seed": 0,
+        "command": "python -m ardlora_ext finetune --out 'my run'",
+        "config": {"r0": 4, "target_modules": "all-linear", "modules_to_save": ["classifier"]},
+        "settings": {"out": "my run", "lr": 1e-3, "model": None},
+        "controller": {"phase": "frozen", "price": 0.125},
+        "steps": steps,
+        "epochs": 2.0,
+        "batch_size": 8,
+        "train_examples": 160,
+        "test_examples": 16,
+        "metric_name": "accuracy",
+        "metric_before": 0.5,
+        "metric_after": 0.875,
+        "loss_before": 0.7,
+        "loss_after": 0.2,
+        "params_live": 12345,
+        "params_peak": 23456,
+        "params_budget": 12500,
+        "params_trainable": 13000,
+        "params_total": 100000,
+        "seconds": 12.5,
+        "step_ms_median": 8.25,
+        "tokens_per_s": 4321.0,
+        "peak_rss_mb": 512.0,
+        "versions": {"python": "3.11", "torch": "2.13.0"},
+        "history": [
+            {"step": s, "loss": 1 / s, "lr": 1e-3, "mean_rank": 4, "params_live": 9, "tokens_per_s": 1.0}
+            for s in range(1, steps + 1)
+        ],
+        "evals": [{"step": s, "loss": 0.5, "metric": 0.5 + s / 100, "examples": 16} for s in (0, 20, 40)],
+        "ranks": ranks_of(1, 9),
+        "rank_history": [
+            {"step": 0, "params": 20000, "ranks": ranks_of(4, 4)},
+            {"step": 10, "params": 23456, "ranks": ranks_of(3, 6)},
+            {"step": 20, "params": 12345, "ranks": ranks_of(1, 9)},
+        ],
+    }
+    return {**metrics, **changes}
+
+
+def record(step: int, **changes: Any) -> dict[str, Any]:
+    plain = {
+        "step": step,
+        "event": "grow",
+        "module": "bert.encoder.layer.1.output.dense",
+        "unit": 0,
+        "from": 4,
+        "to": 5,
+    }
+    return {**plain, "rho": 4.75, "gain": 0.00123456, "price": 0.5, "reason": "gain above price", **changes}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    report.write_metrics(tmp_path, metrics_of())
+    report.write_records(tmp_path, [record(10), record(20, event="prune", **{"from": 5, "to": 1})])
+    return tmp_path
+
+
+def pictures(html: str) -> list[bytes]:
+    found = re.findall(r'<img src="data:image/png;base64,([^"]+)"', html)
+    return [base64.b64decode(text, validate=True) for text in found]
+
+
+def page(metrics: dict[str, Any], records: list[dict[str, Any]] | None = None) -> str:
+    return report.render(metrics, records or [])
+
+
+# --- report.html ------------------------------------------------------------------------------------------------------
+
+
+def test_report_is_one_self_contained_file(folder: Path) -> None:
+    html = report.write_report(folder).read_text(encoding="utf-8")
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "records.jsonl", "report.html"]
+    assert len(pictures(html)) == html.count("<figure>") == 4
+    assert all(png.startswith(PNG_HEAD) for png in pictures(html))
+    outside = re.sub(r"data:image/png;base64,[^\"]+", "", html)
+    assert not re.search(r"https?:|<script|<link|@import|url\(|src=\"(?!\")", outside)
+
+
+def test_report_tells_the_numbers(folder: Path) -> None:
+    html = report.write_report(folder).read_text(encoding="utf-8")
+    for text in ("50.0%", "87.5%", "12,345", "23,456", "12,500", "12 s", "8 ms a step", "512", "all-linear", "2.13.0"):
+        assert text in html
+    assert "python -m ardlora_ext finetune --out &#39;my run&#39;" in html
+    assert "Of 20 units 10 ended above their first rank, 10 below it." in html
+    assert "Most rank by layer: 1 (mean 9.0); least: 0 (mean 1.0)." in html
+    assert "gain above price" in html
+    assert 'class="up">5<' in html
+    assert 'class="down">1<' in html
+
+
+def test_report_is_the_same_for_the_same_files(folder: Path) -> None:
+    first = report.write_report(folder).read_bytes()
+    assert report.write_report(folder).read_bytes() == first
+
+
+def test_fixed_ranks_have_no_curves_of_ranks() -> None:
+    ranks = ranks_of(8, 8)
+    history = [{"step": 0, "params": 20000, "ranks": ranks}]
+    html = page(metrics_of(method="lora", ranks=ranks, rank_history=history, params_budget=None))
+    assert len(pictures(html)) == 2
+    assert "Every unit has rank 8." in html
+    assert "No rank was changed in this run." in html
+    assert "budget none" in html
+
+
+def test_few_decisions_are_open_many_are_folded_and_very_many_are_cut() -> None:
+    assert "<details open>" in page(metrics_of(), [record(1)] * 3)
+    assert "<details open>" not in page(metrics_of(), [record(1)] * 30)
+    html = page(metrics_of(), [record(1)] * 2500)
+    assert "The first 2,000 are listed; all are in records.jsonl." in html
+    assert html.count("gain above price") == 2000
+
+
+def test_records_may_lack_keys_and_are_escaped() -> None:
+    html = page(metrics_of(), [{"step": 3, "event": "skip", "reason": "<b>gradient</b> is not finite"}])
+    assert "&lt;b&gt;gradient&lt;/b&gt; is not finite" in html
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
+def test_both_metrics_are_drawn(metric: str) -> None:
+    html = page(metrics_of(metric_name=metric, metric_before=145.25, metric_after=53.0, task="lm"))
+    assert ("53" if metric == "perplexity" else "5300.0%") in html
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.json", None, r"must hold metrics\.json and records\.jsonl of a run"),
+        ("records.jsonl", None, r"must hold metrics\.json and records\.jsonl of a run"),
+        ("metrics.json", "{", r"must be JSON"),
+        ("metrics.json", "[]", r"must hold the ranks of a run, got none"),
+        ("metrics.json", '{"ranks": {"a": [1]}, "rank_history": [{}]}', r"must be complete"),
+    ],
+)
+def test_unusable_run_is_refused_and_the_old_report_stays(
+    folder: Path, name: str, content: str | None, message: str
+) -> None:
+    (folder / "report.html").write_text("old")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        report.write_report(folder)
+    assert (folder / "report.html").read_text() == "old"
+
+
+def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.json"
+    report.write_atomic(path, "old")
+
+    def crash(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_kinds_get_the_shortest_name_that_tells_them_apart() -> None:
+    names = plots.kind_labels(ranks_of(1, 2))
+    assert list(dict.fromkeys(names.values())) == ["query", "attention.output", "intermediate", "output"]
+
+
+def test_kinds_of_two_stacks_stay_apart() -> None:
+    modules = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    assert list(plots.kind_labels(modules).values()) == ["encoder.SelfAttention.q", "decoder.SelfAttention.q"]
+    assert list(plots.layer_names(modules).values()) == ["encoder.block.0", "decoder.block.0"]
+
+
+@pytest.mark.parametrize("modules", [["0", "2"], ["fc"], ["h.0.fc", "h.1.fc", "head"]])
+def test_any_naming_is_drawn(modules: list[str]) -> None:
+    ranks = {name: [index] for index, name in enumerate(modules)}
+    history = [
+        {"step": 0, "params": 9, "ranks": {name: [1] for name in modules}},
+        {"step": 5, "params": 3, "ranks": ranks},
+    ]
+    assert len(plots.kind_labels(modules)) == len(modules)
+    for png in (plots.rank_heatmap(ranks, 1), plots.ranks_over_time(history, 9), plots.params_over_time(history, 5, 9)):
+        assert png.startswith(PNG_HEAD)
+
+
+def test_a_large_model_is_drawn() -> None:
+    ranks = {f"model.layers.{layer}.self_attn.{kind}_proj": [8] * 32 for layer in range(60) for kind in "qkvo"}
+    assert plots.rank_heatmap(ranks, 8).startswith(PNG_HEAD)
+
+
+# --- the closing table ------------------------------------------------------------------------------------------------
+
+
+def test_closing_table(folder: Path) -> None:
+    console = Console(file=io.StringIO(), width=110)
+    report.print_summary(json.loads((folder / "metrics.json").read_text()), folder, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for part in ("50.0% → 87.5%", "12,345 live", "23,456 at the peak, budget 12,500", "512 MB", "records.jsonl"):
+        assert part in text
+    assert re.search(r"│\s+1 │\s+10 │\s+9\.00 │\s+9 │\s+9 │", text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.234, "1.2 s"), (42.4, "42 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert report.format_duration(seconds) == text
