@@ -14,20 +14,29 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 from ardlora_ext.attach import attach
-from ardlora_ext.config import AdapterConfig, ArdConfig, LoraConfig
-from ardlora_ext.controllers import ArdController, Controller
+from ardlora_ext.compress import Compression, compress
+from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
+from ardlora_ext.controllers import AdaController, ArdController, Controller, ElaController
 from ardlora_ext.export import load_pretrained, save_pretrained
 from ardlora_ext.inject import ParametersReport, adapters, merge, parameters_report, unwrap, wrap
 from ardlora_ext.layers import LoraLinear
+from ardlora_ext.optim import loraplus_param_groups
 from ardlora_ext.resize import RankUpdate, UnitUpdate
+from ardlora_ext.transport import svd_prune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaConfig",
+    "AdaController",
     "AdapterConfig",
     "ArdConfig",
     "ArdController",
+    "Compression",
     "Controller",
+    "DoraConfig",
+    "ElaConfig",
+    "ElaController",
     "LoraConfig",
     "LoraLinear",
     "ParametersReport",
@@ -36,10 +45,13 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "compress",
     "load_pretrained",
+    "loraplus_param_groups",
     "merge",
     "parameters_report",
     "save_pretrained",
+    "svd_prune",
     "unwrap",
     "wrap",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,7 +17,12 @@ from ardlora_ext.optim import check_optimizer, unwrapped
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
-def attach(model: nn.Module, optimizer: Any, total_steps: int | None = None) -> Controller[Any]:
+def attach(
+    model: nn.Module,
+    optimizer: Any,
+    total_steps: int | None = None,
+    holdout: Callable[[], torch.Tensor] | None = None,
+) -> Controller[Any]:
     """Let ranks follow the gradients that `optimizer` steps on.
 
     A pre-step hook reads the gradients (accumulated, unscaled and clipped by then), a post-step hook changes ranks, so
@@ -26,6 +33,8 @@ def attach(model: nn.Module, optimizer: Any, total_steps: int | None = None) -> 
         optimizer: a torch optimizer that holds all adapter parameters: Adam, AdamW, SGD or another with one moment per
             weight.
         total_steps: optimizer steps of the run, when the config does not say; ARD freezes ranks in the last part.
+        holdout: returns the loss of a held-out batch; ARD then learns alpha on those (bilevel, first order) at the
+            price of one more forward and backward per step, instead of on the training batch.
 
     Returns:
         The controller: `ranks()`, `records`, `summary()`, `state_dict()`.
@@ -44,10 +53,10 @@ def attach(model: nn.Module, optimizer: Any, total_steps: int | None = None) -> 
         raise ValueError("attach: model must not be attached already")
     torch_optimizer = unwrapped(optimizer)
     layers = adapters(model)
-    named = [(f"{n}.{f}", p) for n, layer in layers.items() for f, p in layer.factors.items()]
+    named = [(f"{n}.{f}", p) for n, layer in layers.items() for f, p in layer.trained.items()]
     check_optimizer(torch_optimizer, named)
 
-    controller = make_controller(model, record.config, total_steps)
+    controller = make_controller(model, record.config, total_steps, holdout)
     if record.controller_state:
         controller.load_state_dict(record.controller_state)
 

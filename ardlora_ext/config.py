@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Granularity = Literal["head", "matrix", "layer"]
 
-__all__ = ["AdapterConfig", "ArdConfig", "LoraConfig", "config_from_dict", "config_to_dict"]
+__all__ = [
+    "AdaConfig",
+    "AdapterConfig",
+    "ArdConfig",
+    "DoraConfig",
+    "ElaConfig",
+    "LoraConfig",
+    "SvdConfig",
+    "config_from_dict",
+    "config_to_dict",
+]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -108,6 +119,15 @@ class LoraConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoraConfig(LoraConfig):
+    """DoRA (arXiv:2402.09353): W' = m (W + (lora_alpha / r) B A) / ||W + (lora_alpha / r) B A||_row, m trained.
+
+    Fixed rank as plain LoRA; a layer costs `out_features` parameters more, its magnitudes. Base layers need a dense
+    floating-point weight.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArdConfig(AdapterConfig):
     """ARD-LoRA (arXiv:2506.18267): a learned factor alpha per unit, rank r = max(1, round(r0 * alpha)).
 
@@ -121,7 +141,15 @@ class ArdConfig(AdapterConfig):
         budget: adapter parameters allowed at the end; the price is then found by dual ascent. `None` with `l1=None`:
             the parameters of plain LoRA at rank r0, so ranks move but never cost more in total.
         l1: a fixed price instead of a budget, in units of the typical (RMS) gradient of alpha.
-        tv: beta, strength of the temporal total variation (proximal form: a damper).
+        tv: beta, strength of the total variation within the regulariser.
+        variation: `temporal_sq` (the reading that fits the paper's theorem; its proximal form is a damper),
+            `temporal_abs`, `layer_sq`, `layer_abs` (over neighbouring layers), or `none`.
+        variation_form: `prox` solves each step exactly, `explicit` follows the gradient.
+        gate: how a soft rank gates components: `ramp` (fractional boundary component), `ste` (whole ranks forward, the
+            ramp's slope backward), `sigmoid` (every component has a slope), `scale` (alpha multiplies the update).
+        gate_width: width of the sigmoid, in ranks.
+        reorder: before each change of ranks, bring fully open components into the order of ||a_j|| ||b_j||, so that the
+            least useful is the next to close.
         slope: what stands for dL/drho. `secant`: minus the loss that the unit's next component is worth as a whole,
             estimated from its singular value and the unit's Fisher information. `tangent`: the derivative by the gate
             of the boundary component, the literal reading; blind to a component whose factors are already fitted.
@@ -145,6 +173,11 @@ class ArdConfig(AdapterConfig):
     budget: int | None = None
     l1: float | None = None
     tv: float = 1.0
+    variation: Literal["temporal_sq", "temporal_abs", "layer_sq", "layer_abs", "none"] = "temporal_sq"
+    variation_form: Literal["prox", "explicit"] = "prox"
+    gate: Literal["ramp", "ste", "sigmoid", "scale"] = "ramp"
+    gate_width: float = 0.5
+    reorder: bool = True
     slope: Literal["secant", "tangent"] = "secant"
     lr_alpha: float = 0.02
     lr_price: float = 0.5
@@ -160,7 +193,14 @@ class ArdConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("ArdConfig", "slope", self.slope, ("secant", "tangent"))
+        for name, allowed in (
+            ("slope", ("secant", "tangent")),
+            ("gate", ("ramp", "ste", "sigmoid", "scale")),
+            ("variation", ("temporal_sq", "temporal_abs", "layer_sq", "layer_abs", "none")),
+            ("variation_form", ("prox", "explicit")),
+        ):
+            _choice("ArdConfig", name, getattr(self, name), allowed)
+        _require(self.gate_width > 0, f"ArdConfig: gate_width must be > 0, got {self.gate_width}")
         _require(self.r0 >= 1, f"ArdConfig: r0 must be >= 1, got {self.r0}")
         _require(self.r_max is None or self.r_max >= self.r0, f"ArdConfig: r_max must be >= r0, got {self.r_max}")
         _require(self.budget is None or self.l1 is None, "ArdConfig: budget and l1 must not both be given")
@@ -191,7 +231,206 @@ class ArdConfig(AdapterConfig):
         return 4 * self.r0 if self.r_max is None else self.r_max
 
 
-_METHODS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "ard": ArdConfig}
+@dataclass(frozen=True, kw_only=True)
+class SvdConfig(AdapterConfig):
+    """What ElaLoRA and AdaLoRA share: W' = W + scaling * P diag(lambda) Q, scored components, three phases.
+
+    A unit owns rows of both factors: `granularity` is `matrix`, or `head` with `factoring="independent"`. Names are
+    those of PEFT's AdaLoraConfig where it has them.
+
+    Attributes:
+        total_steps: optimizer steps of the run. `None`: `attach(..., total_steps=...)` tells.
+        tinit: first optimizer steps, with constant ranks. `None`: a tenth of the run.
+        tfinal: last optimizer steps, with constant ranks. `None`: three tenths of the run.
+        deltaT: optimizer steps between decisions.
+        beta1: decay of the smoothed sensitivity. 0.85 in all published scripts.
+        beta2: decay of the smoothed uncertainty. 0.85 in all published scripts.
+        orth_reg_weight: strength gamma of the soft orthogonality of P and Q; 0 turns it off.
+        orth: `squared`, sum of ||P^T P - I||_F^2 + ||Q Q^T - I||_F^2 (papers), scaled so that its first gradient is as
+            large as that of `norm`, the mean of the unsquared norms (released code, PEFT). `None`: the method's own.
+        orth_interval: optimizer steps between additions of its gradient, then as many times as strong.
+        start: P and Q `gaussian` with std 0.02 (as in the code and in PEFT) or with `orthonormal` rows; lambda is 0.
+        task_scores: score by the gradient of the task alone, with the weights before the step. Off, as in the code:
+            by the whole gradient, with the weights after it.
+    """
+
+    total_steps: int | None = None
+    tinit: int | None = None
+    tfinal: int | None = None
+    deltaT: int = 1  # noqa: N815 - PEFT's name
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    orth: Literal["squared", "norm"] | None = None
+    orth_interval: int = 1
+    start: Literal["gaussian", "orthonormal"] = "gaussian"
+    task_scores: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        own_rows = self.granularity == "matrix" or (self.granularity, self.factoring) == ("head", "independent")
+        _require(
+            own_rows,
+            f"{owner}: granularity must be 'matrix', or 'head' with factoring='independent', got {self.granularity!r} "
+            f"with {self.factoring!r}",
+        )
+        _choice(owner, "orth", self.orth, (None, "squared", "norm"))
+        _choice(owner, "start", self.start, ("gaussian", "orthonormal"))
+        for name in ("deltaT", "orth_interval"):
+            _require(getattr(self, name) >= 1, f"{owner}: {name} must be >= 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            _require(0 < getattr(self, name) < 1, f"{owner}: {name} must be in (0, 1), got {getattr(self, name)}")
+        for name in ("tinit", "tfinal"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{owner}: {name} must be >= 0, got {value}")
+        _require(
+            math.isfinite(self.orth_reg_weight) and self.orth_reg_weight >= 0,
+            f"{owner}: orth_reg_weight must be >= 0, got {self.orth_reg_weight}",
+        )
+        if self.total_steps is not None:
+            self.phases(self.total_steps)
+
+    @property
+    def shortest(self) -> int:
+        """Steps the middle phase needs for a decision."""
+        return 1
+
+    def phases(self, total_steps: int) -> tuple[int, int]:
+        """Return (tinit, tfinal) in optimizer steps for a run of this length.
+
+        Raises:
+            ValueError: they leave no room for a decision.
+        """
+        tinit = round(0.1 * total_steps) if self.tinit is None else self.tinit
+        tfinal = round(0.3 * total_steps) if self.tfinal is None else self.tfinal
+        _require(
+            total_steps - tinit - tfinal >= self.shortest,
+            f"{type(self).__name__}: total_steps must be >= tinit + tfinal + {self.shortest} = "
+            f"{tinit + tfinal + self.shortest}, got {total_steps}; lower tinit, tfinal or deltaT, or train longer",
+        )
+        return tinit, tfinal
+
+    @property
+    def orth_form(self) -> Literal["squared", "norm"]:
+        """Form of the regulariser in use."""
+        return "norm" if self.orth is None else self.orth
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElaConfig(SvdConfig):
+    """ElaLoRA (arXiv:2504.00254): every `deltaT` steps the b least useful components make room where more is needed.
+
+    The total rank never changes. Step t moves round(b (1 - p^3)) components, p the progress of the middle phase.
+
+    Attributes:
+        r: rank every unit starts with.
+        r_max: largest rank of a unit. `None`, as in the paper: what the matrix allows.
+        k: components a unit offers per round, at most r - 1. 2 in the published scripts.
+        b: components moved per round. 4 in the published scripts. The pool must hold 2 b candidates.
+        scheduler: let b fall with the progress; off, it is constant.
+        mode: `paper`, or `code`: what the released code does besides. Each round it forgets the optimizer's state and
+            from the first round on the learning rate stays at its peak; new vectors are projected once, lambda starts
+            at 1e-13, all candidates that tie at the threshold are pruned, the regulariser is not squared.
+        new_norm: norm of new rows of P and Q: the `mean` of the unit's, so that lambda acts alike on all, or `unit`
+            (paper; with the Gaussian start a new component acts stronger).
+        grace: optimizer steps in which a new component is no candidate. `None`: until its averages have filled,
+            3 / (1 - beta1); 0 in code mode.
+        rank1_candidate: let units of rank 1 grow; the paper's never can again.
+        allocation: `importance`, or a control: `random_grow` (random units grow), `random` (random ones shrink too).
+    """
+
+    r: int = 8
+    r_max: int | None = None
+    k: int = 2
+    b: int = 4
+    deltaT: int = 10  # noqa: N815
+    scheduler: bool = True
+    mode: Literal["paper", "code"] = "paper"
+    new_norm: Literal["mean", "unit"] = "mean"
+    grace: int | None = None
+    rank1_candidate: bool = False
+    allocation: Literal["importance", "random_grow", "random"] = "importance"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice("ElaConfig", "mode", self.mode, ("paper", "code"))
+        _choice("ElaConfig", "new_norm", self.new_norm, ("mean", "unit"))
+        _choice("ElaConfig", "allocation", self.allocation, ("importance", "random_grow", "random"))
+        for name in ("r", "k", "b"):
+            _require(getattr(self, name) >= 1, f"ElaConfig: {name} must be >= 1, got {getattr(self, name)}")
+        _require(self.r_max is None or self.r_max >= self.r, f"ElaConfig: r_max must be >= r, got {self.r_max}")
+        _require(
+            self.capacity == "elastic" or self.r_max is not None,
+            "ElaConfig: r_max must be given with capacity='fixed', got None",
+        )
+        _require(self.grace is None or self.grace >= 0, f"ElaConfig: grace must be >= 0, got {self.grace}")
+
+    @property
+    def initial_rank(self) -> int:
+        return self.r
+
+    @property
+    def max_rank(self) -> int:
+        return sys.maxsize if self.r_max is None else self.r_max
+
+    @property
+    def shortest(self) -> int:
+        return self.deltaT + 1
+
+    @property
+    def orth_form(self) -> Literal["squared", "norm"]:
+        if self.orth is None:
+            return "squared" if self.mode == "paper" else "norm"
+        return self.orth
+
+    @property
+    def grace_steps(self) -> int:
+        """Optimizer steps in which a new component is no candidate."""
+        if self.grace is None:
+            return round(3 / (1 - self.beta1)) if self.mode == "paper" else 0
+        return self.grace
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaConfig(SvdConfig):
+    """AdaLoRA (arXiv:2303.10512): from `init_r` components per unit down to the best `target_r` on average.
+
+    The budget falls as a cubic of the progress. `ranks()` are the components not masked; a unit may end with none.
+
+    Attributes:
+        init_r: rank every unit starts with; it sets `scaling`. Default as in PEFT.
+        target_r: mean rank at the end. Default as in PEFT.
+        removal: take components out instead of masking them: memory falls with the budget, none comes back. Masked
+            ones are taken out after the last step.
+        orth_reg_weight: as in PEFT.
+    """
+
+    init_r: int = 12
+    target_r: int = 8
+    removal: bool = False
+    orth_reg_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.target_r >= 1, f"AdaConfig: target_r must be >= 1, got {self.target_r}")
+        _require(
+            self.init_r >= self.target_r,
+            f"AdaConfig: init_r must be >= target_r = {self.target_r}, got {self.init_r}",
+        )
+
+    @property
+    def initial_rank(self) -> int:
+        return self.init_r
+
+
+_METHODS: dict[str, type[AdapterConfig]] = {
+    "lora": LoraConfig,
+    "dora": DoraConfig,
+    "ard": ArdConfig,
+    "elalora": ElaConfig,
+    "adalora": AdaConfig,
+}
 
 
 def config_to_dict(config: AdapterConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ardlora_ext.config import ArdConfig, config_from_dict, config_to_dict
+from ardlora_ext.config import ArdConfig, DoraConfig, config_from_dict, config_to_dict
 from ardlora_ext.files import recover, write_set
 from ardlora_ext.inject import adapters, injection, wrap
 from ardlora_ext.layers import Conv1D, LoraLinear
@@ -51,13 +51,16 @@ def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
 def _peft_files(model: nn.Module, layers: dict[str, LoraLinear]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return PEFT's adapter_config and tensors, in `portable` form."""
     record = injection(model)
-    live = {name: layer for name, layer in layers.items() if layer.table.hidden > 0}
-    largest = max((layer.table.hidden for layer in live.values()), default=1)
+    dora = isinstance(record.config, DoraConfig)
+    live = {name: layer for name, layer in layers.items() if dora or layer.table.hidden > 0}
+    folded = {name: layer.fold() for name, layer in live.items()}
+    largest = max((1, *(len(a) for a, _ in folded.values())))
     rank = next((r for r in _SERVED_RANKS if r >= largest), largest)
     tensors = {}
-    for name, layer in live.items():
-        a, b = layer.fold()
+    for name, (a, b) in folded.items():
         prefix = f"base_model.model.{name}"
+        if dora:  # PEFT takes the norm of W + B A itself, at a scale of 1
+            tensors[f"{prefix}.lora_magnitude_vector"] = live[name].extras["lora_magnitude_vector"].detach().clone()
         tensors[f"{prefix}.lora_A.weight"] = _padded(a, rank)
         tensors[f"{prefix}.lora_B.weight"] = _padded(b.T, rank).T.contiguous()
     for name, value in _saved_modules(model).items():
@@ -73,6 +76,7 @@ def _peft_files(model: nn.Module, layers: dict[str, LoraLinear]) -> tuple[dict[s
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "use_rslora": False,
+        "use_dora": dora,
         "bias": "none",
         "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live.values()),
         "target_modules": sorted(live),
@@ -101,6 +105,7 @@ def _raw_tensors(model: nn.Module, layers: dict[str, LoraLinear]) -> dict[str, t
         raw[f"{name}.lora_B"] = layer.lora_B.detach()[:b_rows].contiguous()
         if layer.gate is not None:
             raw[f"{name}.gate"] = layer.gate.detach()[: sum(layer.ranks)].contiguous()
+        raw |= {f"{name}.{key}": value.detach().contiguous() for key, value in layer.extras.items()}
     return raw | {f"saved.{name}": value for name, value in _saved_modules(model).items()}
 
 
@@ -230,6 +235,8 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
             getattr(layer, factor)[: len(value)] = value
         if layer.gate is not None:
             layer.gate[: sum(layer.ranks)] = tensors[f"{name}.gate"]
+        for key, value in layer.extras.items():
+            value.copy_(tensors[f"{name}.{key}"])
     saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
     model.load_state_dict(saved, strict=False)
     injection(model).controller_state = state["controller"]

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from ardlora_ext._native import DTYPE_CODES
-from ardlora_ext.config import AdapterConfig, ArdConfig
+from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
+from ardlora_ext.dora import DoraLinear
 from ardlora_ext.heads import unit_layout
 from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.start import start_svd
 from ardlora_ext.units import UnitLayout
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -241,17 +243,21 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
 def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, generator: torch.Generator) -> LoraLinear:
     weight = getattr(module, "weight", None)
     auto = config.adapter_dtype == "auto" and isinstance(weight, torch.Tensor) and weight.is_floating_point()
-    return LoraLinear(
+    kind = DoraLinear if isinstance(config, DoraConfig) else LoraLinear
+    layer = kind(
         module,
         layout,
         config.initial_rank,
         config.scaling,
         max_rank=config.max_rank,
         capacity=config.capacity,
-        gate="controlled" if isinstance(config, ArdConfig) else "none",
+        gate="controlled" if isinstance(config, ArdConfig) else "trained" if isinstance(config, SvdConfig) else "none",
         dtype=weight.dtype if auto and isinstance(weight, torch.Tensor) else torch.float32,
         generator=generator,
     )
+    if isinstance(config, SvdConfig):
+        start_svd(layer, config.start == "orthonormal", generator)
+    return layer
 
 
 def _remove(model: Model, replacement: dict[int, nn.Module]) -> Model:
@@ -289,7 +295,7 @@ def merge(model: Model) -> Model:
             raise ValueError(
                 f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}"
             )
-        if not all(torch.isfinite(p).all() for p in layer.factors.values()):
+        if not all(torch.isfinite(p).all() for p in layer.trained.values()):
             raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
     for layer in layers.values():
         layer.merge()
@@ -300,12 +306,12 @@ def parameters_report(model: nn.Module) -> ParametersReport:
     """Count the parameters of a wrapped model; `print` it for PEFT's one-line form."""
     injection(model)
     layers = list(adapters(model).values())
-    own = {id(p) for layer in layers for p in layer.factors.values()}
+    own = {id(p) for layer in layers for p in layer.trained.values()}
     live = sum(layer.live_parameters for layer in layers)
     others = [p for p in model.parameters() if id(p) not in own]
     return ParametersReport(
         live=live,
-        allocated=sum(p.numel() for layer in layers for p in layer.factors.values()),
+        allocated=sum(p.numel() for layer in layers for p in layer.trained.values()),
         trainable=live + sum(p.numel() for p in others if p.requires_grad),
         total=live + sum(p.numel() for p in others),
     )

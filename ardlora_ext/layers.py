@@ -140,6 +140,16 @@ class LoraLinear(nn.Module):
         return {name: value for name, value in found.items() if value is not None}
 
     @property
+    def extras(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the adapter that have no row per component, by name: kept in checkpoints."""
+        return {}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Everything of the adapter that the optimizer trains, by name."""
+        return self.factors | {name: value for name, value in self.extras.items() if isinstance(value, nn.Parameter)}
+
+    @property
     def gated(self) -> nn.Parameter:
         """The factor with one row per unit and component, on which gates act."""
         return self.lora_A if self.layout.gate_on_a else self.lora_B

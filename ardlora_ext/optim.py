@@ -6,11 +6,14 @@ Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop and SGD with momentum, singl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from ardlora_ext.inject import adapters, injection
 
 State = MutableMapping[str, Any]
 
@@ -53,6 +56,34 @@ def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, to
     return found
 
 
+def restart(optimizer: Optimizer) -> None:
+    """Forget all state: every moment and step count of every parameter, as a fresh optimizer would."""
+    optimizer.state.clear()
+
+
+def pin_lr(optimizer: Optimizer) -> None:
+    """Let every step run at the peak learning rate from now on, whatever a scheduler writes.
+
+    The scheduler's value is back in the groups after each step, so schedulers and logs go on as before.
+    """
+    if getattr(optimizer, "_ardlora_pinned", False):
+        return
+    scheduled: list[Any] = []
+
+    def before(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        scheduled[:] = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])
+
+    def after(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        for group, lr in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = lr
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    optimizer._ardlora_pinned = True  # type: ignore[attr-defined]
+
+
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
     """Check that `optimizer` trains every adapter parameter and that its state can follow rank changes.
 
@@ -74,3 +105,36 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[tuple[str, torch.
         )
     for _, parameter in named:
         moments(optimizer, parameter)
+
+
+def loraplus_param_groups(
+    model: torch.nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return parameter groups for LoRA+ (arXiv:2402.12354): lora_B learns `ratio` times as fast as everything else.
+
+    Args:
+        model: a wrapped model.
+        lr: learning rate of lora_A, other adapter parameters and `modules_to_save`.
+        ratio: eta_B / eta_A; 16 in the paper.
+        weight_decay: of both groups.
+
+    Returns:
+        [everything else, lora_B], each `{"params", "lr", "weight_decay"}`, for any torch optimizer.
+
+    Raises:
+        ValueError: the model is not wrapped, or a value is out of range.
+
+    Example:
+        optimizer = torch.optim.AdamW(ard.loraplus_param_groups(model, lr=2e-4))
+    """
+    injection(model)
+    for name, value in (("lr", lr), ("ratio", ratio)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"loraplus_param_groups: {name} must be > 0, got {value}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"loraplus_param_groups: weight_decay must be >= 0, got {weight_decay}")
+    fast = [layer.lora_B for layer in adapters(model).values() if layer.lora_B.requires_grad]
+    known = {id(p) for p in fast}
+    slow = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [(slow, lr), (fast, lr * ratio)]
+    return [{"params": params, "lr": rate, "weight_decay": weight_decay} for params, rate in groups if params]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from ardlora_ext._native import core, threads
 from ardlora_ext.inject import adapters
 from ardlora_ext.layers import LoraLinear, initial_rows
-from ardlora_ext.optim import moments
+from ardlora_ext.optim import moments, pin_lr, restart
+from ardlora_ext.start import NewRows, start_components
 from ardlora_ext.units import UnitLayout
 
 ZERO = -1  # plan entry of a new row
@@ -43,15 +44,25 @@ class UnitUpdate:
 
 @dataclass(frozen=True)
 class RankUpdate:
-    """A decision about ranks, before it is applied: per module, one `UnitUpdate` per unit. JSON both ways."""
+    """A decision about ranks, before it is applied. JSON both ways.
+
+    Attributes:
+        modules: per module, one `UnitUpdate` per unit.
+        seed: of the values of new components.
+        init: how new components start, see `ardlora_ext.start`.
+        optimizer: `follow`: moments move with their rows. What ElaLoRA's code does: `restarted`, all state is
+            forgotten and the learning rate stays at its peak from then on; `pinned`, only the latter.
+    """
 
     modules: Mapping[str, tuple[UnitUpdate, ...]]
     seed: int = 0
+    init: NewRows = "zero"
+    optimizer: Literal["follow", "pinned", "restarted"] = "follow"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and lists."""
         modules = {n: [{"keep": list(u.keep), "grow": u.grow} for u in units] for n, units in self.modules.items()}
-        return {"seed": self.seed, "modules": modules}
+        return {"seed": self.seed, "init": self.init, "optimizer": self.optimizer, "modules": modules}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RankUpdate:
@@ -59,7 +70,7 @@ class RankUpdate:
         modules = {
             n: tuple(UnitUpdate(tuple(u["keep"]), u["grow"]) for u in units) for n, units in values["modules"].items()
         }
-        return cls(modules, values["seed"])
+        return cls(modules, values["seed"], values["init"], values["optimizer"])
 
 
 def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
@@ -241,7 +252,13 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
     for name, units in update.modules.items():
         if name not in layers:
             raise ValueError(f"rank change: module must be an adapter of the model, got '{name}'")
+        if update.init != "zero" and (layers[name].lora_E is None or layers[name].layout.shared):
+            raise ValueError(
+                f"rank change: init='{update.init}' must meet trained gates and units with their own rows, got '{name}'"
+            )
         changes.append(_prepare(name, layers[name], tuple(units), optimizer, 2 * len(changes)))
+    if optimizer is not None and update.optimizer != "follow":
+        pin_lr(optimizer)
     if not changes:
         return
     gates = [_new_gates(change.layer, change.units) for change in changes]
@@ -250,5 +267,9 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
         _commit(change, optimizer)
         change.layer.lora_gate = gate
         generator = torch.Generator().manual_seed(zlib.crc32(f"{update.seed}/{change.name}".encode()))
-        live = change.layer.layout.rows(change.layer.ranks)[0]
-        _start_rows(change, live, generator)
+        if update.init == "zero":
+            _start_rows(change, change.layer.layout.rows(change.layer.ranks)[0], generator)
+        else:
+            start_components(change.layer, [len(u.keep) for u in change.units], update.init, generator)
+    if optimizer is not None and update.optimizer == "restarted":
+        restart(optimizer)

@@ -9,19 +9,21 @@ component, the look-ahead, is trained behind a nearly closed gate, so ranks can 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ardlora_ext._native import DTYPE_CODES, core, threads
+from ardlora_ext._native import core
 from ardlora_ext.config import ArdConfig
 from ardlora_ext.controllers.allocate import Floats, Ints, whole_ranks
 from ardlora_ext.controllers.base import Controller
+from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots, training_gradients
+from ardlora_ext.controllers.variation import alpha_step
 from ardlora_ext.resize import RankUpdate, UnitUpdate
 
-_EMA = 0.95  # of the gradient's scale and of the gains shown in records
 _OPEN_END_WARMUP = 2  # update intervals, when the length of the run is not known
 
 
@@ -37,8 +39,15 @@ class ArdController(Controller[ArdConfig]):
     Phases, by step: `warmup` (nothing moves), `adapt`, `harden` (gates slide to 0 or 1), `frozen`.
     """
 
-    def __init__(self, model: nn.Module, config: ArdConfig, total_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ArdConfig,
+        total_steps: int | None = None,
+        holdout: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(model, config, config.total_steps if total_steps is None else total_steps)
+        self.holdout = holdout
         units = self.units
         keys = [layer_key(units.names[m]) for m in units.module_of] if config.granularity == "layer" else None
         self.group: Ints = np.arange(len(units)) if keys is None else np.unique(keys, return_inverse=True)[1]
@@ -48,8 +57,10 @@ class ArdController(Controller[ArdConfig]):
         self.alpha: Floats = np.minimum(np.ones(groups), self.limit / config.r0)
         self.grad_square = 0.0
         self.gain: Floats = np.zeros(groups)  # EMA of -dL/dalpha, normalised
-        self.fisher: Floats = np.zeros(len(units))
-        self.spectrum: Floats | None = None  # squared singular values [units, rank], refreshed every interval
+        self.slope = SlopeEstimator(units, config)
+        self.previous = self.alpha
+        self.chains = self._chains()
+        self.lipschitz = 0.0
         self.price = 0.0 if config.l1 is None else config.l1
         self.dual = 0.0
         self.target: Ints | None = None  # whole ranks, once decided
@@ -58,6 +69,18 @@ class ArdController(Controller[ArdConfig]):
         self.budget = self._budget()
         self.reported = self._rounded()
         self._pending: Floats | None = None
+
+    def _chains(self) -> list[Ints]:
+        """Return the groups that follow each other through the layers: same kind of matrix, same head."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for u, m in enumerate(self.units.module_of):
+            kind = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$", "*", self.units.names[m])
+            unit = int(u - self.units.first[m])
+            key = ("layer", 0) if self.config.granularity == "layer" else (kind, unit)
+            chain = found.setdefault(key, [])
+            if self.group[u] not in chain:
+                chain.append(int(self.group[u]))
+        return [np.array(chain, dtype=np.int64) for chain in found.values() if len(chain) > 1]
 
     def _budget(self) -> float | None:
         if self.config.l1 is not None:
@@ -97,75 +120,37 @@ class ArdController(Controller[ArdConfig]):
     def _rounded(self) -> Ints:
         return np.maximum(1, np.floor(self._unit_rho() + 0.5)).astype(np.int64)
 
-    def _row_dots(self) -> Floats:
-        """Return <dW_i, W_i> of every live row of the gated factors, module after module; 0 without a gradient."""
-        layers = self.units.layers
-        rows = [sum(layer.ranks) for layer in layers]
-        out = np.zeros(sum(rows))
-        offset = np.cumsum([0, *rows])
-        for dtype, code in DTYPE_CODES.items():
-            members = [m for m, g in enumerate(layers) if g.gated.grad is not None and g.gated.dtype == dtype]
-            if not members:
-                continue
-            blocks = [(layers[m].gated, layers[m].gated.grad, rows[m]) for m in members]
-            table = np.array([(w.data_ptr(), g.data_ptr(), r, w.shape[1]) for w, g, r in blocks if g is not None])
-            index = np.concatenate([np.arange(offset[m], offset[m + 1]) for m in members])
-            out[index] = core.row_dots(table, code, threads())
-        return out
-
-    def _first_rows(self) -> Ints:
-        """Return the first row of each unit among all rows of `_row_dots`."""
-        offset = np.cumsum([0, *(sum(layer.ranks) for layer in self.units.layers)])
-        first: Ints = offset[self.units.module_of] + self.units.rows()
-        return first
-
-    def _boundary(self) -> Ints:
-        """Return the component each unit's soft rank ends in."""
-        boundary: Ints = np.minimum(np.floor(self._unit_rho()).astype(np.int64), self.units.live() - 1)
-        return boundary
-
-    def _tangent(self, dots: Floats) -> Floats:
-        """dL/drho of each unit: the row dot of its boundary component over its gate."""
-        gates = np.concatenate([layer.lora_gate.numpy() for layer in self.units.layers if layer.lora_gate is not None])
-        rows = self._first_rows() + self._boundary()
-        result: Floats = dots[rows] / gates[rows]
-        return result
-
-    def _secant(self, dots: Floats) -> Floats:
-        """Minus the square root of what each unit's boundary component is worth.
-
-        The loss that a unit's update is worth is its Fisher information along itself, E[<dL/ddW, dW>^2]; component j
-        holds the share sigma_j^2 / sum sigma^2 of it.
-        """
-        unit = np.add.reduceat(dots, self._first_rows())
-        self.fisher = np.asarray(_EMA * self.fisher + (1.0 - _EMA) * unit**2, dtype=np.float64)
-        if self.spectrum is None or self.step % self.config.update_interval == 0:
-            widest = int(self.units.live().max())
-            values = [layer.singular_values().numpy() ** 2 for layer in self.units.layers]
-            padded = [np.pad(v, ((0, 0), (0, widest - v.shape[1]))) for v in values]
-            self.spectrum = np.asarray(np.concatenate(padded), dtype=np.float64)
-        share = self.spectrum[np.arange(len(unit)), np.minimum(self._boundary(), self.spectrum.shape[1] - 1)]
-        result: Floats = -np.sqrt(self.fisher * share / np.maximum(self.spectrum.sum(axis=1), 1e-300))
-        return result
-
     def observe(self) -> None:
         self._pending = None
-        if self.phase not in ("warmup", "adapt") or all(g.gated.grad is None for g in self.units.layers):
+        if self.phase not in ("warmup", "adapt"):
             return
-        dots = self._row_dots()
+        gradients = training_gradients(self.units) if self.holdout is None else self._holdout_gradients()
+        if not gradients:
+            return
+        dots = row_dots(self.units, gradients)
         if not np.isfinite(dots).all():
             self._record_skip()
             return
-        slope = self._secant(dots) if self.config.slope == "secant" else self._tangent(dots)
+        slope = self.slope(dots, self._unit_rho(), self.step)
         gradient: Floats = np.bincount(self.group, slope, minlength=len(self.alpha)).astype(np.float64)
         if self.config.normalize:
-            correction = 1.0 - _EMA ** (self.step + 1)
-            self.grad_square = _EMA * self.grad_square + (1.0 - _EMA) * float(np.mean(gradient**2))
+            correction = 1.0 - EMA ** (self.step + 1)
+            self.grad_square = EMA * self.grad_square + (1.0 - EMA) * float(np.mean(gradient**2))
             gradient = gradient / max(np.sqrt(self.grad_square / correction), 1e-30)
         else:
             gradient = gradient * self.config.r0
-        self.gain = _EMA * self.gain - (1.0 - _EMA) * gradient
-        self._pending = gradient
+        gain = np.asarray(EMA * self.gain - (1.0 - EMA) * gradient, dtype=np.float64)
+        travelled = float(np.linalg.norm(self.alpha - self.previous))
+        if travelled > 0.0:
+            self.lipschitz = max(self.lipschitz, float(np.linalg.norm(gain - self.gain)) / travelled)
+        self.gain, self._pending = gain, gradient
+
+    def _holdout_gradients(self) -> Gradients:
+        """Return the gradients of a held-out batch (first-order bilevel); those of training stay where they are."""
+        assert self.holdout is not None
+        with torch.enable_grad():
+            found = torch.autograd.grad(self.holdout(), [g.gated for g in self.units.layers], allow_unused=True)
+        return {m: grad for m, grad in enumerate(found) if grad is not None}
 
     # Decisions.
 
@@ -194,13 +179,13 @@ class ArdController(Controller[ArdConfig]):
             self._write_gates(self._unit_rho())
 
     def _move_alpha(self) -> None:
-        """Take the dual step on the price and the proximal step on alpha."""
+        """Take the dual step on the price and the regularised step on alpha."""
         if self._pending is None:
             return
         cfg, units = self.config, self.units
         rho = self._unit_rho()
-        cost: Floats = np.bincount(self.group, units.costs.marginal(rho), minlength=len(self.alpha)).astype(np.float64)
-        weight = cost / cost.mean() if cfg.cost_weighted else np.ones_like(cost)
+        cost = np.bincount(self.group, units.costs.marginal(rho), minlength=len(self.alpha))
+        weight = cost / cost.mean() if cfg.cost_weighted else np.ones(len(cost))
         if cfg.slope == "secant":  # the slope is an amplitude, so is the cost it is weighed against
             weight = np.sqrt(weight)
         if self.budget is not None:
@@ -210,9 +195,21 @@ class ArdController(Controller[ArdConfig]):
             self.price = max(0.0, self.dual + 2.0 * np.sqrt(cfg.lr_price / cfg.lr_alpha) * excess)
         live = np.full(len(self.alpha), np.inf)
         np.minimum.at(live, self.group, np.where(units.live() < units.limit, units.live(), np.inf))
-        hi = np.minimum(self.limit, live) / cfg.r0
-        lo = np.minimum(1.0, self.limit) / cfg.r0
-        core.prox_step(self.alpha, self._pending, weight, lo, hi, cfg.lr_alpha, float(self.price), cfg.tv)
+        bounds = np.minimum(1.0, self.limit) / cfg.r0, np.minimum(self.limit, live) / cfg.r0
+        moved = alpha_step(
+            self.alpha,
+            self.previous,
+            self._pending,
+            np.asarray(weight, dtype=np.float64),
+            bounds,
+            cfg.lr_alpha,
+            float(self.price),
+            cfg.tv,
+            cfg.variation,
+            cfg.variation_form == "explicit",
+            self.chains,
+        )
+        self.previous, self.alpha = self.alpha, moved
 
     def _allocate(self) -> RankUpdate | None:
         """Give each unit its boundary and look-ahead component; take back those whose gate is closed."""
@@ -220,16 +217,35 @@ class ArdController(Controller[ArdConfig]):
         wanted = np.minimum(np.ceil(rho).astype(np.int64) + 1, self.units.limit)
         kept = np.minimum(np.ceil(rho + self.config.hysteresis).astype(np.int64) + 1, self.units.limit)
         ranks = np.where(live < wanted, wanted, np.where(live > kept, wanted, live))
-        return self._resize_to(ranks)
+        return self._resize_to(ranks, reorder=self.config.reorder and self.config.gate == "ramp")
 
-    def _resize_to(self, ranks: Ints) -> RankUpdate | None:
+    def _resize_to(self, ranks: Ints, reorder: bool = False) -> RankUpdate | None:
         modules = {}
         now, then = self.units.by_module(self.units.live()), self.units.by_module(ranks)
-        for name in self.units.names:
-            if now[name] != then[name]:
+        for m, name in enumerate(self.units.names):
+            order = self._order(m) if reorder else list(range(max(now[name])))
+            if now[name] != then[name] or order != sorted(order):
                 pairs = zip(now[name], then[name], strict=True)
-                modules[name] = tuple(UnitUpdate(tuple(range(min(a, b))), max(b - a, 0)) for a, b in pairs)
+                modules[name] = tuple(UnitUpdate(tuple(order[: min(a, b)]), max(b - a, 0)) for a, b in pairs)
         return RankUpdate(modules, seed=self.config.seed + self.step) if modules else None
+
+    @torch.no_grad()
+    def _order(self, module: int) -> list[int]:
+        """Return the components of a module, the fully open ones by falling ||a_j|| ||b_j||, the others in place.
+
+        Units with factors of their own are only reordered when the matrix is one unit.
+        """
+        layer = self.units.layers[module]
+        live = max(layer.ranks)
+        if layer.layout.units > 1 and not layer.layout.shared:
+            return list(range(live))
+        mine = self._unit_rho()[self.units.first[module] : self.units.first[module + 1]]
+        still = int(np.floor(mine.min()))  # open in every unit
+        own = layer.gated.norm(dim=1)
+        common = (layer.lora_A if layer.gated is layer.lora_B else layer.lora_B).norm(dim=1)
+        begins = layer.table.unit_begin
+        useful = sum(own[b : b + still] for b in begins[:-1]) * common[:still]
+        return [*torch.argsort(useful, descending=True, stable=True).tolist(), *range(still, live)]
 
     def _decide(self) -> None:
         """Fix the final ranks; gates then slide there."""
@@ -264,7 +280,9 @@ class ArdController(Controller[ArdConfig]):
         layers, live, rows = self.units.layers, self.units.live(), self.units.rows()
         base = np.array([0 if g.lora_gate is None else g.lora_gate.data_ptr() for g in layers], dtype=np.int64)
         blocks = np.stack([base[self.units.module_of] + 4 * rows, live], axis=1)
-        core.ramp_gates(blocks, rho, self.config.gate_floor)
+        kind = ("ramp", "ste", "sigmoid", "scale").index(self.config.gate)
+        width = self.config.gate_width if self.config.gate == "sigmoid" else float(self.config.r0)
+        core.set_gates(blocks, rho, kind, self.config.gate_floor, width)
         if progress > 0.0 and self.target is not None:
             gates = [layer.lora_gate.numpy() for layer in layers if layer.lora_gate is not None]
             for u, (m, row) in enumerate(zip(self.units.module_of, rows, strict=True)):
@@ -302,6 +320,16 @@ class ArdController(Controller[ArdConfig]):
     def _record_skip(self) -> None:
         self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
 
+    def step_bound(self) -> dict[str, float | bool]:
+        """Tell whether `lr_alpha` obeys Theorem III.1's  eta_alpha <= 1 / (L_T + lambda beta).
+
+        L_T, the Lipschitz constant of the task loss's slope in alpha, is estimated as the largest ratio of changes in
+        the smoothed slope to changes in alpha seen so far (in the normalised units the step is taken in).
+        """
+        bound = 1.0 / max(self.lipschitz + float(self.price) * self.config.tv, 1e-300)
+        obeys = bool(self.config.lr_alpha <= bound)
+        return {"lipschitz": self.lipschitz, "bound": bound, "lr_alpha": self.config.lr_alpha, "obeys": obeys}
+
     def ranks(self) -> dict[str, list[int]]:
         return self.units.by_module(self._rounded() if self.target is None else self.target)
 
@@ -317,20 +345,26 @@ class ArdController(Controller[ArdConfig]):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        for key in ("alpha", "gain", "target", "harden_from", "reported"):
+        for key in ("alpha", "previous", "gain", "target", "harden_from", "reported"):
             value = getattr(self, key)
             state[key] = None if value is None else value.tolist()
-        for key in ("grad_square", "price", "dual", "harden_at"):
+        for key in ("grad_square", "price", "dual", "lipschitz", "harden_at"):
             state[key] = getattr(self, key)
+        spectrum = self.slope.spectrum
+        state["fisher"] = self.slope.fisher.tolist()
+        state["spectrum"] = None if spectrum is None else spectrum.tolist()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["alpha"]) != len(self.alpha):
             raise ValueError(f"state: alpha must have {len(self.alpha)} entries, got {len(state['alpha'])}")
         super().load_state_dict(state)
-        for key in ("alpha", "gain", "harden_from"):
+        for key in ("alpha", "previous", "gain", "harden_from"):
             setattr(self, key, None if state[key] is None else np.array(state[key], dtype=np.float64))
         for key in ("target", "reported"):
             setattr(self, key, None if state[key] is None else np.array(state[key], dtype=np.int64))
-        self.grad_square, self.price, self.dual = (float(state[k]) for k in ("grad_square", "price", "dual"))
+        for key in ("grad_square", "price", "dual", "lipschitz"):
+            setattr(self, key, float(state[key]))
         self.harden_at = int(state["harden_at"])
+        self.slope.fisher = np.array(state["fisher"], dtype=np.float64)
+        self.slope.spectrum = None if state["spectrum"] is None else np.array(state["spectrum"], dtype=np.float64)

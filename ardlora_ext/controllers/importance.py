@@ -1,0 +1,153 @@
+"""What the components of P Lambda Q are worth: smoothed sensitivity times uncertainty (AdaLoRA, ElaLoRA).
+
+Of an entry w with gradient g:  I = |w g|,  Ibar = b1 Ibar + (1 - b1) I,  Ubar = b2 Ubar + (1 - b2) |I - Ibar|,
+s = Ibar Ubar. Of component i:  S_i = s(lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ardlora_ext.controllers.allocate import Floats
+from ardlora_ext.layers import LoraLinear
+
+_FACTORS = ("lora_E", "lora_A", "lora_B")
+Tensors = list[torch.Tensor]
+
+
+def entry_sensitivity(weights: Tensors, grads: Tensors) -> Tensors:
+    """Return I = |w dL/dw| of every entry, as float32: the first-order effect of removing it."""
+    wide = [[t if t.dtype == torch.float32 else t.float() for t in ts] for ts in (weights, grads)]
+    products = torch._foreach_mul(*wide)
+    torch._foreach_abs_(products)
+    return list(products)
+
+
+def smooth(entry: Tensors, sensitivity: Tensors, uncertainty: Tensors, beta1: float, beta2: float) -> None:
+    """Move the averages Ibar and Ubar on by one step, in place; `entry` is used up. Ubar sees the new Ibar."""
+    torch._foreach_mul_(sensitivity, beta1)
+    torch._foreach_add_(sensitivity, entry, alpha=1.0 - beta1)
+    torch._foreach_sub_(entry, sensitivity)
+    torch._foreach_abs_(entry)
+    torch._foreach_mul_(uncertainty, beta2)
+    torch._foreach_add_(uncertainty, entry, alpha=1.0 - beta2)
+
+
+def component_scores(sensitivity: Tensors, uncertainty: Tensors) -> torch.Tensor:
+    """Return S [rows] from Ibar and Ubar of each factor [rows, width]: row means of their product, summed."""
+    parts = [(i * u).mean(dim=1) for i, u in zip(sensitivity, uncertainty, strict=True)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _pack(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.numpy().astype("<f4").tobytes()).decode()
+
+
+def _unpack(text: str, shape: Sequence[int]) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)).reshape(*shape)
+
+
+def _follow(old: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Return rows `source` of `old`; -1 gives zeros."""
+    padded = torch.cat([old, old.new_zeros(1, *old.shape[1:])])
+    return padded[source]  # -1 is the last row: the zeros
+
+
+class Importance:
+    """Ibar and Ubar of every live entry of a model's adapters, which follow the rows when ranks change.
+
+    Two numbers per adapter parameter; `release` gives them back once nothing is to be decided any more.
+    """
+
+    def __init__(self, layers: Sequence[LoraLinear], beta1: float, beta2: float) -> None:
+        self.layers = list(layers)
+        self.beta1, self.beta2 = beta1, beta2
+        self.sensitivity = [self._zeros(layer) for layer in self.layers]
+        self.uncertainty = [self._zeros(layer) for layer in self.layers]
+        self.released: Tensors | None = None  # scores of each module
+
+    @staticmethod
+    def _zeros(layer: LoraLinear) -> Tensors:
+        rows = sum(layer.ranks)
+        return [torch.zeros(rows, layer.factors[factor].shape[1]) for factor in _FACTORS]
+
+    @torch.no_grad()
+    def update(self) -> bool:
+        """Take in the present weights and gradients; a factor without a gradient is left out.
+
+        Returns:
+            False if a gradient is not finite: nothing has changed then.
+        """
+        weights, grads, ibar, ubar = Tensors(), Tensors(), Tensors(), Tensors()
+        for m, layer in enumerate(self.layers):
+            rows = sum(layer.ranks)
+            for f, factor in enumerate(_FACTORS):
+                parameter = layer.factors[factor]
+                if rows and parameter.grad is not None:
+                    weights.append(parameter.detach()[:rows])
+                    grads.append(parameter.grad[:rows])
+                    ibar.append(self.sensitivity[m][f])
+                    ubar.append(self.uncertainty[m][f])
+        if not weights:
+            return True
+        entry = entry_sensitivity(weights, grads)
+        if not torch.isfinite(torch.stack(torch._foreach_norm(entry))).all():
+            return False
+        smooth(entry, ibar, ubar, self.beta1, self.beta2)
+        return True
+
+    def module_scores(self) -> Tensors:
+        """Return S [components] of each module; the last known after `release`."""
+        if self.released is not None:
+            return self.released
+        return [component_scores(i, u) for i, u in zip(self.sensitivity, self.uncertainty, strict=True)]
+
+    def scores(self) -> Floats:
+        """Return S of every component, module after module [components]."""
+        result: Floats = torch.cat(self.module_scores()).double().numpy()
+        return result
+
+    def move(self, module: int, plan: Sequence[int]) -> None:
+        """Let the averages of a module follow its rows: row i comes from `plan[i]`, a new row (-1) starts at 0."""
+        source = torch.tensor(plan, dtype=torch.int64)
+        if self.released is not None:
+            self.released[module] = _follow(self.released[module], source)
+            return
+        for averages in (self.sensitivity[module], self.uncertainty[module]):
+            averages[:] = [_follow(old, source) for old in averages]
+
+    def release(self) -> None:
+        """Keep the scores and give the averages back."""
+        if self.released is None:
+            self.released = self.module_scores()
+            self.sensitivity, self.uncertainty = [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages as base64 of little-endian float32, exact and compact inside JSON."""
+        if self.released is not None:
+            return {"released": [t.tolist() for t in self.released]}
+        return {
+            name: [[_pack(t) for t in module] for module in getattr(self, name)]
+            for name in ("sensitivity", "uncertainty")
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state from `state_dict`; the layers have the ranks of that time."""
+        if "released" in state:
+            self.release()
+            self.released = [torch.tensor(t, dtype=torch.float32) for t in state["released"]]
+            return
+        shapes = [[t.shape for t in self._zeros(layer)] for layer in self.layers]
+        for name in ("sensitivity", "uncertainty"):
+            stored = state[name]
+            if [len(base64.b64decode(t)) for module in stored for t in module] != [
+                4 * shape.numel() for module in shapes for shape in module
+            ]:
+                raise ValueError(f"state: {name} must have the shapes of the model's adapters at their present ranks")
+            loaded = [[_unpack(t, s) for t, s in zip(*pair, strict=True)] for pair in zip(stored, shapes, strict=True)]
+            setattr(self, name, loaded)

@@ -1,0 +1,148 @@
+"""What ElaLoRA and AdaLoRA share: the P Lambda Q form, its scores, its soft orthogonality and three phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ardlora_ext.config import SvdConfig
+from ardlora_ext.controllers.allocate import Ints
+from ardlora_ext.controllers.base import Controller
+from ardlora_ext.controllers.importance import Importance
+from ardlora_ext.controllers.orthogonality import penalty_gradient, share
+from ardlora_ext.controllers.schedule import Phases
+from ardlora_ext.resize import UnitUpdate, row_plans
+
+Config = TypeVar("Config", bound=SvdConfig)
+
+
+class SvdController(Controller[Config]):
+    """Scores components and keeps factors near orthonormal; what to do with the scores is for each method.
+
+    Components are numbered through the model: module after module, unit after unit.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, total_steps: int | None = None) -> None:
+        super().__init__(model, config, config.total_steps if total_steps is None else total_steps)
+        self.importance = Importance(self.units.layers, config.beta1, config.beta2)
+        self.finished = False
+        self._moving: dict[int, list[int]] = {}  # by module: where the rows of a proposed change come from
+
+    @property
+    def phases(self) -> Phases:
+        """The phases of the run.
+
+        Raises:
+            ValueError: its length is not known, or too short for them.
+        """
+        if self.total_steps is None:
+            raise ValueError(
+                f"attach: total_steps must be given for {type(self.config).__name__}, whose schedule depends on the "
+                "length of the run, got None"
+            )
+        return Phases(*self.config.phases(self.total_steps), self.total_steps)
+
+    @property
+    def phase(self) -> str:
+        """`warmup`, `adapt` or `frozen`."""
+        return "frozen" if self.finished else self.phases.name(self.step)
+
+    # Facts.
+
+    def unit_of(self) -> Ints:
+        """Return the unit of each component [components]."""
+        return np.repeat(np.arange(len(self.units)), self.units.live())
+
+    def scores(self) -> dict[str, list[float]]:
+        """Return the present score of each component by module name; the last one once ranks are frozen."""
+        rows = [sum(layer.ranks) for layer in self.units.layers]
+        parts = np.split(self.importance.scores(), np.cumsum(rows)[:-1])
+        return {name: part.tolist() for name, part in zip(self.units.names, parts, strict=True)}
+
+    def observe(self) -> None:
+        if self.config.task_scores:
+            self._score()
+        every = self.config.orth_interval
+        if self.config.orth_reg_weight > 0.0 and self.step % every == 0:
+            self._add_orthogonality(self.config.orth_reg_weight * every)
+
+    @torch.no_grad()
+    def _add_orthogonality(self, weight: float) -> None:
+        """Add the gradient of the regulariser to the factors of every layer in train mode."""
+        form, rank = self.config.orth_form, self.config.initial_rank
+        for layer in self.units.layers:
+            if not layer.training:
+                continue
+            for factor in (layer.lora_A, layer.lora_B):
+                if factor.grad is None:
+                    continue
+                strength = weight * share(rank, factor.shape[1], len(self.units), form)
+                begin = 0
+                for r in layer.ranks:
+                    rows = slice(begin, begin + r)
+                    if r:
+                        gradient = penalty_gradient(factor[rows].float(), form)
+                        factor.grad[rows].add_(gradient.to(factor.dtype), alpha=strength)
+                    begin += r
+
+    def _score(self) -> None:
+        """Take this step's gradients into the scores; gradients with NaN or Inf are left out, with one record."""
+        if self.finished or self.step >= self.phases.end or self.importance.update():
+            return
+        if not self.records or self.records[-1]["event"] != "skip":
+            self._record("skip", None, reason="gradients hold NaN or Inf: scores and ranks stay")
+
+    # Rank changes.
+
+    def _note(self, modules: Mapping[str, Sequence[UnitUpdate]]) -> None:
+        """Remember where rows go, so that what is kept per row can follow once the change is made."""
+        for m, (name, layer) in enumerate(zip(self.units.names, self.units.layers, strict=True)):
+            if name in modules:
+                self._moving[m] = row_plans(layer.layout, layer.ranks, modules[name])[0]
+
+    def applied(self) -> None:
+        for module, plan in self._moving.items():
+            self._moved(module, plan)
+        self._moving = {}
+
+    def _moved(self, module: int, plan: list[int]) -> None:
+        """Let everything kept per component follow its row."""
+        self.importance.move(module, plan)
+
+    # Records and state.
+
+    def _record(self, event: str, unit: int | None, **facts: Any) -> None:
+        place = {}
+        if unit is not None:
+            m = int(self.units.module_of[unit])
+            place = {"module": self.units.names[m], "unit": int(unit - self.units.first[m])}
+        self.records.append({"step": self.step, "event": event, **place, **facts})
+
+    def unit_ranks(self) -> Ints:
+        """Return the components that each unit uses [units]."""
+        return self.units.live()
+
+    def ranks(self) -> dict[str, list[int]]:
+        return self.units.by_module(self.unit_ranks())
+
+    def summary(self) -> dict[str, Any]:
+        ranks = self.unit_ranks()
+        return {
+            "step": self.step,
+            "phase": self.phase,
+            "mean_rank": float(np.mean(ranks)),
+            "total_rank": int(ranks.sum()),
+            "parameters": self.units.costs.parameters(ranks),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"finished": self.finished, "importance": self.importance.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.importance.load_state_dict(state["importance"])
+        super().load_state_dict(state)
+        self.finished = bool(state["finished"])

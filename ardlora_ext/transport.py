@@ -1,0 +1,363 @@
+"""Lower ranks with the least change of the function: best low-rank factors, and optimizer state that turns with them.
+
+Notation, for the units u that use one common factor (one unit, unless `factoring="shared"`): common rows C [R, .], own
+rows O_u [r_u, .], gates g_u; the update of unit u is M_u = O_u^T diag(g_u) C[:r_u] (or its transpose).
+
+**Factors.** With C^T = Q R_C, O_u^T = Q_u R_u (QR), M_u is held by the small core K_u = R_u diag(g_u) R_C[:, :r_u]^T.
+New components are orthonormal directions W [R, R'] in the span of C: unit u keeps M_u Q W W^T Q^T with the first r'_u
+columns of W. Its change is least when sum_u ||K_u W[:, :r'_u]||^2 is largest. One unit, or equal ranks: W are the top
+right singular vectors of the stacked cores, the exact optimum (Eckart-Young). Unequal ranks in one basis have no closed
+form; see `best_basis`. Then, with c the typical norm of a row of C, so that factors keep their scales:
+
+    C' = c W^T Q^T = T C,  T = c W^T R_C^-T;     O_u' = (K_u W)^T Q_u^T / c = D diag(g_u) O_u,  D = W^T R_C / c;     g' = 1
+
+**Moments.** Let G_u = dL/dM_u. Gradients of factors are dC = sum_u diag(g_u) O_u G_u and dO_u = diag(g_u) C G_u^T, so
+
+    dC' = sum_u O_u' G_u = D dC                     dO_u' = C' G_u^T = T diag(g_u)^-1 dO_u
+
+C turns by T, its gradient by D, and T^T D -> 1 where nothing is dropped: the contravariant pair. For rows of C of equal
+norm and orthogonal, both are the rotation W^T. First moments (linear in gradients) turn by D and T exactly; where some
+heads stop using a component, dC' still holds their share. Second moments are carried by the squares of the
+coefficients, E[(sum d_i x_i)^2] = sum d_i^2 E[x_i^2] for uncorrelated x_i.
+
+**Trained gates** (P Lambda Q form): c = 1, O_u' gets rows of norm 1 and their norms n become the gates. So dC' = D dC as
+before, dO_u' = diag(n) T diag(g_u)^-1 dO_u, and d(g')_j = O'_j G C'_j^T is carried by its diagonal terms, the sum over i
+of D_ji T_ji g_i d(g)_i / n_j.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ardlora_ext import reference, resize
+from ardlora_ext.inject import adapters, injection
+from ardlora_ext.layers import LoraLinear
+from ardlora_ext.optim import moments
+from ardlora_ext.resize import RankUpdate, UnitUpdate
+
+_REFINEMENTS = 50
+_NOISE = 1e-7  # of the largest singular value: rounding of float32 factors
+
+# How a state tensor follows: with the coefficients (linear in the gradient) or with their squares.
+_POWER = {"grad": 1, "exp_avg": 1, "momentum_buffer": 1, "grad_avg": 1}
+_POWER |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one layer that use one common factor, in float64.
+
+    Attributes:
+        units: their indices in the layer.
+        common: [R, .] rows they share, R the largest of their ranks.
+        own: by unit [r_u, .].
+        gate: by unit [r_u].
+    """
+
+    units: list[int]
+    common: torch.Tensor
+    own: list[torch.Tensor]
+    gate: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recompressed:
+    """New rows of a group and the matrices by which gradients turn; shapes as in the module's notation."""
+
+    common: torch.Tensor  # [R', .]
+    own: list[torch.Tensor]  # by unit [r'_u, .]
+    gate: list[torch.Tensor]  # by unit [r'_u]
+    turn_common: torch.Tensor  # [R', R]
+    turn_own: list[torch.Tensor]  # by unit [r'_u, r_u]
+    turn_gate: list[torch.Tensor]  # by unit [r'_u, r_u]
+    lost: float  # sum_u ||M_u - M_u'||^2
+
+
+def factor_names(layer: LoraLinear) -> tuple[str, str]:
+    """Return the names of the common and the own factor of a layer's units; gates act on the own one."""
+    return ("lora_B", "lora_A") if layer.layout.gate_on_a else ("lora_A", "lora_B")
+
+
+def groups(layer: LoraLinear) -> list[Group]:
+    """Return the layer's units by the common factor they use."""
+    names = factor_names(layer)
+    common, own = (getattr(layer, name).detach().double() for name in names)
+    order = (1, 0) if layer.layout.gate_on_a else (0, 1)
+    slices = [tuple(s[i] for i in order) for s in reference.unit_slices(layer.layout, layer.ranks)]
+    ends = list(itertools.accumulate(layer.ranks))
+    gates = torch.ones(sum(layer.ranks), dtype=torch.float64)
+    if layer.gate is not None:
+        gates = layer.gate.detach().double()
+    gate = [gates[end - r : end] for end, r in zip(ends, layer.ranks, strict=True)]
+    every = range(layer.layout.units)
+    members = [list(every)] if layer.layout.shared else [[u] for u in every]
+    return [
+        Group(
+            units,
+            common[slices[units[0]][0]] if len(units) == 1 else common[: max(layer.ranks)],
+            [own[slices[u][1]] for u in units],
+            [gate[u] for u in units],
+        )
+        for units in members
+    ]
+
+
+def _qr(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (Q, R) with rows^T = Q R."""
+    q, r = torch.linalg.qr(rows.T)
+    return q, r
+
+
+def cores(group: Group) -> list[torch.Tensor]:
+    """Return K_u of each unit: orthogonally equivalent to its update, rank-sized [min(r_u, .), R]."""
+    r_common = _qr(group.common)[1]
+    return [(_qr(own)[1] * gate) @ r_common[:, : len(own)].T for own, gate in zip(group.own, group.gate, strict=True)]
+
+
+def top_directions(stack: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Return all right singular vectors of the stacked cores as columns [width, width], the largest first."""
+    stacked = torch.cat([*stack, torch.zeros(1, width, dtype=torch.float64)])
+    vh: torch.Tensor = torch.linalg.svd(torch.linalg.qr(stacked).R, full_matrices=True).Vh
+    return vh.T
+
+
+def _greedy(stack: Sequence[torch.Tensor], ranks: Sequence[int], width: int) -> torch.Tensor:
+    """Choose directions level by level, each for the units that still use it."""
+    free = torch.eye(width, dtype=torch.float64)
+    chosen = []
+    for low, high in itertools.pairwise([0, *sorted(set(ranks) - {0})]):
+        users = [core @ free for core, r in zip(stack, ranks, strict=True) if r >= high]
+        turn = top_directions(users, free.shape[1])
+        chosen.append(free @ turn[:, : high - low])
+        free = free @ turn[:, high - low :]
+    return torch.cat(chosen, dim=1)
+
+
+def best_basis(group: Group, stack: Sequence[torch.Tensor], ranks: Sequence[int]) -> torch.Tensor:
+    """Return orthonormal columns W [R, max rank] that keep most of sum_u ||K_u W[:, :r'_u]||^2.
+
+    Equal ranks (or one unit): the exact optimum. Unequal ranks: the best of four starts (all units' top directions;
+    greedy by level; the spans of the first components and of those with most energy), then polar steps
+    W <- polar(sum_u K_u^T K_u W[:, :r'_u]), which never lower the objective because it is convex in W. So the result is
+    never worse than dropping components in their order, or the least in energy first.
+    """
+    width, most = len(group.common), max(ranks)
+    everything = top_directions(stack, width)[:, :most]
+    if len(set(ranks)) == 1:
+        return everything
+
+    def kept(basis: torch.Tensor) -> float:
+        return sum(float((k @ basis[:, :r]).square().sum()) for k, r in zip(stack, ranks, strict=True))
+
+    energy = torch.zeros(width, dtype=torch.float64)
+    for own, gate in zip(group.own, group.gate, strict=True):
+        energy[: len(own)] += (gate[:, None] * own).square().sum(1)
+    order = torch.argsort(energy * group.common.square().sum(1), descending=True, stable=True)
+    r_common = _qr(group.common)[1]
+    spans = [torch.linalg.qr(r_common[:, o]).Q[:, :most] for o in (torch.arange(width), order)]
+    best: torch.Tensor = max([everything, _greedy(stack, ranks, width), *spans], key=kept)
+    for _ in range(_REFINEMENTS):
+        slope = torch.zeros_like(best)
+        for core, r in zip(stack, ranks, strict=True):
+            slope[:, :r] += core.T @ (core @ best[:, :r])
+        u, _, vh = torch.linalg.svd(slope, full_matrices=False)
+        if kept(u @ vh) <= kept(best) * (1.0 + 1e-12):
+            break
+        best = u @ vh
+    return best
+
+
+def _first(group: Group, ranks: Sequence[int]) -> Recompressed:
+    """Keep the first components as they are."""
+    turns = [torch.eye(r, len(own), dtype=torch.float64) for own, r in zip(group.own, ranks, strict=True)]
+    common = torch.eye(max(ranks), len(group.common), dtype=torch.float64)
+    own = [rows[:r] for rows, r in zip(group.own, ranks, strict=True)]
+    gate = [values[:r] for values, r in zip(group.gate, ranks, strict=True)]
+    lost = sum(float(core.square().sum()) for core, r in zip(cores(group), ranks, strict=True) if r == 0)
+    return Recompressed(group.common[: max(ranks)], own, gate, common, turns, turns, lost)
+
+
+def recompress(group: Group, ranks: Sequence[int], trained_gate: bool = False) -> Recompressed:
+    """Return the factors of these ranks nearest to the present update, by the module's equations.
+
+    Units whose update is zero, and groups whose ranks stay, keep their first components bit for bit.
+
+    Args:
+        group: the present factors.
+        ranks: new rank of each unit, none above its present one.
+        trained_gate: put singular values into the gates instead of folding gates into the factors.
+    """
+    stack = cores(group)
+    same = list(ranks) == [len(own) for own in group.own]
+    if same or max(ranks) == 0 or not any(float(core.abs().max()) > 0 for core in stack if core.numel()):
+        return _first(group, ranks)
+    basis = best_basis(group, stack, ranks)
+    q_common, r_common = _qr(group.common)
+    scale = 1.0 if trained_gate else float(group.common.square().sum(1).mean().sqrt())
+    turn = basis.T @ r_common / scale  # D
+    back = scale * basis.T @ torch.linalg.pinv(r_common, rtol=_NOISE).T  # T
+    own, gate, turn_own, turn_gate, lost = [], [], [], [], 0.0
+    for rows, old_gate, core, r in zip(group.own, group.gate, stack, ranks, strict=True):
+        kept = core @ basis[:, :r]
+        lost += max(0.0, float(core.square().sum() - kept.square().sum()))
+        new = (_qr(rows)[0] @ kept).T / scale
+        norm = torch.ones(r, dtype=torch.float64)
+        if trained_gate:
+            new, norm = _normalised(new, rows)
+        inverse = torch.where(old_gate == 0, 0.0, 1.0 / old_gate)
+        t, d = back[:r, : len(rows)], turn[:r, : len(rows)]
+        own.append(new)
+        gate.append(norm)
+        turn_own.append(norm[:, None] * t * inverse)
+        turn_gate.append(torch.where(norm[:, None] == 0, 0.0, d * t * old_gate / norm[:, None]))
+    return Recompressed(scale * (q_common @ basis).T, own, gate, turn, turn_own, turn_gate, lost)
+
+
+def _normalised(new: torch.Tensor, old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of norm 1 and their norms; a row of zeros takes a present direction, so that its gate can learn."""
+    norm = new.norm(dim=1)
+    dead = norm <= _NOISE * norm.max() if len(norm) else norm > 0
+    spare = old[: len(new)] / old[: len(new)].norm(dim=1, keepdim=True).clamp(min=1e-30)
+    rows = torch.where(dead[:, None], spare, new / torch.where(dead, 1.0, norm)[:, None])
+    return rows, torch.where(dead, 0.0, norm)
+
+
+@dataclass
+class _Plan:
+    """What one layer will hold: by (factor, "" | "grad" | state key), its live rows."""
+
+    layer: LoraLinear
+    ranks: list[int]
+    rows: dict[tuple[str, str], torch.Tensor]
+    gate: torch.Tensor  # [sum of ranks]
+    lost: float
+
+
+def _tensors(layer: LoraLinear, optimizer: Optimizer | None) -> dict[tuple[str, str], torch.Tensor]:
+    found = {}
+    for factor, parameter in layer.factors.items():
+        found[factor, ""] = parameter.data
+        if parameter.grad is not None:
+            found[factor, "grad"] = parameter.grad
+        for key, value in ({} if optimizer is None else moments(optimizer, parameter)).items():
+            if key not in _POWER or not value.is_floating_point():
+                raise ValueError(
+                    f"svd_prune: optimizer state must be one of {', '.join(k for k in _POWER if k != 'grad')} in "
+                    f"floating point, got '{key}' ({value.dtype}) of {type(optimizer).__name__}"
+                )
+            found[factor, key] = value
+    return found
+
+
+def _blocks(
+    layer: LoraLinear, ranks: Sequence[int], group: Group, result: Recompressed
+) -> list[tuple[str, torch.Tensor, torch.Tensor, slice, slice]]:
+    """Return what a group's result fills: (factor, new rows, their turn, old rows' place, new rows' place)."""
+    common, own = factor_names(layer)
+    of_common, of_own = (1, 0) if layer.layout.gate_on_a else (0, 1)
+    before, after = (reference.unit_slices(layer.layout, r) for r in (layer.ranks, ranks))
+    widest = max(group.units, key=lambda u: layer.ranks[u]), max(group.units, key=lambda u: ranks[u])
+    places = before[widest[0]][of_common], after[widest[1]][of_common]
+    blocks = [(common, result.common, result.turn_common, *places)]
+    for i, u in enumerate(group.units):
+        places = before[u][of_own], after[u][of_own]
+        blocks.append((own, result.own[i], result.turn_own[i], *places))
+        blocks.append(("lora_E", result.gate[i][:, None], result.turn_gate[i], *places))
+    return blocks
+
+
+def _plan(layer: LoraLinear, ranks: list[int], optimizer: Optimizer | None) -> _Plan:
+    """Compute everything one layer will hold; nothing of the model changes."""
+    tensors = _tensors(layer, optimizer)
+    a_rows, b_rows = layer.layout.rows(ranks)
+    live = {"lora_A": a_rows, "lora_B": b_rows, "lora_E": sum(ranks)}
+    rows = {
+        (factor, key): torch.zeros(live[factor], old.shape[1], dtype=torch.float64)
+        for (factor, key), old in tensors.items()
+    }
+    gate = torch.zeros(sum(ranks), dtype=torch.float64)
+    lost = 0.0
+    for group in groups(layer):
+        result = recompress(group, [ranks[u] for u in group.units], layer.lora_E is not None)
+        lost += layer.scaling**2 * result.lost
+        for owner, value, turn, before, after in _blocks(layer, ranks, group, result):
+            for (factor, key), old in tensors.items():
+                if factor == owner:
+                    new = value if key == "" else turn ** _POWER[key] @ old[before].double()
+                    rows[factor, key][after] = new
+            if owner == "lora_E":
+                gate[after] = value[:, 0]
+    return _Plan(layer, ranks, rows, gate, lost)
+
+
+def check_settled(model: nn.Module, caller: str) -> None:
+    """Refuse a model whose controller still moves ranks."""
+    controller = injection(model).controller
+    phase = "fixed" if controller is None else controller.summary()["phase"]
+    if phase not in ("fixed", "frozen"):
+        raise ValueError(f"{caller}: ranks must be settled, got phase '{phase}'; call controller.finalize() first")
+
+
+@torch.no_grad()
+def svd_prune(model: nn.Module, ranks: Mapping[str, Sequence[int]], optimizer: Optimizer | None = None) -> float:
+    """Lower units to these ranks with the least change of their updates, and turn the optimizer's state with them.
+
+    Unlike dropping components, which keeps rows (and their moments) bit for bit, every kept component is a new
+    combination of the old ones. Gates are folded in (trained gates become singular values).
+
+    Args:
+        model: a wrapped model.
+        ranks: by module name, the new rank of each unit, none above the present one; modules left out stay.
+        optimizer: the optimizer of the adapters, or None before there is one. Adam, AdamW, NAdam, RAdam, Adagrad,
+            RMSprop or SGD.
+
+    Returns:
+        Frobenius norm of the change of all updates together.
+
+    Raises:
+        ValueError: the model is not wrapped, its controller still moves ranks, ranks do not fit, or the optimizer keeps
+            a state that cannot turn. Nothing changes then.
+    """
+    check_settled(model, "svd_prune")
+    layers = adapters(model)
+    plans: dict[str, _Plan] = {}
+    for name, wanted in ranks.items():
+        if name not in layers:
+            raise ValueError(f"svd_prune: module must be an adapter of the model, got '{name}'")
+        layer, new = layers[name], [int(r) for r in wanted]
+        if len(new) != layer.layout.units or any(not 0 <= r <= old for r, old in zip(new, layer.ranks, strict=True)):
+            raise ValueError(f"svd_prune: ranks of '{name}' must be {layer.layout.units}, each between 0 and the "
+                             f"present {layer.ranks}, got {new}")  # fmt: skip
+        if "initial_A" in layer.extras:
+            raise ValueError(f"svd_prune: '{name}' must not start from pissa, whose update is not lora_B lora_A alone")
+        if new != layer.ranks:
+            plans[name] = _plan(layer, new, optimizer)
+    update = {name: tuple(UnitUpdate(tuple(range(r))) for r in plan.ranks) for name, plan in plans.items()}
+    resize.apply(model, RankUpdate(update), optimizer)
+    for plan in plans.values():
+        _write(plan, optimizer)
+    controller = injection(model).controller
+    if controller is not None:
+        controller.applied()
+    return math.sqrt(sum(plan.lost for plan in plans.values()))
+
+
+def _write(plan: _Plan, optimizer: Optimizer | None) -> None:
+    """Fill the rows that `resize.apply` has made room for."""
+    layer = plan.layer
+    for (factor, key), value in plan.rows.items():
+        parameter = layer.factors[factor]
+        target = parameter if key == "" else parameter.grad
+        if key not in ("", "grad") and optimizer is not None:
+            target = optimizer.state[parameter][key]
+        assert target is not None
+        target[: len(value)] = value.to(target.dtype)
+    if layer.lora_gate is not None:
+        layer.lora_gate.copy_(plan.gate[: len(layer.lora_gate)])

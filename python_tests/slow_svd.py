@@ -1,0 +1,201 @@
+"""A slow transcription of training in the P Lambda Q form: autograd for everything, one object per component.
+
+Shares no code with the package. Numbers are float64; Adam and the scores are written out by their formulas.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import ardlora_ext as ard
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+SIZES = ((20, 24), (24, 22), (22, 19), (19, 23), (23, 18))  # of the layers, (in, out)
+
+
+class Chain(nn.Module):
+    """Five linear layers of odd sizes with tanh between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(k, n) for k, n in SIZES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.tanh(layer(x))
+        out: torch.Tensor = self.layers[-1](x)
+        return out
+
+
+def chain_and_teacher(seed: int = 0) -> tuple[Chain, Chain]:
+    """Return a model and one whose layers differ from it by updates of rank 0 to 4."""
+    torch.manual_seed(seed)
+    model, teacher = Chain(), Chain()
+    teacher.load_state_dict(model.state_dict())
+    for rank, layer in enumerate(teacher.layers):
+        k, n = layer.in_features, layer.out_features
+        layer.weight.data += 0.5 * torch.randn(n, rank) @ torch.randn(rank, k) / 3
+    return model, teacher
+
+
+def batch(step: int) -> torch.Tensor:
+    """Return the inputs of a step, [16, 20]."""
+    return torch.randn(16, SIZES[0][0], generator=torch.Generator().manual_seed(1000 + step))
+
+
+def warmup_decay(step: int, total: int) -> float:
+    """Return the factor of the learning rate: linear rise over 20 steps, linear fall to 0."""
+    return min(1.0, (step + 1) / 20) * (1.0 - step / total)
+
+
+@dataclass
+class Number:
+    """One trained tensor (a vector or a scalar) with its Adam moments and its two score averages."""
+
+    value: torch.Tensor
+    moments: list[torch.Tensor] = field(default_factory=list)
+    sensitivity: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    uncertainty: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def __post_init__(self) -> None:
+        self.value = self.value.detach().double().clone().requires_grad_()
+        self.forget()
+        self.sensitivity, self.uncertainty = (torch.zeros_like(self.value, requires_grad=False) for _ in range(2))
+
+    def forget(self) -> None:
+        self.moments = [torch.zeros_like(self.value, requires_grad=False) for _ in range(2)]
+
+    @torch.no_grad()
+    def adam(self, gradient: torch.Tensor, lr: float, count: int) -> None:
+        m, v = self.moments
+        m.copy_(BETAS[0] * m + (1 - BETAS[0]) * gradient)
+        v.copy_(BETAS[1] * v + (1 - BETAS[1]) * gradient**2)
+        m_hat, v_hat = m / (1 - BETAS[0] ** count), v / (1 - BETAS[1] ** count)
+        self.value -= lr * m_hat / (v_hat.sqrt() + EPS)
+
+    @torch.no_grad()
+    def score_step(self, gradient: torch.Tensor, beta1: float, beta2: float) -> None:
+        now = (self.value * gradient).abs()  # E2
+        self.sensitivity = beta1 * self.sensitivity + (1 - beta1) * now  # E3
+        self.uncertainty = beta2 * self.uncertainty + (1 - beta2) * (now - self.sensitivity).abs()  # E4
+
+    def score(self) -> float:
+        return float((self.sensitivity * self.uncertainty).mean())  # E5, averaged over the vector for E6
+
+
+class Component:
+    """Triplet i of a matrix: column p of P, lambda, row q of Q."""
+
+    def __init__(self, p: torch.Tensor, q: torch.Tensor, lam: float = 0.0, born: int = -(10**9)) -> None:
+        self.p, self.q, self.lam = Number(p), Number(q), Number(torch.tensor(lam))
+        self.born = born
+        self.masked = False
+
+    @property
+    def numbers(self) -> list[Number]:
+        return [self.p, self.q, self.lam]
+
+    def score(self) -> float:
+        return sum(number.score() for number in self.numbers)  # E6
+
+
+class SlowModel:
+    """The chain with W + s sum_i lambda_i p_i q_i^T in every layer."""
+
+    def __init__(self, wrapped: nn.Module, orth: str, gamma: float) -> None:
+        layers = ard.adapters(wrapped)
+        self.names = list(layers)
+        self.scaling = next(iter(layers.values())).scaling
+        self.base = [(g.base_layer.weight.double(), g.base_layer.bias.double()) for g in layers.values()]
+        self.matrices = [
+            [Component(g.lora_B[i], g.lora_A[i]) for i in range(g.ranks[0])] for g in layers.values()
+        ]
+        self.orth, self.gamma = orth, gamma
+        self.first_rank = len(self.matrices[0])
+        self.count = 0  # of Adam
+
+    @property
+    def ranks(self) -> list[int]:
+        return [len(matrix) for matrix in self.matrices]
+
+    def numbers(self) -> list[Number]:
+        return [number for matrix in self.matrices for c in matrix for number in c.numbers]
+
+    def delta(self, m: int) -> torch.Tensor:
+        weight = self.base[m][0]
+        return self.scaling * sum(
+            (c.lam.value * torch.outer(c.p.value, c.q.value) for c in self.matrices[m]), torch.zeros_like(weight)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for m, (weight, bias) in enumerate(self.base):
+            x = x @ (weight + self.delta(m)).T + bias
+            x = torch.tanh(x) if m < len(self.base) - 1 else x
+        return x
+
+    def regulariser(self) -> torch.Tensor:
+        """Return E1 (`squared`, scaled to the first gradient of the other) or the code's mean of unsquared norms."""
+        total = torch.zeros((), dtype=torch.float64)
+        for matrix in self.matrices:
+            for vectors in ([c.p.value for c in matrix], [c.q.value for c in matrix]):
+                if not vectors:
+                    continue
+                rows = torch.stack(vectors)
+                square = ((rows @ rows.T - torch.eye(len(rows))) ** 2).sum()
+                if self.orth == "norm":
+                    total = total + square.sqrt() / (2 * len(self.matrices))
+                else:
+                    width, r = rows.shape[1], self.first_rank
+                    nu = 0.02**2 * width
+                    first = (r * ((1 - nu) ** 2 + nu**2 * (r + 1) / width)) ** 0.5
+                    total = total + square / (4 * len(self.matrices) * first)
+        return self.gamma * total
+
+    def step(self, x: torch.Tensor, y: torch.Tensor, lr: float) -> tuple[float, list[torch.Tensor]]:
+        """Take one Adam step on the whole loss; return the loss of the task and all gradients."""
+        task = ((self.forward(x.double()) - y.double()) ** 2).mean()
+        numbers = self.numbers()
+        gradients = list(torch.autograd.grad(task + self.regulariser(), [n.value for n in numbers], allow_unused=True))
+        self.count += 1
+        for number, gradient in zip(numbers, gradients, strict=True):
+            number.adam(gradient, lr, self.count)
+        return task.item(), gradients
+
+    def score(self, gradients: Sequence[torch.Tensor], beta1: float = 0.85, beta2: float = 0.85) -> None:
+        """Update the averages with the weights after the step, as the released code does."""
+        for number, gradient in zip(self.numbers(), gradients, strict=True):
+            number.score_step(gradient, beta1, beta2)
+
+    def restart(self) -> None:
+        """Begin with a fresh Adam."""
+        self.count = 0
+        for number in self.numbers():
+            number.forget()
+
+
+def gaussians(seed: int, name: str, new: int, widths: tuple[int, int]) -> list[list[torch.Tensor]]:
+    """Return the Gaussian vectors that a rank change draws for the new rows of (Q, P) of a module."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return [[torch.randn(width, generator=generator).double() for _ in range(new)] for width in widths]
+
+
+def assert_same(model: nn.Module, slow: SlowModel, rel: float = 1e-5) -> None:
+    """Check ranks, factors and dense updates of every layer against the transcription."""
+    for m, layer in enumerate(ard.adapters(model).values()):
+        r = len(slow.matrices[m])
+        assert layer.ranks == [r]
+        if r == 0:
+            continue
+        expected = {
+            "lora_A": torch.stack([c.q.value.detach() for c in slow.matrices[m]]),
+            "lora_B": torch.stack([c.p.value.detach() for c in slow.matrices[m]]),
+            "lora_E": torch.stack([c.lam.value.detach() for c in slow.matrices[m]])[:, None],
+        }
+        for name, value in expected.items():
+            error = (layer.factors[name].detach()[:r].double() - value).abs().max() / value.abs().max().clamp(min=1e-3)
+            assert error < rel, (layer, name, float(error))

@@ -1,0 +1,280 @@
+"""`LoraLinear` on every path against plain torch in float64, and the memory it holds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import ardlora_ext as ard
+from ardlora_ext import reference, resize
+from ardlora_ext.layers import Capacity, Gate, LoraLinear, capacity_of
+from ardlora_ext.units import UnitLayout
+
+K, N = 24, 20
+LAYOUTS = [
+    UnitLayout("matrix", "shared", 1, K, N),
+    UnitLayout("out_heads", "shared", 4, K, N),
+    UnitLayout("in_heads", "shared", 4, K, N),
+    UnitLayout("out_heads", "independent", 4, K, N),
+    UnitLayout("in_heads", "independent", 4, K, N),
+]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.kind}-{lay.factoring}")
+CAPACITIES: tuple[Capacity, ...] = ("elastic", "fixed")
+Run = dict[str, torch.Tensor]
+
+
+def set_ranks(
+    model: nn.Module, choose: Callable[[LoraLinear, int], int], optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Give unit u of every adapter the rank `choose(layer, u)`."""
+    modules = {}
+    for name, layer in ard.adapters(model).items():
+        pairs = [(now, choose(layer, u)) for u, now in enumerate(layer.ranks)]
+        modules[name] = tuple(ard.UnitUpdate(tuple(range(min(now, to))), max(to - now, 0)) for now, to in pairs)
+    resize.apply(model, ard.RankUpdate(modules), optimizer)
+
+
+@torch.no_grad()
+def scramble(model: nn.Module, seed: int = 0) -> None:
+    """Give every adapter ragged ranks (0 among them), random factors and random gates."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    set_ranks(model, lambda layer, _: rng.randint(0, layer.max_rank))
+    for layer in ard.adapters(model).values():
+        for factor, rows in zip((layer.lora_A, layer.lora_B), layer.layout.rows(layer.ranks), strict=True):
+            factor[:rows] = torch.randn(rows, factor.shape[1], generator=generator) / 4
+        if layer.gate is not None:
+            layer.gate[: sum(layer.ranks)] = torch.rand(sum(layer.ranks), generator=generator)
+
+
+def fingerprint(model: nn.Module) -> dict[str, object]:
+    """Which modules and parameters a model is made of, what it trains, and every bit it holds."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules(remove_duplicate=False)},
+        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)},
+        "bits": {name: t.detach().clone().view(torch.uint8).tolist() for name, t in tensors.items() if not t.is_meta},
+    }
+
+
+class Affine(nn.Linear):
+    """Not a plain linear layer, so the adapter must call it."""
+
+
+class Scaled(nn.Linear):
+    """A base whose backward needs its own output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(super().forward(x).mul(0.1))
+
+
+def make_layer(
+    layout: UnitLayout, path: str = "plain", dtype: torch.dtype = torch.float32, gate: Gate = "controlled"
+) -> LoraLinear:
+    base: nn.Module
+    if path == "conv1d":
+        base = Conv1D(N, K)
+        nn.init.normal_(base.bias)
+    else:
+        base = (Affine if path == "subclass" else nn.Linear)(K, N)
+    if path == "hooked":
+        base.register_forward_hook(lambda _module, _args, _out: None)
+    base.to(dtype).requires_grad_(path == "trainable")
+    layer = LoraLinear(base, layout, 2, 0.7, max_rank=6, gate=gate)
+    scramble(layer)
+    return layer
+
+
+def run(layer: LoraLinear, x: torch.Tensor, dy: torch.Tensor) -> Run:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    (y * dy).sum().backward()
+    return {"y": y, "dx": x.grad, **{f"d_{name}": p.grad for name, p in layer.factors.items()}}  # type: ignore[dict-item]
+
+
+def run_reference(layer: LoraLinear, x: torch.Tensor, dy: torch.Tensor) -> Run:
+    """The same in plain torch, in float64."""
+    weight = layer.base_layer.weight.detach().double()
+    weight = weight if isinstance(layer.base_layer, Conv1D) else weight.T
+    x = x.detach().double().requires_grad_()
+    factors = {name: p.detach().double().requires_grad_() for name, p in layer.factors.items()}
+    gate = factors["lora_E"].view(-1) if "lora_E" in factors else layer.gate
+    a, b = factors["lora_A"], factors["lora_B"]
+    delta = reference.lora_delta(layer.layout, layer.ranks, a, b, gate, layer.scaling)
+    y = x @ (weight + delta.T) + layer.base_layer.bias.detach().double()
+    (y * dy.double()).sum().backward()
+    return {"y": y, "dx": x.grad, **{f"d_{name}": p.grad for name, p in factors.items()}}  # type: ignore[dict-item]
+
+
+def assert_near(ours: Run, exact: Run, bound: float = 2e-6) -> None:
+    """Compare each result with the float64 one, relative to its largest value."""
+    for key, value in exact.items():
+        assert ours[key].shape == value.shape, key
+        if value.numel():
+            error, scale = (ours[key].double() - value).abs().max().item(), value.abs().max().item()
+            assert error <= bound * scale, f"{key}: {error / scale:.3g} > {bound:.3g}"
+
+
+@every_layout
+@pytest.mark.parametrize("path", ["plain", "hooked", "subclass", "conv1d", "trainable"])
+@pytest.mark.parametrize("gate", ["none", "controlled", "trained"])
+def test_output_and_gradients(layout: UnitLayout, path: str, gate: Gate) -> None:
+    layer = make_layer(layout, path, gate=gate)
+    x, dy = torch.randn(3, 5, K), torch.randn(3, 5, N)
+    assert_near(run(layer, x, dy), run_reference(layer, x, dy))
+    if path == "trainable":
+        torch.testing.assert_close(layer.base_layer.weight.grad, dy.reshape(-1, N).T @ x.reshape(-1, K))
+
+
+INPUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "1-D": lambda: torch.randn(K),
+    "2-D": lambda: torch.randn(7, K),
+    "4-D": lambda: torch.randn(2, 3, 4, K),
+    "empty": lambda: torch.randn(0, K),
+    "empty batch of sequences": lambda: torch.randn(2, 0, K),
+    "columns of a wider tensor": lambda: torch.randn(7, 3 * K)[:, K : 2 * K],
+    "transposed": lambda: torch.randn(K, 7).T,
+    "sequence first": lambda: torch.randn(5, 3, K).transpose(0, 1),
+    "expanded": lambda: torch.randn(1, K).expand(6, K),
+    "every other row": lambda: torch.randn(9, K)[::2],
+}
+
+
+@pytest.mark.parametrize("path", ["plain", "hooked"])
+@pytest.mark.parametrize("case", INPUTS)
+def test_any_input_shape_and_layout(case: str, path: str) -> None:
+    layer, x = make_layer(LAYOUTS[1], path), INPUTS[case]()
+    dy = torch.randn(*x.shape[:-1], N)
+    assert_near(run(layer, x, dy), run_reference(layer, x, dy))
+
+
+@pytest.mark.parametrize("path", ["plain", "hooked"])
+def test_expanded_output_gradient(path: str) -> None:
+    layer, x, row = make_layer(LAYOUTS[2], path), torch.randn(6, K), torch.randn(N)
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    (y.sum(0) @ row).backward()  # dy arrives with row stride 0
+    ours = {"y": y, "dx": leaf.grad, "d_lora_A": layer.lora_A.grad, "d_lora_B": layer.lora_B.grad}
+    assert_near(ours, run_reference(layer, x, row.expand(6, N)))  # type: ignore[arg-type]
+
+
+@every_layout
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_bfloat16_model(layout: UnitLayout, adapter: torch.dtype) -> None:
+    layer = make_layer(layout, dtype=torch.bfloat16)
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(adapter), layer.lora_B.data.to(adapter)
+    x, dy = torch.randn(9, K).bfloat16(), torch.randn(9, N).bfloat16()
+    ours = run(layer, x, dy)
+    assert (ours["y"].dtype, ours["d_lora_A"].dtype) == (torch.bfloat16, adapter)
+    assert_near(ours, run_reference(layer, x, dy), 2e-2)
+
+
+def test_autocast() -> None:
+    layer, x, dy = make_layer(LAYOUTS[1]), torch.randn(9, K), torch.randn(9, N)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(layer, x, dy)
+    assert (ours["y"].dtype, ours["dx"].dtype, ours["d_lora_A"].dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert_near(ours, run_reference(layer, x, dy), 2e-2)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("path", ["plain", "hooked"])
+def test_gradient_checkpointing(path: str, use_reentrant: bool) -> None:
+    layer, x, dy = make_layer(LAYOUTS[2], path), torch.randn(9, K), torch.randn(9, N)
+    expected = {key: value.clone() for key, value in run(layer, x, dy).items()}
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    (checkpoint(layer, leaf, use_reentrant=use_reentrant) * dy).sum().backward()
+    for key, value in {"dx": leaf.grad, "d_lora_A": layer.lora_A.grad, "d_lora_B": layer.lora_B.grad}.items():
+        assert value is not None
+        assert torch.equal(value, expected[key]), key
+
+
+def test_base_that_needs_its_own_output() -> None:
+    base = Scaled(K, N).requires_grad_(False)
+    layer = LoraLinear(base, LAYOUTS[0], 2, 0.7)
+    scramble(layer)
+    x = torch.randn(5, K, requires_grad=True)
+    layer(x).sum().backward()
+    ours, x.grad = x.grad, None
+    (base(x) + x @ layer.get_delta_weight().T).sum().backward()
+    torch.testing.assert_close(ours, x.grad)
+
+
+def test_base_output_seen_by_a_hook_is_the_base_output() -> None:
+    seen: list[torch.Tensor] = []
+    layer = make_layer(LAYOUTS[0])
+    layer.base_layer.register_forward_hook(lambda _module, _args, out: seen.append(out))
+    x = torch.randn(5, K)
+    layer(x)
+    assert torch.equal(seen[0], nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+
+@every_layout
+def test_fold_and_singular_values_agree_with_the_dense_update(layout: UnitLayout) -> None:
+    layer = make_layer(layout)
+    delta, (a, b) = layer.get_delta_weight(), layer.fold()
+    assert delta.shape == (N, K)
+    torch.testing.assert_close(b @ a, delta)
+    assert a.shape[0] == (max(layer.ranks) if layer.layout.shared else sum(layer.ranks))
+    values = layer.singular_values()
+    for u, (_, _, columns, rows) in enumerate(reference.unit_slices(layout, layer.ranks)):
+        expected = torch.linalg.svdvals(delta[rows, columns].double())[: layer.ranks[u]]
+        torch.testing.assert_close(values[u, : layer.ranks[u]], expected, rtol=0, atol=1e-4 * values.max().item())
+        assert not values[u, layer.ranks[u] :].any()
+
+
+def test_rank_zero_everywhere() -> None:
+    layer, x = make_layer(LAYOUTS[1]), torch.randn(3, K)
+    set_ranks(layer, lambda *_: 0)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert not layer.get_delta_weight().any()
+    assert layer.singular_values().shape == (4, 0)
+    assert layer.live_parameters == 0
+
+
+@pytest.mark.parametrize("gate", ["controlled", "trained"])
+def test_gates_stay_float32_bit_for_bit(gate: Gate) -> None:
+    layer = make_layer(LAYOUTS[1], gate=gate)
+    assert layer.gate is not None
+    before = layer.gate.clone()
+    layer.to(torch.bfloat16)
+    assert (layer.lora_A.dtype, layer.gate.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(layer.gate, before)
+
+
+@every_layout
+def test_elastic_capacity_follows_the_ranks_and_fixed_does_not(layout: UnitLayout) -> None:
+    def held(layer: LoraLinear) -> int:
+        return sum(p.untyped_storage().nbytes() for p in layer.factors.values())
+
+    elastic, fixed = (
+        LoraLinear(nn.Linear(K, N), layout, 2, 1.0, max_rank=17, capacity=capacity) for capacity in CAPACITIES
+    )
+    full = fixed.max_rank
+    sizes = []
+    for rank in (full, 1, full, 0):
+        for layer in (elastic, fixed):
+            set_ranks(layer, lambda *_, rank=rank: rank)
+        assert held(fixed) == 4 * layout.parameters([full] * layout.units)
+        sizes.append(held(elastic))
+    assert sizes[1] < sizes[0]
+    assert sizes[1] < held(fixed)
+    assert sizes[2] == sizes[0], "memory depends on the ranks, not on how they were reached"
+    assert sizes[3] <= sizes[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_capacity_holds_the_live_rows_with_bounded_slack(seed: int) -> None:
+    rng, current = random.Random(seed), 0
+    for _ in range(200):
+        rows = max(0, rng.choice([rng.randint(0, 70), current + rng.randint(-9, 3)]))
+        moved = capacity_of(rows, current)
+        assert rows <= moved < rows + 16
+        assert moved == current or not rows <= current < rows + 8, "no move while a whole class is not yet free"
+        current = moved
