@@ -47,6 +47,8 @@ def lora_forward(
     h: _Matrix,
     y: _Matrix,
     threads: int,
+    dropout: float,
+    seed: int,
 ) -> None: ...
 def lora_backward(
     table: UnitTable,
@@ -63,6 +65,8 @@ def lora_backward(
     dB: _Matrix,
     dgate: int,
     threads: int,
+    dropout: float,
+    seed: int,
 ) -> None: ...
 def row_dots(blocks: NDArray[np.int64], dtype: int, threads: int) -> NDArray[np.float32]: ...
 def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], threads: int) -> None: ...

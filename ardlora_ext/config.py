@@ -46,6 +46,7 @@ class AdapterConfig:
         lora_alpha: the update is multiplied by `scaling = lora_alpha / r` with the initial rank, and that constant
             never changes when ranks do. Default as in PEFT.
         use_rslora: `scaling = lora_alpha / sqrt(r)` (arXiv:2312.03732).
+        lora_dropout: probability of dropping an element of the adapter's input, in training mode. Default as in PEFT.
         granularity: what gets a rank of its own: an attention `head`, a whole `matrix`, or a transformer `layer` (its
             matrices move together). Matrices without heads (MLP) are always whole.
         factoring: for heads, `shared` (one full-width factor per matrix, head h uses its first r_h components) or
@@ -63,6 +64,7 @@ class AdapterConfig:
     modules_to_save: Sequence[str] | None = None
     lora_alpha: float = 8.0
     use_rslora: bool = False
+    lora_dropout: float = 0.0
     granularity: Granularity = "matrix"
     factoring: Literal["shared", "independent"] = "shared"
     head_dim: int | Mapping[str, int | tuple[str, int]] | None = None
@@ -80,6 +82,7 @@ class AdapterConfig:
             math.isfinite(self.lora_alpha) and self.lora_alpha > 0,
             f"{owner}: lora_alpha must be > 0, got {self.lora_alpha}",
         )
+        _require(0 <= self.lora_dropout < 1, f"{owner}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
         _require(len(self.target_modules) > 0, f"{owner}: target_modules must name something, got nothing")
 
     @property

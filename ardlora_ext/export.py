@@ -74,7 +74,7 @@ def _peft_files(model: nn.Module, layers: dict[str, LoraLinear]) -> tuple[dict[s
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
-        "lora_dropout": 0.0,
+        "lora_dropout": record.config.lora_dropout,
         "use_rslora": False,
         "use_dora": dora,
         "bias": "none",

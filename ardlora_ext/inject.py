@@ -251,6 +251,7 @@ def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, gener
         config.scaling,
         max_rank=config.max_rank,
         capacity=config.capacity,
+        lora_dropout=config.lora_dropout,
         gate="controlled" if isinstance(config, ArdConfig) else "trained" if isinstance(config, SvdConfig) else "none",
         dtype=weight.dtype if auto and isinstance(weight, torch.Tensor) else torch.float32,
         generator=generator,

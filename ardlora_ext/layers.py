@@ -64,6 +64,7 @@ class LoraLinear(nn.Module):
         *,
         max_rank: int | None = None,
         capacity: Capacity = "elastic",
+        lora_dropout: float = 0.0,
         gate: Gate = "none",
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
@@ -74,6 +75,7 @@ class LoraLinear(nn.Module):
         self.max_rank = min(r if max_rank is None else max_rank, layout.max_rank)
         self.scaling = scaling
         self.capacity = capacity
+        self.lora_dropout = lora_dropout
         self.ranks: list[int] = []
         self.set_ranks([min(r, layout.max_rank)] * layout.units)
         a_rows, b_rows = layout.rows(self.ranks)
@@ -167,7 +169,10 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return base(x) plus the adapter's output, [..., out_features]."""
-        adapter = self.lora_A, self.lora_B, self.gate, self.table, self.scaling
+        # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
+        seed = int(torch.randint(2**62, ())) if self.training and self.lora_dropout > 0.0 else None
+        dropout = ops.NO_DROPOUT if seed is None else (self.lora_dropout, seed)
+        adapter = self.lora_A, self.lora_B, self.gate, self.table, self.scaling, dropout
         dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
         if dense is not None and dense[0].dtype == x.dtype:
             weight, bias = dense

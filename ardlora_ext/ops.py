@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, core, matrix, threads
 
+Dropout = tuple[float, int]  # probability, seed
+NO_DROPOUT: Dropout = (0.0, 0)
+
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
     """View [..., features] as [M, features] with contiguous rows; copies only when the layout allows no view."""
@@ -37,6 +40,7 @@ def _adapter_forward(
     gate: torch.Tensor | None,
     table: core.UnitTable,
     scaling: float,
+    dropout: Dropout,
 ) -> torch.Tensor:
     """Accumulate the adapter into y [M, N] in place and return H [M, hidden]."""
     h = torch.empty(x.shape[0], table.hidden, dtype=torch.float32)
@@ -50,6 +54,7 @@ def _adapter_forward(
         matrix(h),
         matrix(y),
         threads(),
+        *dropout,
     )
     return h
 
@@ -78,6 +83,7 @@ def _adapter_backward(
         matrix(d_b),
         0 if d_gate is None else d_gate.data_ptr(),
         threads(),
+        *ctx.dropout,
     )
     return d_a, d_b, d_gate
 
@@ -96,12 +102,13 @@ class _LoraLinear(torch.autograd.Function):
         gate: torch.Tensor | None,
         table: core.UnitTable,
         scaling: float,
+        dropout: Dropout,
     ) -> torch.Tensor:
         x2 = _rows(x)
         y = F.linear(x2, weight, bias)
-        h = _adapter_forward(x2, y, lora_A, lora_B, gate, table, scaling)
+        h = _adapter_forward(x2, y, lora_A, lora_B, gate, table, scaling, dropout)
         ctx.save_for_backward(x2, lora_A, lora_B, gate, h)
-        ctx.weight, ctx.table, ctx.scaling, ctx.shape = weight, table, scaling, x.shape
+        ctx.weight, ctx.table, ctx.scaling, ctx.dropout, ctx.shape = weight, table, scaling, dropout, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -109,7 +116,7 @@ class _LoraLinear(torch.autograd.Function):
         dy = _rows(grad[0])
         dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
         grads = _adapter_backward(ctx, dy, dx, ctx.needs_input_grad[5])
-        return (None if dx is None else dx.view(ctx.shape), None, None, *grads, None, None)
+        return (None if dx is None else dx.view(ctx.shape), None, None, *grads, None, None, None)
 
 
 class _LoraAccumulate(torch.autograd.Function):
@@ -125,11 +132,12 @@ class _LoraAccumulate(torch.autograd.Function):
         gate: torch.Tensor | None,
         table: core.UnitTable,
         scaling: float,
+        dropout: Dropout,
     ) -> torch.Tensor:
         x2, y2 = _rows(x), _rows(y)
-        h = _adapter_forward(x2, y2, lora_A, lora_B, gate, table, scaling)
+        h = _adapter_forward(x2, y2, lora_A, lora_B, gate, table, scaling, dropout)
         ctx.save_for_backward(x2, lora_A, lora_B, gate, h)
-        ctx.table, ctx.scaling, ctx.shape = table, scaling, x.shape
+        ctx.table, ctx.scaling, ctx.dropout, ctx.shape = table, scaling, dropout, x.shape
         if y2.data_ptr() != y.data_ptr():
             y.copy_(y2.view(y.shape))
         ctx.mark_dirty(y)
@@ -141,7 +149,7 @@ class _LoraAccumulate(torch.autograd.Function):
         x = ctx.saved_tensors[0]
         dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
         grads = _adapter_backward(ctx, dy, dx, ctx.needs_input_grad[4])
-        return (grad[0], None if dx is None else dx.view(ctx.shape), *grads, None, None)
+        return (grad[0], None if dx is None else dx.view(ctx.shape), *grads, None, None, None)
 
 
 def lora_linear(
@@ -153,6 +161,7 @@ def lora_linear(
     gate: torch.Tensor | None,
     table: core.UnitTable,
     scaling: float,
+    dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
     """Compute y = x W^T + bias + scaling * (g o (x A^T)) B with a frozen W, one autograd node for all of it.
 
@@ -165,6 +174,8 @@ def lora_linear(
         gate: float32, at least one entry per live row of the gated factor, or None for 1; may require a gradient.
         table: units of the matrix at their present ranks.
         scaling: the constant in front of the update.
+        dropout: (p, seed) of the adapter's input; the mask is `reference.dropout_factors(p, seed, M, K)`, computed
+            again in backward.
 
     Returns:
         y [..., N] in the dtype of x; sums are kept in float32 and rounded once.
@@ -179,7 +190,7 @@ def lora_linear(
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lora_linear: x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
     out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, lora_A, lora_B, gate, table, scaling
+        x, weight, bias, lora_A, lora_B, gate, table, scaling, dropout
     )
     return out
 
@@ -192,6 +203,7 @@ def lora_accumulate(
     gate: torch.Tensor | None,
     table: core.UnitTable,
     scaling: float,
+    dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
     """Add scaling * (g o (x A^T)) B to y [..., N] in place and return it; arguments as in `lora_linear`.
 
@@ -201,6 +213,6 @@ def lora_accumulate(
     if x.dtype != y.dtype:
         raise ValueError(f"lora_accumulate: x must have the dtype of y ({y.dtype}), got {x.dtype}")
     out: torch.Tensor = _LoraAccumulate.apply(  # type: ignore[no-untyped-call]
-        y, x, lora_A, lora_B, gate, table, scaling
+        y, x, lora_A, lora_B, gate, table, scaling, dropout
     )
     return out

@@ -70,6 +70,31 @@ def lora_linear(
     return out
 
 
+def philox(seed: int, counter: tuple[int, int, int, int], rounds: int = 7) -> tuple[int, int, int, int]:
+    """Return four 32-bit words of Philox4x32 (Salmon et al., SC 2011)."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & mask, seed >> 32 & mask
+    for _ in range(rounds):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & mask, (p0 >> 32) ^ c3 ^ k1, p0 & mask
+        k0, k1 = k0 + 0x9E3779B9 & mask, k1 + 0xBB67AE85 & mask
+    return c0, c1, c2, c3
+
+
+def dropout_factors(p: float, seed: int, rows: int, cols: int) -> torch.Tensor:
+    """Return what dropout multiplies x [rows, cols] with: 0 or 1 / (1 - p), p in steps of 1/65536."""
+    threshold = math.floor(p * 65536.0 + 0.5)
+    out = torch.empty(rows, cols, dtype=torch.float64)
+    for m in range(rows):
+        for group in range(math.ceil(cols / 8)):
+            words = philox(seed, (group, m, 0, 0))
+            bits = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
+            for i, b in enumerate(bits[: cols - 8 * group]):
+                out[m, 8 * group + i] = 0.0 if b < threshold else 65536.0 / (65536.0 - threshold)
+    return out
+
+
 def row_dots(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Return <weight_i, grad_i> for each row, shape [rows]."""
     return (weight * grad).sum(dim=1)

@@ -9,7 +9,8 @@ columns of W. Its change is least when sum_u ||K_u W[:, :r'_u]||^2 is largest. O
 right singular vectors of the stacked cores, the exact optimum (Eckart-Young). Unequal ranks in one basis have no closed
 form; see `best_basis`. Then, with c the typical norm of a row of C, so that factors keep their scales:
 
-    C' = c W^T Q^T = T C,  T = c W^T R_C^-T;     O_u' = (K_u W)^T Q_u^T / c = D diag(g_u) O_u,  D = W^T R_C / c;     g' = 1
+    C' = c W^T Q^T = T C,                              T = c W^T R_C^-T
+    O_u' = (K_u W)^T Q_u^T / c = D diag(g_u) O_u,      D = W^T R_C / c,      g' = 1
 
 **Moments.** Let G_u = dL/dM_u. Gradients of factors are dC = sum_u diag(g_u) O_u G_u and dO_u = diag(g_u) C G_u^T, so
 
@@ -20,9 +21,9 @@ norm and orthogonal, both are the rotation W^T. First moments (linear in gradien
 heads stop using a component, dC' still holds their share. Second moments are carried by the squares of the
 coefficients, E[(sum d_i x_i)^2] = sum d_i^2 E[x_i^2] for uncorrelated x_i.
 
-**Trained gates** (P Lambda Q form): c = 1, O_u' gets rows of norm 1 and their norms n become the gates. So dC' = D dC as
-before, dO_u' = diag(n) T diag(g_u)^-1 dO_u, and d(g')_j = O'_j G C'_j^T is carried by its diagonal terms, the sum over i
-of D_ji T_ji g_i d(g)_i / n_j.
+**Trained gates** (P Lambda Q form): c = 1, O_u' gets rows of norm 1 and their norms n become the gates. So dC' = D dC
+as before, dO_u' = diag(n) T diag(g_u)^-1 dO_u, and d(g')_j = O'_j G C'_j^T is carried by its diagonal terms, the sum
+over i of D_ji T_ji g_i d(g)_i / n_j.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def top_directions(stack: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     return vh.T
 
 
-def _greedy(stack: Sequence[torch.Tensor], ranks: Sequence[int], width: int) -> torch.Tensor:
-    """Choose directions level by level, each for the units that still use it."""
+def _forward(stack: Sequence[torch.Tensor], ranks: Sequence[int], width: int) -> torch.Tensor:
+    """Choose directions from the first level on: each the best for the units that use it."""
     free = torch.eye(width, dtype=torch.float64)
     chosen = []
     for low, high in itertools.pairwise([0, *sorted(set(ranks) - {0})]):
@@ -140,13 +141,44 @@ def _greedy(stack: Sequence[torch.Tensor], ranks: Sequence[int], width: int) -> 
     return torch.cat(chosen, dim=1)
 
 
+def _backward(stack: Sequence[torch.Tensor], ranks: Sequence[int], width: int) -> torch.Tensor:
+    """Choose directions from the last level on: each the one that matters least to the units that do not use it."""
+    free = torch.eye(width, dtype=torch.float64)
+    chosen: list[torch.Tensor] = []
+    levels = sorted({0, *ranks, width}, reverse=True)
+    for high, low in itertools.pairwise(levels):
+        others = [core @ free for core, r in zip(stack, ranks, strict=True) if r < high]
+        turn = top_directions(others, free.shape[1])
+        chosen.insert(0, free @ turn[:, low:])
+        free = free @ turn[:, :low]
+    return torch.cat(chosen, dim=1)[:, : max(ranks)]
+
+
+def _refined(basis: torch.Tensor, stack: Sequence[torch.Tensor], ranks: Sequence[int]) -> torch.Tensor:
+    """Take polar steps from `basis` until they gain nothing."""
+    before = -1.0
+    for _ in range(_REFINEMENTS):
+        slope = torch.zeros_like(basis)
+        kept = 0.0
+        for core, r in zip(stack, ranks, strict=True):
+            image = core @ basis[:, :r]
+            kept += float(image.square().sum())
+            slope[:, :r] += core.T @ image
+        if kept <= before * (1.0 + 1e-9):
+            break
+        before = kept
+        u, _, vh = torch.linalg.svd(slope, full_matrices=False)
+        basis = u @ vh
+    return basis
+
+
 def best_basis(group: Group, stack: Sequence[torch.Tensor], ranks: Sequence[int]) -> torch.Tensor:
     """Return orthonormal columns W [R, max rank] that keep most of sum_u ||K_u W[:, :r'_u]||^2.
 
-    Equal ranks (or one unit): the exact optimum. Unequal ranks: the best of four starts (all units' top directions;
-    greedy by level; the spans of the first components and of those with most energy), then polar steps
-    W <- polar(sum_u K_u^T K_u W[:, :r'_u]), which never lower the objective because it is convex in W. So the result is
-    never worse than dropping components in their order, or the least in energy first.
+    Equal ranks (or one unit): the exact optimum. Unequal ranks: from each of five starts (all units' top directions;
+    greedy from the first and from the last level; the spans of the first components and of those with most energy)
+    polar steps W <- polar(sum_u K_u^T K_u W[:, :r'_u]), which never lower the objective because it is convex in W; then
+    the best. So the result is never worse than dropping components in their order, or the least in energy first.
     """
     width, most = len(group.common), max(ranks)
     everything = top_directions(stack, width)[:, :most]
@@ -162,15 +194,8 @@ def best_basis(group: Group, stack: Sequence[torch.Tensor], ranks: Sequence[int]
     order = torch.argsort(energy * group.common.square().sum(1), descending=True, stable=True)
     r_common = _qr(group.common)[1]
     spans = [torch.linalg.qr(r_common[:, o]).Q[:, :most] for o in (torch.arange(width), order)]
-    best: torch.Tensor = max([everything, _greedy(stack, ranks, width), *spans], key=kept)
-    for _ in range(_REFINEMENTS):
-        slope = torch.zeros_like(best)
-        for core, r in zip(stack, ranks, strict=True):
-            slope[:, :r] += core.T @ (core @ best[:, :r])
-        u, _, vh = torch.linalg.svd(slope, full_matrices=False)
-        if kept(u @ vh) <= kept(best) * (1.0 + 1e-12):
-            break
-        best = u @ vh
+    starts = [everything, _forward(stack, ranks, width), _backward(stack, ranks, width), *spans]
+    best: torch.Tensor = max((_refined(start, stack, ranks) for start in starts), key=kept)
     return best
 
 

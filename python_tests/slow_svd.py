@@ -127,10 +127,11 @@ class SlowModel:
         return [number for matrix in self.matrices for c in matrix for number in c.numbers]
 
     def delta(self, m: int) -> torch.Tensor:
-        weight = self.base[m][0]
-        return self.scaling * sum(
-            (c.lam.value * torch.outer(c.p.value, c.q.value) for c in self.matrices[m]), torch.zeros_like(weight)
-        )
+        matrix = self.matrices[m]
+        if not matrix:
+            return torch.zeros_like(self.base[m][0])
+        p, q = torch.stack([c.p.value for c in matrix], dim=1), torch.stack([c.q.value for c in matrix])
+        return self.scaling * p @ torch.diag(torch.stack([c.lam.value for c in matrix])) @ q
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for m, (weight, bias) in enumerate(self.base):
@@ -166,7 +167,7 @@ class SlowModel:
             number.adam(gradient, lr, self.count)
         return task.item(), gradients
 
-    def score(self, gradients: Sequence[torch.Tensor], beta1: float = 0.85, beta2: float = 0.85) -> None:
+    def score(self, gradients: Sequence[torch.Tensor], beta1: float, beta2: float) -> None:
         """Update the averages with the weights after the step, as the released code does."""
         for number, gradient in zip(self.numbers(), gradients, strict=True):
             number.score_step(gradient, beta1, beta2)

@@ -65,11 +65,11 @@ def slow_round(slow: SlowModel, t: int, phases: tuple[int, int], config: ard.Ela
     if not warm < t < end or (t - warm) % config.deltaT:
         return False
     p = (t - warm) / (end - warm)
-    b = round(config.b * (1 - p**3))
+    b = round(config.b * (1 - p**3)) if config.scheduler else config.b
     if b == 0:
         return False
     code = config.mode == "code"
-    grace = 0 if code else 20
+    grace = 0 if code else round(3 / (1 - config.beta1))
     pool = []
     for m, matrix in enumerate(slow.matrices):
         judged = sorted((c.score(), i) for i, c in enumerate(matrix) if t - c.born >= grace)
@@ -125,7 +125,7 @@ def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
         rate = LR * (1.0 if pinned else warmup_decay(t, STEPS))
         expected, gradients = slow.step(batch(t), run.teacher(batch(t)), rate)
         if t < STEPS - final:
-            slow.score(gradients)
+            slow.score(gradients, config.beta1, config.beta2)
         assert run.step() == pytest.approx(expected, rel=1e-5)
         if t < STEPS - final and not (t + 1 - warm) % 10:
             scores = [s for module in run.controller.scores().values() for s in module]

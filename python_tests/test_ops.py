@@ -317,3 +317,49 @@ def test_core_has_no_torch_headers() -> None:
     root = Path(__file__).parents[1] / "csrc"
     included = [p for p in root.rglob("*.*") if "#include <torch" in p.read_text() or "#include <ATen" in p.read_text()]
     assert not included
+
+
+@pytest.mark.parametrize("act", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "ranks"), [("matrix", [5]), ("out_heads", [2, 4]), ("in_heads", [3, 1])])
+def test_dropout_equals_a_plain_philox(isa: str, kind: UnitKind, ranks: list[int], act: torch.dtype) -> None:
+    layout = UnitLayout(kind, "shared", len(ranks), 150, 20)
+    v = make_inputs(layout, ranks, 11, act, torch.float32)
+    factors = reference.dropout_factors(0.3, 2**40 + 17, 11, 150)
+    results = []
+    for dtype in (torch.float64, act):
+        x, a, b = (v[key].detach().to(dtype).requires_grad_() for key in ("x", "lora_A", "lora_B"))
+        a_rows, b_rows = layout.rows(ranks)
+        y = reference.lora_linear(layout, ranks, x * factors.to(dtype), a[:a_rows], b[:b_rows], None, 0.7)
+        y.backward(v["dy"].to(dtype))
+        results.append({"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad})
+    x, a, b = (v[key].detach().requires_grad_() for key in ("x", "lora_A", "lora_B"))
+    zeros = torch.zeros(11, 20, dtype=act)
+    y = ops.lora_accumulate(zeros, x, a, b, None, layout.table(ranks), 0.7, (0.3, 2**40 + 17))
+    y.backward(v["dy"])
+    for key, value in {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}.items():
+        exact, theirs = results[0][key], results[1][key]
+        assert value is not None
+        assert exact is not None
+        assert theirs is not None
+        assert_close_to_reference(value, theirs, exact, act, key)
+
+
+def test_dropout_statistics(isa: str) -> None:
+    """Kept share, and independence of neighbours, seeds and rows, within five standard errors."""
+    size = 512
+    layout = UnitLayout("matrix", "shared", 1, size, size)
+    table, eye = layout.table([size]), torch.eye(size)
+    a, b, gate = eye.clone(), eye.clone(), None
+
+    def mask(seed: int) -> torch.Tensor:
+        x = torch.ones(size, size)
+        out = ops.lora_accumulate(torch.zeros(size, size), x, a, b, gate, table, 1.0, (0.25, seed))
+        return (out > 0).double()
+
+    first, second = mask(1), mask(2)
+    assert torch.equal(first, mask(1))
+    error = 5 / size
+    assert abs(first.mean().item() - 0.75) < error * 0.44
+    expected = 0.75**2
+    for other in (second, first.roll(1, 0), first.roll(1, 1), first.roll(8, 1), first.T):
+        assert abs((first * other).mean().item() - expected) < error * 0.5

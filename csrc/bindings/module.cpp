@@ -37,8 +37,8 @@ void bind_unit_table(py::module_& m) {
   py::class_<UnitTable>(m, "UnitTable", "Units of one adapted matrix and where their components live.")
       .def(py::init([](int kind, int factoring, std::int64_t in_features, std::int64_t out_features,
                        std::vector<std::int64_t> ranks) {
-             return UnitTable(static_cast<UnitKind>(kind), static_cast<Factoring>(factoring), in_features,
-                              out_features, std::move(ranks));
+             return UnitTable(static_cast<UnitKind>(kind), static_cast<Factoring>(factoring), in_features, out_features,
+                              std::move(ranks));
            }),
            py::arg("kind"), py::arg("factoring"), py::arg("in_features"), py::arg("out_features"), py::arg("ranks"))
       .def_property_readonly("ranks", &UnitTable::ranks)
@@ -91,29 +91,35 @@ void bind_lora_linear(py::module_& m) {
   m.def(
       "lora_forward",
       [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
-         float scaling, const MatrixArg& h, const MatrixArg& y, int threads) {
+         float scaling, const MatrixArg& h, const MatrixArg& y, int threads, double dropout, std::uint64_t seed) {
         constexpr const char* op = "lora_forward";
-        const LoraParams p{&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling, view(h, op), threads};
+        const LoraParams p{&table,      view(x, op),  view(a, op),
+                           view(b, op), floats(gate), scaling,
+                           view(h, op), threads,      make_dropout(dropout, seed)};
         const MatrixView yv = view(y, op);
         py::gil_scoped_release release;
         lora_forward(p, yv);
       },
       py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
-      py::arg("h"), py::arg("y"), py::arg("threads"));
+      py::arg("h"), py::arg("y"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
   m.def(
       "lora_backward",
       [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
          float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh, const MatrixArg& dx,
-         const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, int threads) {
+         const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, int threads, double dropout,
+         std::uint64_t seed) {
         constexpr const char* op = "lora_backward";
-        const LoraParams p{&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling, view(h, op), threads};
+        const LoraParams p{&table,      view(x, op),  view(a, op),
+                           view(b, op), floats(gate), scaling,
+                           view(h, op), threads,      make_dropout(dropout, seed)};
         const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
                          dbv = view(db, op);
         py::gil_scoped_release release;
         lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
       },
       py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
-      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("threads"));
+      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"),
+      py::arg("threads"), py::arg("dropout"), py::arg("seed"));
 }
 
 void bind_controller_passes(py::module_& m) {
@@ -125,8 +131,8 @@ void bind_controller_passes(py::module_& m) {
         std::vector<RowBlock> blocks;
         py::ssize_t rows = 0;
         for (py::ssize_t i = 0; i < r.shape(0); ++i) {
-          blocks.push_back({reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<const void*>(r(i, 1)), r(i, 2),
-                            r(i, 3)});
+          blocks.push_back(
+              {reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<const void*>(r(i, 1)), r(i, 2), r(i, 3)});
           rows += r(i, 2);
         }
         py::array_t<float> out(rows);
@@ -148,8 +154,8 @@ void bind_controller_passes(py::module_& m) {
         std::vector<RowMove> jobs;
         jobs.reserve(static_cast<std::size_t>(r.shape(0)));
         for (py::ssize_t i = 0; i < r.shape(0); ++i) {
-          jobs.push_back({reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<void*>(r(i, 1)), r(i, 2), r(i, 3),
-                          r(i, 4)});
+          jobs.push_back(
+              {reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<void*>(r(i, 1)), r(i, 2), r(i, 3), r(i, 4)});
         }
         py::gil_scoped_release release;
         rank_resize(jobs, plans, threads);

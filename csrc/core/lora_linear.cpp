@@ -13,11 +13,12 @@ namespace {
 using cpu::KernelFactor;
 
 constexpr std::int64_t kRowBlock = 32;  // rows that go through shrink and expand together, while they are in cache
+constexpr std::int64_t kMaskedFloats = 1 << 16;  // floats of a block under dropout: a quarter of a typical L2
 
 void check_factor(const FactorView& w, const char* op, const char* name) {
   check_view(w.weight, w.factor->width, op, name);
-  ARDLORA_CHECK(w.weight.rows >= w.factor->rows, op, ": ", name, " must have at least ", w.factor->rows,
-                " rows, got ", w.weight.rows);
+  ARDLORA_CHECK(w.weight.rows >= w.factor->rows, op, ": ", name, " must have at least ", w.factor->rows, " rows, got ",
+                w.weight.rows);
 }
 
 void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, const char* op) {
@@ -31,9 +32,12 @@ void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, c
 }
 
 KernelFactor kernel_factor(const FactorView& w) {
-  return {w.factor->segments.data(), static_cast<std::int64_t>(w.factor->segments.size()),
-          w.factor->width,           w.weight.data,
-          w.weight.row_stride,       w.row_scale,
+  return {w.factor->segments.data(),
+          static_cast<std::int64_t>(w.factor->segments.size()),
+          w.factor->width,
+          w.weight.data,
+          w.weight.row_stride,
+          w.row_scale,
           w.scale};
 }
 
@@ -69,25 +73,60 @@ void check_activations(const FactorView& w, const MatrixView& x, const char* op,
   check_dtype_pair(x.dtype, w.weight.dtype, op);
 }
 
+// Activations of a block of rows under dropout: a float copy that lives in the caller's scratch.
+MatrixView masked_rows(const MatrixView& x, std::vector<float>& scratch, std::int64_t first) {
+  // Addressed from `first`, so that kernels index it by the rows they are given.
+  return {scratch.data() - first * x.cols, x.rows, x.cols, x.cols, DType::kFloat32};
+}
+
+// Which side of a row pass dropout acts on: x of the forward pass, dx of the backward pass.
+enum class Masked { kNone, kIn, kOut };
+
 // y += expand(shrink(x)); `out` null: shrink alone. h keeps the result of shrink.
-void row_pass(const Side& in, const Side* out, const MatrixView& h, int threads) {
+void row_pass(const Side& in, const Side* out, const MatrixView& h, int threads, const Dropout& dropout = {},
+              Masked masked = Masked::kNone) {
   const std::int64_t rows = in.activations.rows;
+  const MatrixView& wide = masked == Masked::kOut ? out->activations : in.activations;
+  const std::int64_t block =
+      masked == Masked::kNone
+          ? kRowBlock
+          : std::clamp(kMaskedFloats / wide.cols / cpu::kMaxRowTile * cpu::kMaxRowTile, cpu::kMaxRowTile, kRowBlock);
   double flops = factor_flops(*in.w.factor, rows);
   if (out != nullptr) flops += factor_flops(*out->w.factor, rows);
-  cpu::parallel_for(rows, cpu::kMaxRowTile, cpu::useful_threads(threads, flops), [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> scratch(out == nullptr ? 0 : static_cast<std::size_t>(cpu::kMaxRowTile * out->w.factor->max_rank));
-    for (std::int64_t m = begin; m < end; m += kRowBlock) {
-      const std::int64_t stop = std::min(end, m + kRowBlock);
-      shrink_block(in, h, m, stop);
-      if (out != nullptr) expand_block(*out, h, m, stop, scratch.data());
+  const auto run = [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> scratch(out == nullptr ? 0
+                                              : static_cast<std::size_t>(cpu::kMaxRowTile * out->w.factor->max_rank));
+    std::vector<float> values(masked == Masked::kNone ? 0 : static_cast<std::size_t>(block * wide.cols));
+    const int type = static_cast<int>(wide.dtype);
+    for (std::int64_t m = begin; m < end; m += block) {
+      const std::int64_t stop = std::min(end, m + block);
+      const MatrixView local = masked_rows(wide, values, m);
+      if (masked == Masked::kIn) {
+        cpu::active().dropout_copy[type](dropout, wide.data, wide.row_stride, values.data(), wide.cols, m, stop, 0,
+                                         wide.cols);
+        shrink_block(Side{in.w, local}, h, m, stop);
+      } else {
+        shrink_block(in, h, m, stop);
+      }
+      if (out == nullptr) continue;
+      if (masked == Masked::kOut) {
+        std::fill(values.begin(), values.end(), 0.0f);
+        expand_block(Side{out->w, local}, h, m, stop, scratch.data());
+        cpu::active().dropout_add[type](dropout, values.data(), wide.cols, wide.data, wide.row_stride, m, stop,
+                                        wide.cols);
+      } else {
+        expand_block(*out, h, m, stop, scratch.data());
+      }
     }
-  });
+  };
+  cpu::parallel_for(rows, cpu::kMaxRowTile, cpu::useful_threads(threads, flops), run);
 }
 
 struct OuterJob {
   FactorView w;  // weight is the gradient
   const MatrixView* h;
   const MatrixView* x;
+  Dropout dropout = {};  // of x
 };
 
 struct OuterTask {
@@ -95,6 +134,25 @@ struct OuterTask {
   const Segment* segment;
   std::int64_t begin, end;
 };
+
+// Under dropout the task's columns of x are masked into `slab` [M, columns] first.
+void run_outer(const OuterTask& task, std::vector<float>& slab) {
+  const OuterJob& job = *task.job;
+  const MatrixView& x = *job.x;
+  const float* h = static_cast<const float*>(job.h->data);
+  if (!job.dropout.active()) {
+    cpu::active().outer[static_cast<int>(x.dtype)](kernel_factor(job.w), *task.segment, h, job.h->row_stride, x.data,
+                                                   x.row_stride, x.rows, task.begin, task.end);
+    return;
+  }
+  const std::int64_t cols = task.end - task.begin, first = task.segment->col_begin + task.begin;
+  slab.resize(static_cast<std::size_t>(x.rows * cols));
+  cpu::active().dropout_copy[static_cast<int>(x.dtype)](job.dropout, x.data, x.row_stride, slab.data(), cols, 0, x.rows,
+                                                        first, first + cols);
+  // The kernel adds the segment's and the task's first column; the slab starts there.
+  cpu::active().outer[static_cast<int>(DType::kFloat32)](kernel_factor(job.w), *task.segment, h, job.h->row_stride,
+                                                         slab.data() - first, cols, x.rows, task.begin, task.end);
+}
 
 // Gradients of several factors in one parallel region; a task is a block of columns of one segment.
 void outer_pass(const std::vector<OuterJob>& jobs, int threads) {
@@ -114,14 +172,8 @@ void outer_pass(const std::vector<OuterJob>& jobs, int threads) {
     flops += factor_flops(f, job.x->rows);
   }
   const auto run = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) {
-      const OuterTask& task = tasks[static_cast<std::size_t>(t)];
-      const OuterJob& job = *task.job;
-      cpu::active().outer[static_cast<int>(job.x->dtype)](kernel_factor(job.w), *task.segment,
-                                                          static_cast<const float*>(job.h->data), job.h->row_stride,
-                                                          job.x->data, job.x->row_stride, job.x->rows, task.begin,
-                                                          task.end);
-    }
+    std::vector<float> slab;
+    for (std::int64_t t = begin; t < end; ++t) run_outer(tasks[static_cast<std::size_t>(t)], slab);
   };
   cpu::parallel_for(static_cast<std::int64_t>(tasks.size()), 1, cpu::useful_threads(threads, flops), run);
 }
@@ -189,7 +241,7 @@ void lora_forward(const LoraParams& p, const MatrixView& y) {
   check_hidden(p.h, a, p.x.rows, "lora_forward");
   check_hidden(p.h, b, y.rows, "lora_forward");
   const Side out{b, y};
-  row_pass(Side{a, p.x}, &out, p.h, p.threads);
+  row_pass(Side{a, p.x}, &out, p.h, p.threads, p.dropout, p.dropout.active() ? Masked::kIn : Masked::kNone);
 }
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
@@ -216,11 +268,11 @@ void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& 
     check_activations(a, dx, "lora_backward", "dx");
     ARDLORA_CHECK(dx.rows == dy.rows, "lora_backward: dx must have ", dy.rows, " rows, got ", dx.rows);
     const Side out{a, dx};
-    row_pass(Side{b, dy}, &out, dh, p.threads);
+    row_pass(Side{b, dy}, &out, dh, p.threads, p.dropout, p.dropout.active() ? Masked::kOut : Masked::kNone);
   }
   FactorView& gated = on_a ? grad_a : grad_b;
   if (dgate != nullptr) gated.row_scale = nullptr;
-  outer_pass({{grad_b, &p.h, &dy}, {grad_a, &dh, &p.x}}, p.threads);
+  outer_pass({{grad_b, &p.h, &dy}, {grad_a, &dh, &p.x, p.dropout}}, p.threads);
   if (dgate != nullptr) gate_gradient(gated, on_a ? p.lora_A : p.lora_B, p.gate, dgate);
 }
 

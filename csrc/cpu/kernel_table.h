@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ardlora/dtype.h"
+#include "ardlora/philox.h"
 #include "ardlora/unit_table.h"
 
 namespace ardlora::cpu {
@@ -15,7 +16,7 @@ struct KernelFactor {
   const Segment* segments;
   std::int64_t n_segments;
   std::int64_t width;
-  void* weight;            // [rows, width]; outer writes it as float
+  void* weight;  // [rows, width]; outer writes it as float
   std::int64_t w_stride;
   const float* row_scale;  // [rows] or null
   float scale;
@@ -34,15 +35,23 @@ using ExpandFn = void (*)(const KernelFactor&, const float* h, std::int64_t h_st
 // Columns [c_begin, c_end) of one segment's rows of dW, over all M rows.
 using OuterFn = void (*)(const KernelFactor&, const Segment&, const float* h, std::int64_t h_stride, const void* x,
                          std::int64_t x_stride, std::int64_t rows, std::int64_t c_begin, std::int64_t c_end);
+// Dropout of a block: copy rows [m_begin, m_end) x columns [c_begin, c_end) of x as float; add whole rows into y.
+using DropoutCopyFn = void (*)(const Dropout&, const void* x, std::int64_t x_stride, float* dst,
+                               std::int64_t dst_stride, std::int64_t m_begin, std::int64_t m_end, std::int64_t c_begin,
+                               std::int64_t c_end);
+using DropoutAddFn = void (*)(const Dropout&, const float* src, std::int64_t src_stride, void* y, std::int64_t y_stride,
+                              std::int64_t m_begin, std::int64_t m_end, std::int64_t cols);
 using RowDotFn = float (*)(const void* a, const void* b, std::int64_t n);
 
 struct KernelTable {
   const char* name;
-  std::uint32_t needs;  // Feature mask
+  std::uint32_t needs;                        // Feature mask
   ShrinkFn shrink[kDTypeCount][kDTypeCount];  // [activation][adapter]
   ExpandFn expand[kDTypeCount][kDTypeCount];
-  OuterFn outer[kDTypeCount];    // [activation]; dW is float
-  RowDotFn row_dot[kDTypeCount]; // [adapter]
+  OuterFn outer[kDTypeCount];  // [activation]; dW is float
+  DropoutCopyFn dropout_copy[kDTypeCount];
+  DropoutAddFn dropout_add[kDTypeCount];
+  RowDotFn row_dot[kDTypeCount];  // [adapter]
 };
 
 const KernelTable& active();

@@ -22,9 +22,7 @@ struct Vec {
 
  private:
   static __mmask16 mask(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
-  static Vec widen(__m256i half) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
-  }
+  static Vec widen(__m256i half) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}; }
   __m256i round() const {  // to nearest even; NaN becomes a quiet NaN
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -12,6 +12,7 @@ namespace {
 
 #include "cpu/kernels/tiles.inl"
 
+#include "cpu/kernels/dropout.inl"
 #include "cpu/kernels/expand.inl"
 #include "cpu/kernels/outer.inl"
 #include "cpu/kernels/row_dot.inl"

@@ -28,7 +28,7 @@ template <typename... Parts>
 
 }  // namespace ardlora
 
-#define ARDLORA_CHECK(condition, ...)                                          \
-  do {                                                                         \
+#define ARDLORA_CHECK(condition, ...)                                             \
+  do {                                                                            \
     if (!(condition)) ::ardlora::fail(::ardlora::ErrorKind::kValue, __VA_ARGS__); \
   } while (false)

@@ -3,9 +3,11 @@
 //   expand  Y[M, N] += scale * (row_scale o H) W         on each segment's columns
 //   outer   dW       = scale * row_scale o (H^T X[:, cols])
 // `apply` is shrink then expand: forward with (A, B) on (x, y), backward with (B, A) on (dy, dx).
+// Dropout masks x before shrink and outer and dx after expand; the base never sees it.
 // Results do not depend on the number of threads, and two runs are bitwise equal.
 #pragma once
 
+#include "ardlora/philox.h"
 #include "ardlora/unit_table.h"
 #include "ardlora/view.h"
 
@@ -26,13 +28,14 @@ void outer(const FactorView& w, const MatrixView& h, const MatrixView& x, int th
 
 struct LoraParams {
   const UnitTable* table;
-  MatrixView x;            // [M, K]
-  MatrixView lora_A;       // [>= a.rows, a.width]
-  MatrixView lora_B;       // [>= b.rows, b.width]
-  const float* gate;       // [gated rows] or null
+  MatrixView x;       // [M, K]
+  MatrixView lora_A;  // [>= a.rows, a.width]
+  MatrixView lora_B;  // [>= b.rows, b.width]
+  const float* gate;  // [gated rows] or null
   float scaling;
-  MatrixView h;            // [M, hidden] float32
+  MatrixView h;  // [M, hidden] float32
   int threads;
+  Dropout dropout = {};  // of x on its way into the adapter
 };
 
 // y [M, N] += scaling * (g o (x A^T)) B; writes h for the backward pass.

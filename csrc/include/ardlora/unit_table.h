@@ -40,8 +40,8 @@ class UnitTable {
 
   const Factor& a() const { return a_; }
   const Factor& b() const { return b_; }
-  std::int64_t hidden() const { return hidden_; }                      // columns of H
-  bool gate_on_a() const { return gate_on_a_; }                        // else on B; one gate per row of that factor
+  std::int64_t hidden() const { return hidden_; }  // columns of H
+  bool gate_on_a() const { return gate_on_a_; }    // else on B; one gate per row of that factor
   const std::vector<std::int64_t>& ranks() const { return ranks_; }
   const std::vector<std::int64_t>& unit_begin() const { return unit_begin_; }  // [units + 1], rows of the gated factor
 

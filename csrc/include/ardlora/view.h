@@ -19,8 +19,8 @@ struct MatrixView {
 inline void check_view(const MatrixView& view, std::int64_t cols, const char* op, const char* name) {
   ARDLORA_CHECK(view.rows >= 0, op, ": ", name, " must have a non-negative number of rows, got ", view.rows);
   ARDLORA_CHECK(view.cols == cols, op, ": ", name, " must have ", cols, " columns, got ", view.cols);
-  ARDLORA_CHECK(view.rows <= 1 || view.row_stride >= cols, op, ": ", name, " must have a row stride of at least ",
-                cols, ", got ", view.row_stride);
+  ARDLORA_CHECK(view.rows <= 1 || view.row_stride >= cols, op, ": ", name, " must have a row stride of at least ", cols,
+                ", got ", view.row_stride);
   ARDLORA_CHECK(view.data != nullptr || view.rows * cols == 0, op, ": ", name, " must not be null");
 }
 

@@ -1,0 +1,20 @@
+// Dropout as a pure function: element (row, column) of x is kept by 16 bits of Philox4x32 with 7 rounds (Salmon et al.,
+// SC 2011), key = seed, counter = (column / 8, row). No mask is stored; backward computes the same bits again, whatever
+// the tile or the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace ardlora {
+
+struct Dropout {
+  std::uint64_t seed = 0;
+  std::uint32_t threshold = 0;  // an element is dropped when its 16 bits are below: p = threshold / 65536
+  float keep_scale = 1.0f;      // 1 / (1 - p)
+
+  bool active() const { return threshold > 0; }
+};
+
+Dropout make_dropout(double p, std::uint64_t seed);
+
+}  // namespace ardlora
