@@ -9,6 +9,7 @@ ard.save_pretrained(model, "out/")     # a plain PEFT LoRA checkpoint
 """
 
 from pkgutil import extend_path
+from typing import TYPE_CHECKING, Any
 
 # A source checkout finds the compiled core of the installed package.
 __path__ = extend_path(__path__, __name__)
@@ -18,11 +19,16 @@ from ardlora_ext.compress import Compression, compress
 from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
 from ardlora_ext.controllers import AdaController, ArdController, Controller, ElaController
 from ardlora_ext.export import load_pretrained, save_pretrained
+from ardlora_ext.init import init_from_gradients
 from ardlora_ext.inject import ParametersReport, adapters, merge, parameters_report, unwrap, wrap
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.optim import loraplus_param_groups
 from ardlora_ext.resize import RankUpdate, UnitUpdate
+from ardlora_ext.resume import load_state, save_state
 from ardlora_ext.transport import svd_prune
+
+if TYPE_CHECKING:
+    from ardlora_ext.callback import RankCallback
 
 __version__ = "0.1.0"
 
@@ -40,18 +46,31 @@ __all__ = [
     "LoraConfig",
     "LoraLinear",
     "ParametersReport",
+    "RankCallback",
     "RankUpdate",
     "UnitUpdate",
     "__version__",
     "adapters",
     "attach",
     "compress",
+    "init_from_gradients",
     "load_pretrained",
+    "load_state",
     "loraplus_param_groups",
     "merge",
     "parameters_report",
     "save_pretrained",
+    "save_state",
     "svd_prune",
     "unwrap",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `RankCallback` when it is asked for: it takes transformers' Trainer machinery with it."""
+    if name == "RankCallback":
+        from ardlora_ext.callback import RankCallback
+
+        return RankCallback
+    raise AttributeError(f"module 'ardlora_ext' has no attribute '{name}'")

@@ -51,6 +51,11 @@ def attach(
     record = injection(model)
     if record.controller is not None:
         raise ValueError("attach: model must not be attached already")
+    if record.config.init == "gradient" and not record.started:
+        raise ValueError(
+            "attach: init='gradient' must get its directions first: call "
+            "ardlora_ext.init_from_gradients(model, batches, loss_fn)"
+        )
     torch_optimizer = unwrapped(optimizer)
     layers = adapters(model)
     named = [(f"{n}.{f}", p) for n, layer in layers.items() for f, p in layer.trained.items()]

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Granularity = Literal["head", "matrix", "layer"]
 
@@ -57,7 +57,12 @@ class AdapterConfig:
             room for `r_max` and never moves.
         adapter_dtype: `float32`, or `auto` for the dtype of the layer.
         seed: for the initial values of new components.
+        init: where lora_A starts, with lora_B = 0: `default` (Kaiming uniform), `orthogonal` rows, or `gradient`, the
+            top directions of the gradient that `init_from_gradients` finds. `pissa` (fixed-rank LoRA only): both
+            factors start as the principal components of the weight.
     """
+
+    inits: ClassVar[tuple[str, ...]] = ("default", "orthogonal", "gradient")
 
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
@@ -71,9 +76,11 @@ class AdapterConfig:
     capacity: Literal["elastic", "fixed"] = "elastic"
     adapter_dtype: Literal["float32", "auto"] = "float32"
     seed: int = 0
+    init: Literal["default", "orthogonal", "pissa", "gradient"] = "default"
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
+        _choice(owner, "init", self.init, self.inits)
         _choice(owner, "granularity", self.granularity, ("head", "matrix", "layer"))
         _choice(owner, "factoring", self.factoring, ("shared", "independent"))
         _choice(owner, "capacity", self.capacity, ("elastic", "fixed"))
@@ -110,6 +117,8 @@ class LoraConfig(AdapterConfig):
         r: rank. Default as in PEFT.
     """
 
+    inits: ClassVar[tuple[str, ...]] = (*AdapterConfig.inits, "pissa")
+
     r: int = 8
 
     def __post_init__(self) -> None:
@@ -128,6 +137,8 @@ class DoraConfig(LoraConfig):
     Fixed rank as plain LoRA; a layer costs `out_features` parameters more, its magnitudes. Base layers need a dense
     floating-point weight.
     """
+
+    inits: ClassVar[tuple[str, ...]] = AdapterConfig.inits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +267,8 @@ class SvdConfig(AdapterConfig):
         task_scores: score by the gradient of the task alone, with the weights before the step. Off, as in the code:
             by the whole gradient, with the weights after it.
     """
+
+    inits: ClassVar[tuple[str, ...]] = ("default",)  # `start` says how
 
     total_steps: int | None = None
     tinit: int | None = None

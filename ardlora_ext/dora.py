@@ -153,6 +153,8 @@ class DoraLinear(LoraLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
+        if self.undo_merge is not None:
+            return y
         bias = getattr(self.base_layer, "bias", None)
         out: torch.Tensor = _Rescale.apply(  # type: ignore[no-untyped-call]
             y, self.lora_magnitude_vector, self.weight_norm(), bias

@@ -240,6 +240,7 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
     saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
     model.load_state_dict(saved, strict=False)
     injection(model).controller_state = state["controller"]
+    injection(model).started = True
     return model
 
 

@@ -16,6 +16,7 @@ from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.dora import DoraLinear
 from ardlora_ext.heads import unit_layout
 from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.pissa import PissaLinear, start_orthogonal
 from ardlora_ext.start import start_svd
 from ardlora_ext.units import UnitLayout
 
@@ -34,6 +35,7 @@ class Injection:
     modules_to_save: tuple[str, ...]
     controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach
     controller: Any = None  # set by attach
+    started: bool = False  # whether init="gradient" has its directions
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model is not attached: its controller follows the original's optimizer."""
@@ -243,7 +245,7 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
 def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, generator: torch.Generator) -> LoraLinear:
     weight = getattr(module, "weight", None)
     auto = config.adapter_dtype == "auto" and isinstance(weight, torch.Tensor) and weight.is_floating_point()
-    kind = DoraLinear if isinstance(config, DoraConfig) else LoraLinear
+    kind = DoraLinear if isinstance(config, DoraConfig) else PissaLinear if config.init == "pissa" else LoraLinear
     layer = kind(
         module,
         layout,
@@ -258,6 +260,8 @@ def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, gener
     )
     if isinstance(config, SvdConfig):
         start_svd(layer, config.start == "orthonormal", generator)
+    if config.init == "orthogonal":
+        start_orthogonal(layer, generator)
     return layer
 
 

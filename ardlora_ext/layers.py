@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -50,10 +50,12 @@ class LoraLinear(nn.Module):
         scaling: constant in front of the update; does not change with the ranks.
         lora_gate: [live rows of the gated factor] float32 gates that a controller sets, or None.
         lora_E: [capacity, 1] gates that the optimizer trains (the singular values of the P Lambda Q form), or None.
+        undo_merge: what takes the update out of the base weight again while it is merged, else None.
     """
 
     lora_gate: torch.Tensor | None
     lora_E: nn.Parameter | None  # noqa: N815
+    undo_merge: tuple[torch.Tensor, ...] | None
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class LoraLinear(nn.Module):
         self.scaling = scaling
         self.capacity = capacity
         self.lora_dropout = lora_dropout
+        self.undo_merge = None
         self.ranks: list[int] = []
         self.set_ranks([min(r, layout.max_rank)] * layout.units)
         a_rows, b_rows = layout.rows(self.ranks)
@@ -125,6 +128,41 @@ class LoraLinear(nn.Module):
             self.lora_E.data = self.lora_E.data.float()
         return self
 
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the ranks: the shapes in a state_dict depend on them."""
+        return torch.tensor(self.ranks, dtype=torch.int64)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Do nothing: the ranks are needed, and taken over, before the factors are."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Take over the ranks and buffer sizes of the state, then load it; `lists` ends with the error messages."""
+        ranks = state_dict.get(prefix + "_extra_state")
+        if isinstance(ranks, torch.Tensor):
+            rows = {name: len(state_dict.get(prefix + name, value)) for name, value in self.factors.items()}
+            problem = self._take_sizes(ranks.tolist(), rows)
+            if problem:
+                lists[-1].append(f"ranks of '{prefix.removesuffix('.')}' must {problem}, got {ranks.tolist()}")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _take_sizes(self, ranks: list[int], rows: Mapping[str, int]) -> str:
+        """Re-allocate for a state that is about to be loaded; return what is wrong with it, or nothing."""
+        if len(ranks) != self.layout.units or not all(0 <= r <= self.max_rank for r in ranks):
+            return f"be {self.layout.units} numbers from 0 to {self.max_rank}"
+        if any(rows[name] < live for name, live in zip(("lora_A", "lora_B"), self.layout.rows(ranks), strict=True)):
+            return f"fit the factors of {rows['lora_A']} and {rows['lora_B']} rows"
+        for name, parameter in self.factors.items():
+            if self.capacity == "elastic" and rows[name] != len(parameter):
+                parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
+                parameter.set_(parameter.new_zeros(rows[name], parameter.shape[1]))  # type: ignore[call-overload]
+        if self.lora_gate is not None:
+            self.lora_gate = self.lora_gate.new_zeros(sum(ranks))
+        self.set_ranks(ranks)
+        return ""
+
     @property
     def live_parameters(self) -> int:
         """Adapter parameters in use."""
@@ -169,6 +207,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return base(x) plus the adapter's output, [..., out_features]."""
+        if self.undo_merge is not None:
+            merged: torch.Tensor = self.base_layer(x)
+            return merged
         # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
         seed = int(torch.randint(2**62, ())) if self.training and self.lora_dropout > 0.0 else None
         dropout = ops.NO_DROPOUT if seed is None else (self.lora_dropout, seed)

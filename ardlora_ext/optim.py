@@ -71,6 +71,8 @@ def pin_lr(optimizer: Optimizer) -> None:
     scheduled: list[Any] = []
 
     def before(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if not scheduled:  # not in `pin_lr`: it is called by a post-hook, while torch goes through them
+            optimizer.register_step_post_hook(after)
         scheduled[:] = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group.get("initial_lr", group["lr"])
@@ -80,7 +82,6 @@ def pin_lr(optimizer: Optimizer) -> None:
             group["lr"] = lr
 
     optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
     optimizer._ardlora_pinned = True  # type: ignore[attr-defined]
 
 

@@ -87,11 +87,11 @@ def dropout_factors(p: float, seed: int, rows: int, cols: int) -> torch.Tensor:
     threshold = math.floor(p * 65536.0 + 0.5)
     out = torch.empty(rows, cols, dtype=torch.float64)
     for m in range(rows):
-        for group in range(math.ceil(cols / 8)):
-            words = philox(seed, (group, m, 0, 0))
-            bits = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
-            for i, b in enumerate(bits[: cols - 8 * group]):
-                out[m, 8 * group + i] = 0.0 if b < threshold else 65536.0 / (65536.0 - threshold)
+        lanes = [philox(seed, (lane, m, 0, 0)) for lane in range(16 * math.ceil(cols / 128))]
+        for n in range(cols):
+            word = lanes[n // 128 * 16 + n % 16][n % 128 // 32]
+            bits = word >> 16 if n // 16 % 2 else word & 0xFFFF
+            out[m, n] = 0.0 if bits < threshold else 65536.0 / (65536.0 - threshold)
     return out
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_layers import fingerprint
+from test_layers import fingerprint, set_ranks
 from test_resize import RowMeans, step
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
@@ -286,6 +286,7 @@ class DistributedDataParallel(nn.Module):
         (lambda m: Adafactor(trainable(m)), ValueError, "one moment per weight, got Adafactor"),
         (lambda m: Unrelated(), TypeError, r"optimizer must be a torch\.optim\.Optimizer, got Unrelated"),
     ],
+    ids=["none", "some", "LBFGS", "Adafactor", "no optimizer"],
 )
 def test_optimizers_that_cannot_be_followed(make: Callable[[Any], Any], error: type[Exception], message: str) -> None:
     model = ard.wrap(Attention(), config())
@@ -319,7 +320,7 @@ def test_models_that_cannot_be_attached() -> None:
         ard.attach(model, optimizer)
 
 
-@pytest.mark.parametrize("leave", [ard.unwrap, ard.merge])
+@pytest.mark.parametrize("leave", [ard.unwrap, ard.merge], ids=["unwrap", "merge"])
 def test_the_optimizer_outlives_the_adapters(leave: Callable[[nn.Module], nn.Module]) -> None:
     model, loss = bed()
     ard.wrap(model, config(modules_to_save=["down"]))
@@ -333,6 +334,16 @@ def test_the_optimizer_outlives_the_adapters(leave: Callable[[nn.Module], nn.Mod
     assert controller.step == 1
     ard.wrap(model, config())
     ard.attach(model, AdamW(trainable(model)))
+
+
+def test_ranks_set_by_hand_before_attach() -> None:
+    model, loss = bed()
+    ard.wrap(model, config())
+    set_ranks(model, lambda _, u: 1 + u % 2)  # below alpha's 2
+    optimizer = AdamW(trainable(model), lr=0.01)
+    controller = ard.attach(model, optimizer, total_steps=STEPS)
+    plain(model, optimizer, loss)
+    assert controller.ranks() == {name: layer.ranks for name, layer in ard.adapters(model).items()}
 
 
 def test_a_copy_is_attached_on_its_own() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_svd import Component, SlowModel, assert_same, batch, chain_and_teacher, gaussians, warmup_decay
+from slow_svd import EPS, Component, SlowModel, assert_same, batch, chain_and_teacher, gaussians, warmup_decay
 from torch import nn
 
 import ardlora_ext as ard
@@ -19,7 +19,7 @@ from ardlora_ext.controllers.orthogonality import penalty, penalty_gradient, sha
 from ardlora_ext.controllers.schedule import Phases, exchange_count
 from ardlora_ext.start import orthogonal_row, projected_row
 
-STEPS, LR = 300, 1e-2
+STEPS, LR = 300, 3e-3
 
 
 def prepared(**options: Any) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
@@ -37,7 +37,7 @@ class Run:
         self.model, self.teacher = prepared(**options)
         self.total, self.t = total, 0
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=lr)
+        self.optimizer = torch.optim.Adam(trained, lr=lr, eps=EPS)
         self.controller = ard.attach(self.model, self.optimizer, total_steps=total)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: warmup_decay(t, total))
 
@@ -82,13 +82,13 @@ def slow_round(slow: SlowModel, t: int, phases: tuple[int, int], config: ard.Ela
         matrix = slow.matrices[m]
         matrix[:] = [c for i, c in enumerate(matrix) if (m, i) not in doomed]
         new = sum(named == m for _, named, _ in high)
-        widths = (len(matrix[0].q.value), len(matrix[0].p.value))
+        widths = (len(matrix[0].q), len(matrix[0].p))
         draws = gaussians(config.seed + t + 1, slow.names[m], new, widths)
         old = list(matrix)
         for g_q, g_p in zip(*draws, strict=True):
-            q = slow_direction(g_q, [c.q.value.detach() for c in matrix], [c.q.value.detach() for c in old], config)
-            p_ = slow_direction(g_p, [c.p.value.detach() for c in matrix], [c.p.value.detach() for c in old], config)
-            lam = min(min(abs(float(c.lam.value.detach())) for c in old), 1e-13) if code else 0.0
+            q = slow_direction(g_q, [c.q.detach() for c in matrix], [c.q.detach() for c in old], config)
+            p_ = slow_direction(g_p, [c.p.detach() for c in matrix], [c.p.detach() for c in old], config)
+            lam = min(min(abs(float(c.lam.detach())) for c in old), 1e-13) if code else 0.0
             matrix.append(Component(p_, q, lam, born=t + 1))
     if code:
         slow.restart()
@@ -113,7 +113,9 @@ def slow_direction(
     return norm * basis[-1]
 
 
-@pytest.mark.parametrize("options", [{}, {"new_norm": "unit", "orth": "norm", "r": 3}, {"mode": "code"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"new_norm": "unit", "r": 3, "beta1": 0.9, "beta2": 0.8, "scheduler": False}, {"mode": "code"}]
+)
 def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
     run = Run(**options)
     config = run.controller.config
@@ -137,3 +139,359 @@ def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
     assert len(set(run.ranks)) > 1
 
 
+def test_rounds_of_a_published_script() -> None:
+    """RTE: 1950 steps, b = 4, warm-up 300, final 500, interval 50 give 21 rounds and 67 moves."""
+    phases = Phases(300, 500, 1950)
+    moves = [exchange_count(t, phases, 50, 4, True) for t in range(1950)]
+    assert sum(m > 0 for m in moves) == 21
+    assert sum(moves) == 67
+
+
+def test_candidates_keep_one_component_and_pass_over_young_ones() -> None:
+    scores = np.array([5.0, 1.0, 2.0, 9.0, 4.0, 3.0])
+    unit, live = np.array([0, 0, 0, 1, 2, 2]), np.array([3, 1, 2])
+    young = np.array([False, True, False, False, False, False])
+    pool = candidates(scores, unit, live, young, k=2)
+    assert pool.members.tolist() == [2, 5, 0]
+    assert pool.prunable.all()
+    pool = candidates(scores, unit, live, young, k=2, single=True)
+    assert pool.members.tolist() == [2, 5, 0, 3]
+    assert pool.prunable.tolist() == [True, True, True, False]
+    assert pool.exchanges == 2
+
+
+def test_exchange_is_disjoint_balanced_and_respects_room() -> None:
+    scores = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    unit, live = np.array([0, 0, 1, 1, 2, 2]), np.array([2, 2, 2])
+    pool = candidates(scores, unit, live, np.zeros(6, dtype=bool), k=2)
+    assert pool.members.tolist() == [0, 2, 4]
+    low, high = exchange(pool, unit, np.array([9, 9, 9]), b=5)
+    assert (low.tolist(), high.tolist()) == ([0], [4])
+    low, high = exchange(pool, unit, np.array([9, 9, 0]), b=1)
+    assert (low.tolist(), high.tolist()) == ([0], [2])
+    low, high = exchange(pool, unit, np.array([9, 0, 0]), b=1)
+    assert (low.tolist(), high.tolist()) == ([], [])
+
+
+def test_ties_at_the_threshold_are_pruned_together_in_code_mode() -> None:
+    scores = np.array([1.0, 1.0, 7.0, 1.0, 8.0, 9.0])
+    unit, live = np.array([0, 0, 0, 1, 1, 1]), np.array([3, 3])
+    pool = candidates(scores, unit, live, np.zeros(6, dtype=bool), k=2)
+    assert pool.members.tolist() == [0, 1, 3, 4]
+    assert with_ties(np.array([0]), pool, unit, scores).tolist() == [0, 1]
+
+
+# Soft orthogonality.
+
+
+@pytest.mark.parametrize("form", ["squared", "norm"])
+def test_closed_form_gradient_equals_autograd(form: Any) -> None:
+    for shape in [(1, 5), (3, 7), (6, 6)]:
+        rows = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad(penalty(rows, form), rows)
+        torch.testing.assert_close(penalty_gradient(rows.detach(), form), expected, rtol=1e-12, atol=1e-12)
+    assert penalty_gradient(torch.eye(3), form).abs().sum() == 0
+
+
+def test_both_forms_start_equally_strong() -> None:
+    rows = 0.02 * torch.randn(8, 768, dtype=torch.float64)
+    squared = share(8, 768, 72, "squared") * penalty_gradient(rows, "squared").norm()
+    norm = share(8, 768, 72, "norm") * penalty_gradient(rows, "norm").norm()
+    assert float(squared) == pytest.approx(float(norm), rel=0.02)
+
+
+def test_regulariser_acts_in_train_mode_only_and_every_n_steps() -> None:
+    run = Run(orth_interval=3, orth_reg_weight=100.0)
+    layers = list(ard.adapters(run.model).values())
+    run.model(batch(0)).square().mean().backward()
+    before = [layer.lora_A.grad.clone() for layer in layers if layer.lora_A.grad is not None]
+
+    def added() -> list[bool]:
+        run.controller.observe()
+        found = []
+        for layer, old in zip(layers, before, strict=True):
+            assert layer.lora_A.grad is not None
+            found.append(not torch.equal(layer.lora_A.grad, old))
+            layer.lora_A.grad.copy_(old)
+        return found
+
+    assert all(added())
+    run.controller.step = 1
+    assert not any(added())
+    run.controller.step = 3
+    layers[2].eval()
+    assert added() == [True, True, False, True, True]
+
+
+# New components.
+
+
+def test_gram_schmidt_is_exact_and_one_projection_is_not() -> None:
+    others = 0.1 * torch.randn(7, 24)
+    row = torch.randn(24)
+    assert float((others @ orthogonal_row(row, others)).abs().max()) < 1e-7
+    assert float(orthogonal_row(row, others).norm()) == pytest.approx(1.0, rel=1e-6)
+    left = float((others @ projected_row(row, others)).norm() / (others @ row).norm() * row.norm())
+    assert 0.2 < left < 1.0
+
+
+@pytest.mark.parametrize("init", ["mean", "unit"])
+def test_growth_keeps_outputs_bitwise_and_starts_orthogonal(init: Any) -> None:
+    run = Run()
+    for _ in range(20):
+        run.step()
+    x = batch(99)
+    before = run.model(x).detach()
+    layer = next(iter(ard.adapters(run.model).values()))
+    old = layer.lora_A.detach()[:4].clone()
+    assert run.controller.apply is not None
+    run.controller.apply(ard.RankUpdate({"layers.0": (ard.UnitUpdate((0, 1, 2, 3), 3),)}, init=init))
+    assert layer.ranks == [7]
+    assert layer.lora_E is not None
+    assert torch.equal(run.model(x), before)
+    assert torch.equal(layer.lora_A[:4], old)
+    for factor in (layer.lora_A, layer.lora_B):
+        rows = factor.detach()[:7]
+        assert rows[4:].abs().min() > 0
+        unit = rows[4:] / rows[4:].norm(dim=1, keepdim=True)
+        torch.testing.assert_close(unit @ unit.T, torch.eye(3), atol=1e-6, rtol=0)
+        assert float((rows[:4] @ unit.T).abs().max()) < 1e-6
+        norm = float(rows[:4].norm(dim=1).mean()) if init == "mean" else 1.0
+        assert rows[4:].norm(dim=1).tolist() == pytest.approx([norm] * 3, rel=1e-5)
+
+
+def test_new_rows_need_trained_gates() -> None:
+    model, _ = chain_and_teacher()
+    ard.wrap(model, ard.LoraConfig(r=2))
+    from ardlora_ext.resize import apply
+
+    with pytest.raises(ValueError, match="init='unit' must meet trained gates"):
+        apply(model, ard.RankUpdate({"layers.0": (ard.UnitUpdate((0, 1), 1),)}, init="unit"))
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthonormal"])
+def test_start_leaves_the_function_alone(start: str) -> None:
+    model, _ = chain_and_teacher()
+    before = model(batch(0))
+    ard.wrap(model, ard.ElaConfig(r=3, start=start))  # type: ignore[arg-type]
+    assert torch.equal(model(batch(0)), before)
+    layer = next(iter(ard.adapters(model).values()))
+    gram = (layer.lora_A[:3] @ layer.lora_A[:3].T).detach()
+    if start == "orthonormal":
+        torch.testing.assert_close(gram, torch.eye(3), atol=1e-5, rtol=0)
+    else:
+        assert 0.01 < float(layer.lora_A.detach()[:3].std()) < 0.03
+
+
+# Budget and optimizer.
+
+
+@pytest.mark.parametrize("allocation", ["importance", "random_grow", "random"])
+def test_budget_is_conserved_at_every_step(allocation: str) -> None:
+    run = Run(120, allocation=allocation, deltaT=4, grace=0, rank1_candidate=True)
+    for _ in range(120):
+        run.step()
+        assert sum(run.ranks) == 20
+        assert min(run.ranks) >= 1
+    assert run.controller.rounds > 10
+    for record in run.controller.records:
+        assert record["event"] == "exchange"
+        assert record["to"] == record["from"] - record["pruned"] + record["grown"]
+        assert "score" in record["reason"] or "highest" in record["reason"]
+
+
+def test_kept_rows_keep_their_moments_bitwise_over_many_rounds() -> None:
+    run = Run(200, deltaT=2, grace=0, scheduler=False, tfinal=20)
+    layers = ard.adapters(run.model)
+    changes = 0
+
+    inner = run.controller.propose
+
+    def propose() -> Any:
+        nonlocal changes
+        update = inner()
+        if update is None:
+            return None
+        before = {
+            (name, factor, key): run.optimizer.state[p][key].clone()
+            for name in update.modules
+            for factor, p in layers[name].factors.items()
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        steps = {name: run.optimizer.state[layers[name].lora_A]["step"].clone() for name in update.modules}
+        apply(update)
+        for (name, factor, key), old in before.items():
+            keep = list(update.modules[name][0].keep)
+            new = run.optimizer.state[layers[name].factors[factor]][key]
+            assert torch.equal(new[: len(keep)], old[keep])
+            assert not new[len(keep) :].any()
+            assert torch.equal(run.optimizer.state[layers[name].lora_A]["step"], steps[name])
+        changes += 1
+        return None
+
+    assert run.controller.apply is not None
+    apply = run.controller.apply
+    run.controller.propose = propose  # type: ignore[method-assign]
+    for _ in range(200):
+        run.step()
+    assert changes >= 50
+
+
+def test_code_mode_resets_moments_and_pins_the_learning_rate() -> None:
+    run = Run(100, mode="code", deltaT=5)
+    head = run.model.layers[0].base_layer.bias.requires_grad_()  # type: ignore[union-attr,operator]
+    run.optimizer.add_param_group({"params": [head], "lr": 1e-4, "initial_lr": 1e-4})
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda t: warmup_decay(t, 100))
+    used: list[list[float]] = []
+    run.optimizer.register_step_post_hook(lambda o, *_: used.append([]))
+    while not run.controller.rounds:
+        assert run.controller.step < 20
+        run.step()
+    assert not run.optimizer.state
+    shown = []
+    for _ in range(3):
+        before = head.detach().clone()
+        layer = next(iter(ard.adapters(run.model).values()))
+        row = layer.lora_A.detach()[0].clone()
+        fresh = not run.optimizer.state
+        run.step()
+        shown.append(run.optimizer.param_groups[0]["lr"])
+        if fresh:  # the first step of Adam is lr g / (|g| + eps)
+            moved = float((layer.lora_A.detach()[0] - row).abs().max())
+            assert 0.2 * LR < moved <= 1.0001 * LR
+            assert float((head.detach() - before).abs().max()) <= 1.0001e-4
+            assert run.optimizer.state[layer.lora_A]["step"] == 1
+    assert shown == pytest.approx([LR * warmup_decay(t, 100) for t in range(run.t - 2, run.t + 1)])
+    assert len(used) == run.t
+
+
+def test_pinned_rate_is_the_peak() -> None:
+    from ardlora_ext.optim import pin_lr
+
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.1)
+    for expected in (0.95, 0.45, -0.05):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        schedule.step()
+        assert weight.item() == pytest.approx(expected)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+        pin_lr(optimizer)  # once is enough
+
+
+# Controls, state, errors.
+
+
+def test_rank_1_units_can_grow_only_when_allowed() -> None:
+    scores, unit, live = np.array([1.0, 2.0, 3.0, 9.0]), np.array([0, 0, 0, 1]), np.array([3, 1])
+    young = np.zeros(4, dtype=bool)
+    room = np.array([9, 9])
+    stuck = exchange(candidates(scores, unit, live, young, 2), unit, room, 1)
+    free = exchange(candidates(scores, unit, live, young, 2, single=True), unit, room, 1)
+    assert unit[stuck[1]].tolist() == [0]
+    assert unit[free[1]].tolist() == [1]
+
+
+@pytest.mark.parametrize("task_scores", [False, True])
+def test_resumed_run_takes_the_same_decisions(task_scores: bool, tmp_path: Any) -> None:
+    options = {"task_scores": task_scores, "deltaT": 5, "tfinal": 10, "capacity": "fixed", "r_max": 16}
+    whole, half = Run(100, **options), Run(100, **options)
+    for _ in range(43):
+        half.step()
+    ard.save_pretrained(half.model, tmp_path)
+    resumed = Run(100, **options)
+    base, _ = chain_and_teacher()
+    resumed.model = ard.load_pretrained(base, tmp_path)
+    trained = [p for p in resumed.model.parameters() if p.requires_grad]
+    resumed.optimizer = torch.optim.Adam(trained, lr=LR, eps=EPS)
+    resumed.controller = ard.attach(resumed.model, resumed.optimizer)  # the state knows the length of the run
+    resumed.optimizer.load_state_dict(half.optimizer.state_dict())
+    resumed.schedule = torch.optim.lr_scheduler.LambdaLR(resumed.optimizer, lambda t: warmup_decay(t + 43, 100))
+    resumed.t = 43
+    for _ in range(100):
+        whole.step()
+    for _ in range(57):
+        resumed.step()
+    assert json.loads(json.dumps(whole.controller.state_dict())) == resumed.controller.state_dict()
+    for a, b in zip(ard.adapters(whole.model).values(), ard.adapters(resumed.model).values(), strict=True):
+        assert torch.equal(a.get_delta_weight(), b.get_delta_weight())
+
+
+def test_heads_may_have_their_own_ranks() -> None:
+    model, _ = chain_and_teacher()
+    ard.wrap(model, ard.ElaConfig(r=3, target_modules=["layers.0"], granularity="head", factoring="independent",
+                                  head_dim={"0": 6}, b=2, deltaT=2, tinit=2, tfinal=2, grace=0))  # fmt: skip
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = ard.attach(model, optimizer, total_steps=30)
+    for t in range(30):
+        model(batch(t)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert sum(controller.ranks()["layers.0"]) == 12
+    assert controller.rounds > 5
+    assert controller.summary()["phase"] == "frozen"
+    assert controller.summary()["total_rank"] == 12
+
+
+def test_gradients_with_nan_are_left_out_and_said_once() -> None:
+    run = Run(100)
+    run.step()
+    before = run.controller.scores()
+    for layer in ard.adapters(run.model).values():
+        for parameter in layer.factors.values():
+            parameter.grad = torch.full_like(parameter, float("nan"))
+    run.controller.propose()
+    run.controller.propose()
+    assert run.controller.scores() == before
+    assert [record["event"] for record in run.controller.records] == ["skip"]
+
+
+def test_finalize_ends_the_moves() -> None:
+    run = Run(100, deltaT=2, grace=0)
+    for _ in range(20):
+        run.step()
+    run.controller.finalize()
+    ranks, rounds = run.ranks, run.controller.rounds
+    for _ in range(40):
+        run.step()
+    assert (run.ranks, run.controller.rounds) == (ranks, rounds)
+    assert run.controller.phase == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 30, "tinit": 15, "tfinal": 10}, r"total_steps must be >= tinit \+ tfinal \+ 11 = 36, got 30"),
+        ({"r": 0}, "r must be >= 1"),
+        ({"b": 0}, "b must be >= 1"),
+        ({"deltaT": 0}, "deltaT must be >= 1"),
+        ({"beta1": 1.0}, r"beta1 must be in \(0, 1\)"),
+        ({"tinit": -1}, "tinit must be >= 0"),
+        ({"orth_reg_weight": -0.1}, "orth_reg_weight must be >= 0"),
+        ({"mode": "fast"}, "mode must be one of 'paper', 'code'"),
+        ({"r_max": 2}, "r_max must be >= r"),
+        ({"capacity": "fixed"}, "r_max must be given with capacity='fixed'"),
+        ({"granularity": "head"}, "head' with factoring='independent'"),
+        ({"granularity": "layer"}, "granularity must be"),
+    ],
+)
+def test_bad_configs_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ard.ElaConfig(**options)
+
+
+def test_attach_refuses_what_cannot_work() -> None:
+    model, _ = prepared(b=6)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"pool of candidates must hold 2 b = 12 components.*got 10 from 5.*b <= 5"):
+        ard.attach(model, optimizer, total_steps=100)
+    model, _ = prepared()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match="total_steps must be given for ElaConfig"):
+        ard.attach(model, optimizer)
+    with pytest.raises(ValueError, match=r"total_steps must be >= tinit \+ tfinal \+ 11"):
+        ard.attach(model, optimizer, total_steps=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ard.attach(model, optimizer, total_steps=40).step == 0

@@ -180,22 +180,22 @@ def test_a_tied_output_head_is_not_merged_into_the_embedding() -> None:
     model = ard.wrap(ARCHITECTURES["gpt2"]()[0], ard.LoraConfig(target_modules=["lm_head"]))
     scramble(model)
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="merge: 'lm_head' must not share its weight with 'transformer.wte'"):
+    with pytest.raises(ValueError, match=r"merge: 'lm_head' must not share its weight with 'transformer\.wte'"):
         ard.merge(model)
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_are_whole_and_independent(copier: Callable[[nn.Module], nn.Module]) -> None:
     model, batch = llama()
     ard.wrap(model, ard.ArdConfig(r0=3))
-    scramble(model)
     ard.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=10)
+    scramble(model)
     clone, expected, before = copier(model), logits(model, batch), fingerprint(model)
     assert torch.equal(logits(clone, batch), expected)
     scramble(clone, seed=1)
+    assert not torch.equal(logits(clone, batch), expected)
     assert fingerprint(model) == before
-    ard.attach(clone, torch.optim.SGD(trainable(clone), lr=0.1), total_steps=10)
     clone(**batch).loss.backward()
     assert all(p.grad is None for p in model.parameters())
 
@@ -320,6 +320,23 @@ def _already_wrapped() -> nn.Module:
         # Rank 1: 64 + 64 + 96 + 96 parameters; rank 4: four times as many.
         (Attention, ard.ArdConfig(r0=2, r_max=4, budget=319), r"between 320 parameters \(rank 1 .*\) and 1,280 "),
         (Attention, ard.ArdConfig(r0=2, r_max=4, budget=1281), r"1,280 \(rank 4 everywhere\), got 1,281"),
+    ],
+    ids=[
+        "near misses",
+        "one of two",
+        "name as a regex",
+        "no linear layer",
+        "linear layer itself",
+        "wrapped",
+        "all excluded",
+        "modules_to_save",
+        "head_dim",
+        "head_dim of input",
+        "head_dim side",
+        "meta",
+        "float16",
+        "budget too small",
+        "budget too large",
     ],
 )
 def test_wrap_refuses_and_changes_nothing(make: Callable[[], nn.Module], config: AdapterConfig, message: str) -> None:

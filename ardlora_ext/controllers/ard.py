@@ -155,7 +155,7 @@ class ArdController(Controller[ArdConfig]):
     # Decisions.
 
     def start(self) -> RankUpdate | None:
-        return self._allocate() if self.target is None else None
+        return self._allocate() if self.target is None and self.step == 0 else None  # a resumed run has its ranks
 
     def propose(self) -> RankUpdate | None:
         phase = self.phase

@@ -106,8 +106,16 @@ class Controller(Generic[Config]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state from `state_dict`."""
         self.step = int(state["step"])
-        self.total_steps = state["total_steps"]
+        self.total_steps = self.total_steps if state["total_steps"] is None else state["total_steps"]
         self.records = list(state["records"])
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take over a state while attached; the model has the ranks of that time already."""
+        self.load_state_dict(state)
+        first = self.start()
+        if first is not None and self.apply is not None:
+            self.apply(first)
+        self.applied()
 
 
 class FixedController(Controller[LoraConfig]):

@@ -49,3 +49,28 @@ struct Vec {
     return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
   }
 };
+
+struct Words {
+  __m256i v;
+
+  static Words set(std::uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+  static Words iota(std::uint32_t first) {
+    return {_mm256_add_epi32(set(first).v, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
+  }
+  static Words exclusive_or(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  static void mul(std::uint32_t m, Words a, Words* hi, Words* lo) {
+    const __m256i factor = set(m).v;
+    const __m256i even = _mm256_mul_epu32(a.v, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), factor);
+    hi->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    lo->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  }
+  void factors(std::uint32_t threshold, float keep, float* low, float* high) const {
+    const __m256i last = set(threshold - 1).v;  // threshold >= 1, and 16-bit values compare as signed
+    const __m256 kept = _mm256_set1_ps(keep);
+    const __m256i keep_low = _mm256_cmpgt_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)), last);
+    const __m256i keep_high = _mm256_cmpgt_epi32(_mm256_srli_epi32(v, 16), last);
+    _mm256_storeu_ps(low, _mm256_and_ps(kept, _mm256_castsi256_ps(keep_low)));
+    _mm256_storeu_ps(high, _mm256_and_ps(kept, _mm256_castsi256_ps(keep_high)));
+  }
+};

@@ -32,3 +32,28 @@ struct Vec {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
   }
 };
+
+struct Words {
+  __m512i v;
+
+  static Words set(std::uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+  static Words iota(std::uint32_t first) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_add_epi32(set(first).v, lanes)};
+  }
+  static Words exclusive_or(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  static void mul(std::uint32_t m, Words a, Words* hi, Words* lo) {
+    const __m512i factor = set(m).v;
+    const __m512i even = _mm512_mul_epu32(a.v, factor);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+    hi->v = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+    lo->v = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  }
+  void factors(std::uint32_t threshold, float keep, float* low, float* high) const {
+    const __m512i limit = set(threshold).v;
+    const __mmask16 keep_low = _mm512_cmpge_epu32_mask(_mm512_and_si512(v, _mm512_set1_epi32(0xffff)), limit);
+    const __mmask16 keep_high = _mm512_cmpge_epu32_mask(_mm512_srli_epi32(v, 16), limit);
+    _mm512_storeu_ps(low, _mm512_maskz_mov_ps(keep_low, _mm512_set1_ps(keep)));
+    _mm512_storeu_ps(high, _mm512_maskz_mov_ps(keep_high, _mm512_set1_ps(keep)));
+  }
+};

@@ -25,3 +25,22 @@ struct Vec {
   static Vec add(Vec a, Vec b) { return {a.v + b.v}; }
   float sum() const { return v; }
 };
+
+// The same number of 32-bit words, for Philox: mul gives the high and low halves of m * a; factors turns the low and
+// the high 16 bits into 0 (below the threshold) or `keep`.
+struct Words {
+  std::uint32_t v;
+
+  static Words set(std::uint32_t x) { return {x}; }
+  static Words iota(std::uint32_t first) { return {first}; }
+  static Words exclusive_or(Words a, Words b) { return {a.v ^ b.v}; }
+  static void mul(std::uint32_t m, Words a, Words* hi, Words* lo) {
+    const std::uint64_t product = std::uint64_t{m} * a.v;
+    hi->v = static_cast<std::uint32_t>(product >> 32);
+    lo->v = static_cast<std::uint32_t>(product);
+  }
+  void factors(std::uint32_t threshold, float keep, float* low, float* high) const {
+    *low = (v & 0xffffu) < threshold ? 0.0f : keep;
+    *high = (v >> 16) < threshold ? 0.0f : keep;
+  }
+};

@@ -1,6 +1,7 @@
 // Dropout as a pure function: element (row, column) of x is kept by 16 bits of Philox4x32 with 7 rounds (Salmon et al.,
-// SC 2011), key = seed, counter = (column / 8, row). No mask is stored; backward computes the same bits again, whatever
-// the tile or the number of threads.
+// SC 2011), key = seed, counter = (column / 128 * 16 + column % 16, row): lane column % 16 of a block of 128 columns
+// serves eight of them, 16-bit half (column / 16) % 2 of word (column % 128) / 32. No mask is stored; backward computes
+// the same bits again, whatever the tile or the number of threads.
 #pragma once
 
 #include <cstdint>
