@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ardlora_ext.data import InputError
-from ardlora_ext.finetune import DivergenceError, Settings
+from ardlora_ext.finetune import METHODS, DivergenceError, Settings
 
 _EXAMPLES = """\
 examples:
@@ -83,7 +83,8 @@ def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
 
     ranks = parser.add_argument_group("adapters and ranks")
-    ranks.add_argument("--method", choices=("ard", "lora"), default=Settings.method, help="learn the ranks or fix them")
+    ranks.add_argument("--method", choices=METHODS, default=Settings.method, help="what decides the ranks")
+    ranks.add_argument("--lora-dropout", type=float, metavar="P", default=0.0, help="dropout of the adapters' input")
     ranks.add_argument("--r", type=int, metavar="N", default=Settings.r, help="rank of every unit at the start")
     ranks.add_argument(
         "--budget", type=int, metavar="N", help="adapter parameters at the end (default: as plain LoRA with --r has)"

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ardlora_ext.attach import attach
 from ardlora_ext.batches import Batch, Collator, Features, Outcome, batches, encode, evaluate
-from ardlora_ext.config import ArdConfig, LoraConfig
+from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
 from ardlora_ext.data import Corpus, InputError, default_model, load_corpus, trec_corpus
 from ardlora_ext.export import save_pretrained
 from ardlora_ext.inject import parameters_report, wrap
@@ -43,6 +43,10 @@ _WARMUP_SHARE = 0.06
 _CLIP_NORM = 1.0
 
 
+Method = Literal["ard", "elalora", "adalora", "lora", "dora"]
+METHODS: tuple[Method, ...] = ("ard", "elalora", "adalora", "lora", "dora")
+
+
 class DivergenceError(RuntimeError):
     """The loss is no longer a number."""
 
@@ -53,11 +57,12 @@ class Settings:
 
     Attributes:
         out: Folder for the adapter, the records and the report.
-        method: "ard" learns the ranks, "lora" keeps them at `r`.
+        method: "ard", "elalora" and "adalora" learn the ranks, "lora" and "dora" keep them at `r`.
         model: Local folder of a transformers model; None for all-MiniLM-L6-v2.
         data: The user's file, see `load_corpus`; None for the TREC questions.
         task: "classification", "lm", or "auto" by the columns of `data`.
-        r: Rank of every unit at the start.
+        r: Rank of every unit at the start (adalora: at the end, it starts at 1.5 times that).
+        lora_dropout: Dropout of the adapters' input.
         budget: Most live adapter parameters at the end; None for what plain LoRA with `r` has.
         granularity: What has a rank of its own: "head", "matrix" or "layer".
         target_modules: Suffixes of the modules to adapt, as in PEFT, or ("all-linear",).
@@ -72,11 +77,12 @@ class Settings:
     """
 
     out: Path
-    method: Literal["ard", "lora"] = "ard"
+    method: Method = "ard"
     model: Path | None = None
     data: Path | None = None
     task: Literal["auto", "classification", "lm"] = "auto"
     r: int = 8
+    lora_dropout: float = 0.0
     budget: int | None = None
     granularity: Literal["head", "matrix", "layer"] = "head"
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -341,18 +347,19 @@ def _prepare_folder(out: Path) -> None:
         ) from error
 
 
-def _adapter_config(settings: Settings, heads: tuple[str, ...], steps: int) -> ArdConfig | LoraConfig:
+def _adapter_config(settings: Settings, heads: tuple[str, ...], steps: int) -> AdapterConfig:
+    """Return the method's config at its own defaults, for `steps` optimizer steps."""
     targets = "all-linear" if settings.target_modules == ("all-linear",) else settings.target_modules
-    if settings.method == "lora":
-        return LoraConfig(r=settings.r, target_modules=targets, modules_to_save=heads)
-    return ArdConfig(
-        r0=settings.r,
-        granularity=settings.granularity,
-        target_modules=targets,
-        modules_to_save=heads,
-        budget=settings.budget,
-        total_steps=steps,
-    )
+    common: Json = {"target_modules": targets, "modules_to_save": heads, "lora_dropout": settings.lora_dropout}
+    r = settings.r
+    if settings.method == "ard":
+        granularity, budget = settings.granularity, settings.budget
+        return ArdConfig(r0=r, granularity=granularity, budget=budget, total_steps=steps, **common)
+    if settings.method == "elalora":
+        return ElaConfig(r=r, total_steps=steps, **common)
+    if settings.method == "adalora":
+        return AdaConfig(target_r=r, init_r=math.ceil(1.5 * r), total_steps=steps, **common)
+    return (DoraConfig if settings.method == "dora" else LoraConfig)(r=r, **common)
 
 
 def _parameter_groups(model: torch.nn.Module, heads: tuple[str, ...], settings: Settings) -> list[Json]:
