@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ardlora_ext import resize
 from ardlora_ext.controllers import Controller, make_controller
 from ardlora_ext.inject import adapters, injection
-from ardlora_ext.optim import check_optimizer, unwrapped
+from ardlora_ext.optim import check_optimizer, settle_loss_scale, unwrapped
 
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
@@ -69,11 +69,16 @@ def attach(
         resize.apply(model, update, torch_optimizer)
         controller.applied()
 
-    def before(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        controller.observe()
+    skipped = False
+
+    def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        nonlocal skipped
+        skipped = settle_loss_scale(optimizer)
+        if not skipped:
+            controller.observe()
 
     def after(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        update = controller.propose()
+        update = None if skipped else controller.propose()
         if update is not None:
             apply(update)
 

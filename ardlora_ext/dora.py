@@ -7,7 +7,8 @@ scaling s folded into B, output row n of one unit has
 
     ||W + dW||_n^2 = ||W||_n^2 + 2 s <U_n, B_n> + s^2 B_n^T G B_n,      B_n = column n of the rank-major lora_B,
 
-and the units that share output rows (heads cut by input columns) add their two terms.
+and the units that share output rows (heads cut by input columns) add their two terms. Dropout acts on the input of dW
+alone; PEFT's, when it is above 0, also on the part of W x that the magnitude rescales.
 """
 
 from __future__ import annotations

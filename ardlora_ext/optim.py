@@ -61,6 +61,26 @@ def restart(optimizer: Optimizer) -> None:
     optimizer.state.clear()
 
 
+def settle_loss_scale(optimizer: Optimizer) -> bool:
+    """Unscale gradients before a fused optimizer would inside its step, so that a controller reads true ones.
+
+    `torch.amp.GradScaler` leaves scale and verdict on such optimizers; others get unscaled gradients, or no step.
+
+    Returns:
+        Whether the step will be skipped, because a gradient is not finite.
+    """
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return True
+    if scale is not None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale.to(parameter.grad.device))
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+    return False
+
+
 def pin_lr(optimizer: Optimizer) -> None:
     """Let every step run at the peak learning rate from now on, whatever a scheduler writes.
 

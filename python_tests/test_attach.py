@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_layers import fingerprint, set_ranks
+from test_layers import fingerprint, scramble, set_ranks
 from test_resize import RowMeans, step
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
@@ -187,7 +188,10 @@ def test_records_say_what_changed_and_why() -> None:
     for record in json.loads(json.dumps(controller.records)):
         assert record["from"] == ranks[record["module"], record["unit"]] != record["to"]
         ranks[record["module"], record["unit"]] = record["to"]
-        assert record["reason"]
+        said = re.match(r"marginal gain (\S+) ([<>]) price (\S+): soft rank is now \S+$|final rank from", record["reason"])
+        assert said
+        if said[1]:
+            assert (float(said[1]) > float(said[3])) == (said[2] == ">"), "the reason is true"
         assert {"step", "event", "rho", "gain", "price"} < record.keys()
     assert ranks == {(name, u): r for name, units in controller.ranks().items() for u, r in enumerate(units)}
 
@@ -339,7 +343,8 @@ def test_the_optimizer_outlives_the_adapters(leave: Callable[[nn.Module], nn.Mod
 def test_ranks_set_by_hand_before_attach() -> None:
     model, loss = bed()
     ard.wrap(model, config())
-    set_ranks(model, lambda _, u: 1 + u % 2)  # below alpha's 2
+    scramble(model)
+    set_ranks(model, lambda _, u: 1 + u % 2)  # alpha begins at rank 2
     optimizer = AdamW(trainable(model), lr=0.01)
     controller = ard.attach(model, optimizer, total_steps=STEPS)
     plain(model, optimizer, loss)

@@ -7,17 +7,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from slow_svd import EPS, Component, SlowModel, assert_same, batch, chain_and_teacher, gaussians, warmup_decay
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.controllers.ela import candidates, exchange, with_ties
-from ardlora_ext.controllers.orthogonality import penalty, penalty_gradient, share
-from ardlora_ext.controllers.schedule import Phases, exchange_count
-from ardlora_ext.start import orthogonal_row, projected_row
 
 STEPS, LR = 300, 3e-3
 
@@ -139,65 +134,7 @@ def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
     assert len(set(run.ranks)) > 1
 
 
-def test_rounds_of_a_published_script() -> None:
-    """RTE: 1950 steps, b = 4, warm-up 300, final 500, interval 50 give 21 rounds and 67 moves."""
-    phases = Phases(300, 500, 1950)
-    moves = [exchange_count(t, phases, 50, 4, True) for t in range(1950)]
-    assert sum(m > 0 for m in moves) == 21
-    assert sum(moves) == 67
-
-
-def test_candidates_keep_one_component_and_pass_over_young_ones() -> None:
-    scores = np.array([5.0, 1.0, 2.0, 9.0, 4.0, 3.0])
-    unit, live = np.array([0, 0, 0, 1, 2, 2]), np.array([3, 1, 2])
-    young = np.array([False, True, False, False, False, False])
-    pool = candidates(scores, unit, live, young, k=2)
-    assert pool.members.tolist() == [2, 5, 0]
-    assert pool.prunable.all()
-    pool = candidates(scores, unit, live, young, k=2, single=True)
-    assert pool.members.tolist() == [2, 5, 0, 3]
-    assert pool.prunable.tolist() == [True, True, True, False]
-    assert pool.exchanges == 2
-
-
-def test_exchange_is_disjoint_balanced_and_respects_room() -> None:
-    scores = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    unit, live = np.array([0, 0, 1, 1, 2, 2]), np.array([2, 2, 2])
-    pool = candidates(scores, unit, live, np.zeros(6, dtype=bool), k=2)
-    assert pool.members.tolist() == [0, 2, 4]
-    low, high = exchange(pool, unit, np.array([9, 9, 9]), b=5)
-    assert (low.tolist(), high.tolist()) == ([0], [4])
-    low, high = exchange(pool, unit, np.array([9, 9, 0]), b=1)
-    assert (low.tolist(), high.tolist()) == ([0], [2])
-    low, high = exchange(pool, unit, np.array([9, 0, 0]), b=1)
-    assert (low.tolist(), high.tolist()) == ([], [])
-
-
-def test_ties_at_the_threshold_are_pruned_together_in_code_mode() -> None:
-    scores = np.array([1.0, 1.0, 7.0, 1.0, 8.0, 9.0])
-    unit, live = np.array([0, 0, 0, 1, 1, 1]), np.array([3, 3])
-    pool = candidates(scores, unit, live, np.zeros(6, dtype=bool), k=2)
-    assert pool.members.tolist() == [0, 1, 3, 4]
-    assert with_ties(np.array([0]), pool, unit, scores).tolist() == [0, 1]
-
-
-# Soft orthogonality.
-
-
-@pytest.mark.parametrize("form", ["squared", "norm"])
-def test_closed_form_gradient_equals_autograd(form: Any) -> None:
-    for shape in [(1, 5), (3, 7), (6, 6)]:
-        rows = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        (expected,) = torch.autograd.grad(penalty(rows, form), rows)
-        torch.testing.assert_close(penalty_gradient(rows.detach(), form), expected, rtol=1e-12, atol=1e-12)
-    assert penalty_gradient(torch.eye(3), form).abs().sum() == 0
-
-
-def test_both_forms_start_equally_strong() -> None:
-    rows = 0.02 * torch.randn(8, 768, dtype=torch.float64)
-    squared = share(8, 768, 72, "squared") * penalty_gradient(rows, "squared").norm()
-    norm = share(8, 768, 72, "norm") * penalty_gradient(rows, "norm").norm()
-    assert float(squared) == pytest.approx(float(norm), rel=0.02)
+# Regulariser.
 
 
 def test_regulariser_acts_in_train_mode_only_and_every_n_steps() -> None:
@@ -226,15 +163,6 @@ def test_regulariser_acts_in_train_mode_only_and_every_n_steps() -> None:
 # New components.
 
 
-def test_gram_schmidt_is_exact_and_one_projection_is_not() -> None:
-    others = 0.1 * torch.randn(7, 24)
-    row = torch.randn(24)
-    assert float((others @ orthogonal_row(row, others)).abs().max()) < 1e-7
-    assert float(orthogonal_row(row, others).norm()) == pytest.approx(1.0, rel=1e-6)
-    left = float((others @ projected_row(row, others)).norm() / (others @ row).norm() * row.norm())
-    assert 0.2 < left < 1.0
-
-
 @pytest.mark.parametrize("init", ["mean", "unit"])
 def test_growth_keeps_outputs_bitwise_and_starts_orthogonal(init: Any) -> None:
     run = Run()
@@ -260,29 +188,6 @@ def test_growth_keeps_outputs_bitwise_and_starts_orthogonal(init: Any) -> None:
         assert rows[4:].norm(dim=1).tolist() == pytest.approx([norm] * 3, rel=1e-5)
 
 
-def test_new_rows_need_trained_gates() -> None:
-    model, _ = chain_and_teacher()
-    ard.wrap(model, ard.LoraConfig(r=2))
-    from ardlora_ext.resize import apply
-
-    with pytest.raises(ValueError, match="init='unit' must meet trained gates"):
-        apply(model, ard.RankUpdate({"layers.0": (ard.UnitUpdate((0, 1), 1),)}, init="unit"))
-
-
-@pytest.mark.parametrize("start", ["gaussian", "orthonormal"])
-def test_start_leaves_the_function_alone(start: str) -> None:
-    model, _ = chain_and_teacher()
-    before = model(batch(0))
-    ard.wrap(model, ard.ElaConfig(r=3, start=start))  # type: ignore[arg-type]
-    assert torch.equal(model(batch(0)), before)
-    layer = next(iter(ard.adapters(model).values()))
-    gram = (layer.lora_A[:3] @ layer.lora_A[:3].T).detach()
-    if start == "orthonormal":
-        torch.testing.assert_close(gram, torch.eye(3), atol=1e-5, rtol=0)
-    else:
-        assert 0.01 < float(layer.lora_A.detach()[:3].std()) < 0.03
-
-
 # Budget and optimizer.
 
 
@@ -301,7 +206,7 @@ def test_budget_is_conserved_at_every_step(allocation: str) -> None:
 
 
 def test_kept_rows_keep_their_moments_bitwise_over_many_rounds() -> None:
-    run = Run(200, deltaT=2, grace=0, scheduler=False, tfinal=20)
+    run = Run(130, deltaT=2, grace=0, scheduler=False, tinit=10, tfinal=10)
     layers = ard.adapters(run.model)
     changes = 0
 
@@ -332,7 +237,7 @@ def test_kept_rows_keep_their_moments_bitwise_over_many_rounds() -> None:
     assert run.controller.apply is not None
     apply = run.controller.apply
     run.controller.propose = propose  # type: ignore[method-assign]
-    for _ in range(200):
+    for _ in range(130):
         run.step()
     assert changes >= 50
 
@@ -365,32 +270,7 @@ def test_code_mode_resets_moments_and_pins_the_learning_rate() -> None:
     assert len(used) == run.t
 
 
-def test_pinned_rate_is_the_peak() -> None:
-    from ardlora_ext.optim import pin_lr
-
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.1)
-    for expected in (0.95, 0.45, -0.05):
-        weight.grad = torch.ones(1)
-        optimizer.step()
-        schedule.step()
-        assert weight.item() == pytest.approx(expected)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
-        pin_lr(optimizer)  # once is enough
-
-
 # Controls, state, errors.
-
-
-def test_rank_1_units_can_grow_only_when_allowed() -> None:
-    scores, unit, live = np.array([1.0, 2.0, 3.0, 9.0]), np.array([0, 0, 0, 1]), np.array([3, 1])
-    young = np.zeros(4, dtype=bool)
-    room = np.array([9, 9])
-    stuck = exchange(candidates(scores, unit, live, young, 2), unit, room, 1)
-    free = exchange(candidates(scores, unit, live, young, 2, single=True), unit, room, 1)
-    assert unit[stuck[1]].tolist() == [0]
-    assert unit[free[1]].tolist() == [1]
 
 
 @pytest.mark.parametrize("task_scores", [False, True])

@@ -1,0 +1,263 @@
+"""The methods that are compared: how each is configured for a bed, and what it does before and after training.
+
+A method is named on the command line, with fields of its config to change after a colon: `ard`, `ard:tv=0`,
+`elalora:k=4,b=2`; `rank=R` gives it the budget of LoRA at rank R instead of the bed's, and `ard:l1=P` a fixed price
+instead of a budget. A method whose class or function
+this build does not have is reported by name; the others run.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+import ardlora_ext as ard
+from ardlora_ext import resize
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.controllers.base import Units
+from ardlora_ext.data import InputError
+
+Ranks = Mapping[str, Sequence[int]]
+
+FAT = 4  # how many times the mean rank a method that shrinks, or a unit that grows, may reach
+
+
+class MethodUnavailable(Exception):  # noqa: N818 - says what happened to whom
+    """This build, or this bed, lacks what a method needs; the message says what."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every method of a comparison is given.
+
+    Attributes:
+        rank: of uniform LoRA, whose parameters are the budget.
+        budget: adapter parameters at the end, at most.
+        matrices: adapted.
+        steps: optimizer steps.
+        seed: of initial values and of a random allocation.
+        base: config fields that belong to the bed: which modules, how heads are cut.
+        oracle: best ranks in hindsight, where the bed knows them.
+    """
+
+    rank: int
+    budget: int
+    matrices: int
+    steps: int
+    seed: int
+    base: Mapping[str, Any] = field(default_factory=dict)
+    oracle: Ranks | None = None
+
+    def fields(self, rank: int, granularity: str | None = "matrix") -> dict[str, Any]:
+        """Return the shared config fields; the update is scaled by 1 whatever the rank."""
+        own = {"lora_alpha": float(rank), "seed": self.seed, **self.base}
+        return own if granularity is None else own | {"granularity": granularity}
+
+
+Prepare = Callable[[nn.Module, Plan], None]
+
+
+def _nothing(_model: nn.Module, _plan: Plan) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one method runs.
+
+    Attributes:
+        about: one line for tables.
+        config: builds its config.
+        before: acts on the wrapped model before the optimizer is made.
+        after: acts on the trained model.
+        counts: what its budget is counted in. One that counts ranks ends above the parameters of the others where it
+            prefers wide matrices; tables show both.
+    """
+
+    about: str
+    config: Callable[[Plan], AdapterConfig]
+    before: Prepare = _nothing
+    after: Prepare = _nothing
+    counts: Literal["parameters", "ranks"] = "parameters"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe under the label the user gave, with changed config fields."""
+
+    label: str
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What runs."""
+        return RECIPES[self.name]
+
+    @property
+    def priced(self) -> bool:
+        """Whether it pays a fixed price for ranks instead of keeping to a budget."""
+        return self.changes.get("l1") is not None
+
+    def rank(self, default: int) -> int:
+        """Return the rank whose LoRA parameters are this method's budget."""
+        return int(self.changes.get("rank", default))
+
+    def config(self, plan: Plan) -> AdapterConfig:
+        """Build the config.
+
+        Raises:
+            MethodUnavailable: the build or the bed lacks something.
+            InputError: a changed field does not exist or has a bad value.
+        """
+        config = self.recipe.config(plan)
+        changes = {key: value for key, value in self.changes.items() if key != "rank"}
+        if self.priced:
+            changes["budget"] = None
+        known = sorted(entry.name for entry in dataclasses.fields(config))
+        unknown = [key for key in changes if key not in known]
+        if unknown:
+            raise InputError(f"{self.label}: {unknown[0]} must be rank or one of {', '.join(known)}")
+        try:
+            return dataclasses.replace(config, **changes)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.label}: {error}") from error
+
+
+def parse(label: str) -> Method:
+    """Parse `NAME` or `NAME:field=value,...`.
+
+    Raises:
+        InputError: no such method, or not of that form.
+    """
+    name, _, rest = label.partition(":")
+    if name not in RECIPES:
+        raise InputError(f"bench: method must be one of {', '.join(RECIPES)}, got {name!r}")
+    changes = {}
+    for part in rest.split(",") if rest else []:
+        key, equals, text = part.partition("=")
+        if not key or not equals:
+            raise InputError(f"bench: method must read NAME:field=value,..., got {label!r}")
+        try:
+            changes[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            changes[key] = text
+    if not isinstance(changes.get("rank", 1), int) or changes.get("rank", 1) < 1:
+        raise InputError(f"{label}: rank must be a whole number from 1, got {changes['rank']!r}")
+    return Method(label, name, changes)
+
+
+def _needs(name: str) -> Any:
+    """Return a public name of the package.
+
+    Raises:
+        MethodUnavailable: this build does not have it.
+    """
+    found = getattr(ard, name, None)
+    if found is None:
+        raise MethodUnavailable(f"this build has no ardlora_ext.{name}")
+    return found
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def _lora(plan: Plan) -> AdapterConfig:
+    return ard.LoraConfig(r=plan.rank, **plan.fields(plan.rank))
+
+
+def _dora(plan: Plan) -> AdapterConfig:
+    config: AdapterConfig = _needs("DoraConfig")(r=plan.rank, **plan.fields(plan.rank))
+    return config
+
+
+def _ard(plan: Plan) -> AdapterConfig:
+    return ard.ArdConfig(
+        r0=plan.rank, r_max=FAT * plan.rank, budget=plan.budget, total_steps=plan.steps, **plan.fields(plan.rank, None)
+    )
+
+
+def _ela(plan: Plan) -> AdapterConfig:
+    pool = plan.matrices * min(2, plan.rank - 1)  # of candidates, with the published k = 2
+    if pool < 2:
+        raise MethodUnavailable("at rank 1 no unit has a component to give")
+    config: AdapterConfig = _needs("ElaConfig")(
+        r=plan.rank, b=min(4, pool // 2), total_steps=plan.steps, **plan.fields(plan.rank)
+    )
+    return config
+
+
+def _ada(plan: Plan) -> AdapterConfig:
+    start = round(1.5 * plan.rank + 0.5)
+    config: AdapterConfig = _needs("AdaConfig")(
+        target_r=plan.rank, init_r=start, total_steps=plan.steps, **plan.fields(start)
+    )
+    return config
+
+
+def _fat_lora(plan: Plan) -> AdapterConfig:
+    _needs("compress")
+    return ard.LoraConfig(r=FAT * plan.rank, **plan.fields(FAT * plan.rank))
+
+
+def _compress(model: nn.Module, plan: Plan) -> None:
+    _needs("compress")(model, plan.budget)
+
+
+def _oracle_lora(plan: Plan) -> AdapterConfig:
+    if plan.oracle is None:
+        raise MethodUnavailable("the best ranks are not known on this bed")
+    largest = max(1, *(rank for ranks in plan.oracle.values() for rank in ranks))
+    heads = any(len(ranks) > 1 for ranks in plan.oracle.values())
+    return ard.LoraConfig(r=largest, **plan.fields(largest, "head" if heads else "matrix"))
+
+
+def _oracle(model: nn.Module, plan: Plan) -> None:
+    assert plan.oracle is not None
+    set_ranks(model, plan.oracle)
+
+
+def _random_lora(plan: Plan) -> AdapterConfig:
+    return ard.LoraConfig(r=FAT * plan.rank, **plan.fields(FAT * plan.rank))
+
+
+def _random(model: nn.Module, plan: Plan) -> None:
+    set_ranks(model, random_ranks(Units(ard.adapters(model)), plan.budget, plan.seed))
+
+
+def set_ranks(model: nn.Module, ranks: Ranks) -> None:
+    """Bring a freshly wrapped plain LoRA down to `ranks`."""
+    modules = {name: tuple(resize.UnitUpdate(tuple(range(r))) for r in units) for name, units in ranks.items()}
+    resize.apply(model, resize.RankUpdate(modules))
+
+
+def random_ranks(units: Units, budget: float, seed: int) -> dict[str, list[int]]:
+    """Give component after component to a unit drawn at random, as long as one fits into `budget`."""
+    generator = np.random.default_rng(seed)
+    ranks = np.zeros(len(units), dtype=np.int64)
+    while True:
+        costs = [units.costs.parameters(ranks + np.eye(len(units), dtype=np.int64)[u]) for u in range(len(units))]
+        open_units = np.flatnonzero((np.array(costs) <= budget) & (ranks < units.limit))
+        if not len(open_units):
+            return units.by_module(ranks)
+        ranks[generator.choice(open_units)] += 1
+
+
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe("one rank for all", _lora),
+    "ard": Recipe("ARD-LoRA, ranks from gradients under a budget", _ard),
+    "elalora": Recipe("ElaLoRA, prune and expand", _ela, counts="ranks"),
+    "adalora": Recipe("AdaLoRA, prune from 1.5 times the rank", _ada, counts="ranks"),
+    "dora": Recipe("DoRA (weight-decomposed), one rank for all", _dora),
+    "compress": Recipe(
+        f"LoRA at {FAT} times the rank, then one global singular-value threshold", _fat_lora, after=_compress
+    ),
+    "oracle": Recipe("LoRA at the best ranks, known in hindsight", _oracle_lora, before=_oracle),
+    "random": Recipe("LoRA at ranks drawn at random", _random_lora, before=_random),
+}

@@ -1,0 +1,152 @@
+"""The table and the figure of a comparison; see `quality.compare`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from ardlora_ext.bench.quality import Comparison, mean_interval
+from ardlora_ext.bench.trial import Row
+from ardlora_ext.plots import FAINT, GRID, INK, KIND_COLOURS
+
+_WIDTH = 200  # columns a table may have where the output is not a terminal
+_VERDICT_STYLE = {"better": "green", "worse": "red", "no difference": "dim", "": ""}
+_STYLE = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": "#cbd5e1",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "legend.frameon": False,
+}
+
+
+def print_table(found: Comparison, console: Console | None = None) -> None:
+    """Print one line per method, then why others did not run."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH, file=console.file)
+    measure = found.bed.measure
+    table = Table(title=f"{found.bed.name}: {measure.label} ({measure.better} is better)", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    headings = ("lr", measure.key, f"minus {found.reference} [95 %]", "verdict")
+    numbers = ("Spearman", "params", "peak", "moves", "flips", "cpu s")
+    for heading in (*headings, *numbers):
+        table.add_column(heading, justify="left" if heading == "verdict" else "right", no_wrap=True)
+    for label in found.chosen:
+        table.add_row(*_cells(found, label))
+    console.print(table)
+    for label, reason in found.missing.items():
+        console.print(f"{label}: not available ({reason})", style="yellow", highlight=False)
+    edges = [m for m, lr in found.chosen.items() if _at_edge(found, m, lr)]
+    if edges:
+        console.print(f"best learning rate at the edge of the grid: {', '.join(edges)}", style="yellow")
+
+
+def _cells(found: Comparison, label: str) -> list[str]:
+    rows, values = found.reported(label), found.values(label)
+    interval, difference, verdict = mean_interval(values), found.difference(label), found.verdict(label)
+    correlations = [row["spearman"] for row in rows if row["spearman"] is not None]
+    correlations = [value for value in correlations if math.isfinite(value)]
+    return [
+        label,
+        f"{found.chosen[label]:g}",
+        "diverged" if interval is None else f"{interval.mean:.4g}",
+        "" if difference is None else str(difference),
+        f"[{_VERDICT_STYLE[verdict]}]{verdict}[/]" if verdict else "",
+        f"{statistics.fmean(correlations):.2f}" if correlations else "-",
+        *(f"{statistics.fmean(row[key] for row in rows):,.0f}" for key in ("params", "peak_params", "moves", "flips")),
+        f"{statistics.fmean(row['seconds'] for row in rows):.1f}",
+    ]
+
+
+def _at_edge(found: Comparison, label: str, lr: float) -> bool:
+    tried = {row["lr"] for row in found.rows if row["method"] == label and row["split"] == "tune"}
+    return len(tried) > 2 and lr in (min(tried), max(tried))
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """Draw the measure by method, the learning-rate sweep, and where the planted bed allows it learned ranks."""
+    labels = list(found.chosen)
+    colours = {label: KIND_COLOURS[i % len(KIND_COLOURS)] for i, label in enumerate(labels)}
+    panels: list[Any] = [_draw_measure, _draw_sweep]
+    adaptive = [
+        m for m in labels if any(len({r for u in row["ranks"].values() for r in u}) > 1 for row in found.reported(m))
+    ]
+    if adaptive and "planted" in found.reported(adaptive[0])[0]:
+        panels.append(_draw_ranks)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.4 * len(panels), 0.9 + 0.32 * max(8, len(labels))), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            panel(axes, found, adaptive if panel is _draw_ranks else labels, colours)
+        figure.savefig(path, dpi=110, format="png")
+
+
+def _differ(row: Row) -> bool:
+    """Tell whether a run ended with unequal ranks."""
+    return len({rank for ranks in row["ranks"].values() for rank in ranks}) > 1
+
+
+def _draw_measure(axes: Axes, found: Comparison, labels: Sequence[str], colours: dict[str, str]) -> None:
+    for line, label in enumerate(reversed(labels)):
+        values = [value for value in found.values(label) if math.isfinite(value)]
+        axes.plot(values, [line] * len(values), "o", color=colours[label], alpha=0.35, markersize=4, mew=0)
+        interval = mean_interval(values)
+        if interval is not None:
+            low = interval.mean if math.isnan(interval.low) else interval.low
+            high = interval.mean if math.isnan(interval.high) else interval.high
+            axes.plot([low, high], [line, line], "-", color=colours[label], linewidth=2.5)
+            axes.plot([interval.mean], [line], "|", color=colours[label], markersize=13, mew=2.5)
+    axes.set_yticks(range(len(labels)), list(reversed(labels)))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("one dot per seed; bar: mean and 95 % interval")
+    axes.set_title(f"{found.bed.measure.label} ({found.bed.measure.better} is better)")
+
+
+def _draw_sweep(axes: Axes, found: Comparison, labels: Sequence[str], colours: dict[str, str]) -> None:
+    for label in labels:
+        losses: dict[float, list[float]] = {}
+        for row in found.rows:
+            if row["method"] == label and row["split"] == "tune" and math.isfinite(row["valid"]):
+                losses.setdefault(row["lr"], []).append(row["valid"])
+        rates = sorted(losses)
+        axes.plot(rates, [statistics.fmean(losses[r]) for r in rates], "o-", color=colours[label], ms=3, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_title("validation loss while tuning")
+    if any(row["split"] == "tune" for row in found.rows):
+        axes.legend(fontsize=7)
+
+
+def _draw_ranks(axes: Axes, found: Comparison, labels: Sequence[str], colours: dict[str, str]) -> None:
+    top = 0
+    for label in labels:
+        learned: dict[int, list[int]] = {}
+        for row in found.reported(label):
+            for truth, rank in zip(row["planted"], row["learned"], strict=True):
+                learned.setdefault(truth, []).append(rank)
+        ranks = sorted(learned)
+        top = max(top, *ranks)
+        axes.plot(ranks, [statistics.fmean(learned[r]) for r in ranks], "o-", color=colours[label], ms=4, label=label)
+    axes.plot([0, top], [0, top], "--", color=FAINT, linewidth=1)
+    axes.set_xlabel("planted rank")
+    axes.set_title("mean learned rank")
+    axes.legend(fontsize=7)

@@ -1,0 +1,235 @@
+"""One run: a task, a method, a learning rate, a seed. The same loop for every method and bed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+import ardlora_ext as ard
+from ardlora_ext.bench.methods import Method, Plan, Ranks
+from ardlora_ext.data import InputError
+
+Row = dict[str, Any]
+
+_WARMUP = 0.05
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a bed is judged by: a key of its rows, and which way is better."""
+
+    key: str
+    better: Literal["lower", "higher"]
+    label: str
+
+
+class Task(Protocol):
+    """One seed of a bed: a fresh model, its data, its truth.
+
+    Attributes:
+        model: not yet wrapped.
+        base: config fields that belong to the bed.
+        oracle: best ranks in hindsight for a budget in parameters, or None where nobody knows.
+        clip: gradient norm to clip at, or None.
+    """
+
+    model: nn.Module
+    base: Mapping[str, Any]
+    clip: float | None
+
+    def oracle(self, budget: int) -> Ranks | None:
+        """Return the best ranks for a budget in parameters, or None where nobody knows them."""
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups of the wrapped model."""
+
+    def loss(self) -> torch.Tensor:
+        """Return the loss of the next training batch."""
+
+    def valid(self) -> float:
+        """Return the validation loss: what chooses the learning rate."""
+
+    def test(self) -> Row:
+        """Return what the bed measures after training."""
+
+
+class Bed(Protocol):
+    """A family of tasks, one per seed, and how they are compared."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+
+    @property
+    def measure(self) -> Measure:
+        """What it is judged by."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of uniform LoRA, whose parameters are everyone's budget."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """Learning rates to try."""
+
+    def task(self, seed: int) -> Task:
+        """Return the task of a seed; equal for all methods."""
+
+
+@dataclass
+class RankTrack:
+    """Counts what ranks did during training.
+
+    Attributes:
+        moves: components given to or taken from units, in total.
+        flips: changes of a unit's rank against the direction of its previous change.
+        peak: most live adapter parameters at any step.
+    """
+
+    model: nn.Module
+    controller: Any
+    moves: int = 0
+    flips: int = 0
+    peak: int = 0
+    _last: list[int] = field(default_factory=list)
+    _direction: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._layers = list(ard.adapters(self.model).values())
+        self.note()
+
+    def note(self) -> None:
+        """Look at the ranks after a step."""
+        self.peak = max(self.peak, sum(layer.live_parameters for layer in self._layers))
+        now = [rank for ranks in self.controller.ranks().values() for rank in ranks]
+        for unit, (old, new) in enumerate(zip(self._last, now, strict=False)):
+            if old != new:
+                sign = 1 if new > old else -1
+                self.moves += abs(new - old)
+                self.flips += self._direction.get(unit, sign) != sign
+                self._direction[unit] = sign
+        self._last = now
+
+
+def plan_for(method: Method, bed: Bed, task: Task, seed: int) -> Plan:
+    """Return what `method` gets on this task: the parameters of LoRA at the bed's rank, to everybody."""
+    rank = method.rank(bed.rank)
+    ard.wrap(task.model, ard.LoraConfig(r=rank, **task.base))
+    budget, matrices = ard.parameters_report(task.model).live, len(ard.adapters(task.model))
+    ard.unwrap(task.model)
+    return Plan(rank, budget, matrices, bed.steps, seed, task.base, task.oracle(budget))
+
+
+def check_budget(model: nn.Module, method: Method, plan: Plan) -> None:
+    """Check that the low-rank factors ended within the budget (gates and magnitudes are shown, not counted).
+
+    A method that pays a price instead may end anywhere.
+
+    Raises:
+        InputError: they did not; the comparison would not be fair.
+    """
+    layers = ard.adapters(model).values()
+    if method.recipe.counts == "ranks":
+        spent, allowed = (
+            sum(sum(layer.ranks) for layer in layers),
+            plan.rank * sum(len(layer.ranks) for layer in layers),
+        )
+    else:
+        spent, allowed = sum(layer.layout.parameters(layer.ranks) for layer in layers), plan.budget
+    if spent > allowed and not method.priced:
+        what = "ranks" if method.recipe.counts == "ranks" else "parameters of factors"
+        raise InputError(f"{method.label}: must end within {allowed:,} {what}, got {spent:,}")
+
+
+def run_trial(bed: Bed, method: Method, lr: float, seed: int) -> Row:
+    """Train once and return a row; a run that diverges has an infinite validation loss.
+
+    Raises:
+        MethodUnavailable: the build or the bed lacks something the method needs.
+        InputError: the method does not fit the bed, or ended above the budget.
+    """
+    torch.manual_seed(seed)
+    task = bed.task(seed)
+    plan = plan_for(method, bed, task, seed)
+    config = method.config(plan)
+    try:
+        ard.wrap(task.model, config)
+        method.recipe.before(task.model, plan)
+        optimizer = torch.optim.AdamW(task.groups(lr), lr=lr, weight_decay=0.0, foreach=True)
+        controller = ard.attach(task.model, optimizer, total_steps=bed.steps)
+    except ValueError as error:
+        raise InputError(f"{method.label}: {error}") from error
+    track = RankTrack(task.model, controller)
+    started = time.process_time()
+    half = _train(task, optimizer, bed.steps, track)
+    controller.finalize()
+    method.recipe.after(task.model, plan)
+    seconds = time.process_time() - started
+    check_budget(task.model, method, plan)
+    row = {"bed": bed.name, "method": method.label, "seed": seed, "lr": lr}
+    result = _scores(task, bed.measure.key) if half is not None else {"valid": math.inf, bed.measure.key: math.nan}
+    sizes = {"params": ard.parameters_report(task.model).live, "budget": plan.budget, "peak_params": track.peak}
+    return {
+        **row,
+        "regret": None,
+        "spearman": None,
+        **result,
+        "valid_half": half,
+        **sizes,
+        "moves": track.moves,
+        "flips": track.flips,
+        "seconds": seconds,
+        "ranks": {name: list(layer.ranks) for name, layer in ard.adapters(task.model).items()},
+    }
+
+
+def _train(task: Task, optimizer: torch.optim.Optimizer, steps: int, track: RankTrack) -> float | None:
+    """Take all steps and return the validation loss at half of them; None when the loss is no longer a number."""
+    warmup = max(1, round(_WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    half = math.nan
+    task.model.train()
+    for step in range(steps):
+        if step == steps // 2:
+            half = _valid(task)
+        loss = task.loss()
+        if not math.isfinite(loss.item()):
+            return None
+        loss.backward()  # type: ignore[no-untyped-call]
+        if task.clip is not None:
+            nn.utils.clip_grad_norm_(trained, task.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        track.note()
+    return half
+
+
+@torch.no_grad()
+def _valid(task: Task) -> float:
+    task.model.eval()
+    value = task.valid()
+    task.model.train()
+    return value
+
+
+@torch.no_grad()
+def _scores(task: Task, key: str) -> Row:
+    task.model.eval()
+    found = {"valid": task.valid(), **task.test()}
+    if not math.isfinite(found["valid"]) or not math.isfinite(found[key]):
+        return {"valid": math.inf, key: math.nan}
+    return found

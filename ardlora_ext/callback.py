@@ -1,0 +1,182 @@
+"""`RankCallback`: dynamic ranks in transformers' Trainer (and what derives from it) by one argument.
+
+It only calls the package at the right events: `attach` once the optimizer exists, `save_pretrained` beside each of
+Trainer's checkpoints. What the controller knows travels in Trainer's own trainer_state.json, so a checkpoint is whole or
+not there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ardlora_ext.attach import attach
+from ardlora_ext.config import LoraConfig
+from ardlora_ext.controllers import Controller
+from ardlora_ext.export import save_pretrained
+from ardlora_ext.files import write_set
+from ardlora_ext.inject import injection, parameters_report
+
+RECORDS = "records.jsonl"
+ADAPTER = "adapter"  # folder in each checkpoint
+PHASES = ("warmup", "adapt", "harden", "frozen")  # logged by number, because trackers draw numbers
+
+
+class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Let ranks follow the gradients in a `Trainer`: `Trainer(model=ard.wrap(model, config), callbacks=[RankCallback()])`.
+
+    Trainer's log gets `mean_rank`, `adapter_parameters`, `rank_phase` (0 warmup, 1 adapt, 2 harden, 3 frozen) and, where
+    there is one, `rank_price`; `records.jsonl` in the output folder every decision with its reason; the folder `adapter`
+    in each checkpoint a plain PEFT adapter. `resume_from_checkpoint` continues ranks and decisions as well.
+
+    Attributes:
+        controller: what `attach` returned, from the beginning of training on.
+    """
+
+    def __init__(self) -> None:
+        self.controller: Controller[Any] | None = None
+        self.restored: dict[str, Any] | None = None  # set by Trainer when it restores callbacks itself
+        self._training = False
+        self._first_step = (0, 0)  # of the controller and of Trainer, when this training began
+        self._written = -1  # records
+
+    def state(self) -> dict[str, Any]:
+        """Return what Trainer keeps of this callback in trainer_state.json."""
+        running = self.controller if self._training else None
+        return {"args": {}, "attributes": {"restored": None if running is None else running.state_dict()}}
+
+    # Events, in Trainer's order.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Attach, or go on where the checkpoint was."""
+        config = injection(model).config
+        if args.world_size > 1 and not isinstance(config, LoraConfig):
+            raise ValueError(
+                f"RankCallback: training must run in one process for {type(config).__name__}, whose ranks move, got "
+                f"{args.world_size} processes"
+            )
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        saved = self.restored or (kept["attributes"]["restored"] if isinstance(kept, dict) else None)
+        self.restored = None
+        if saved is not None:
+            _restore(model, saved)
+        self.controller, self._training, self._written = None, True, -1
+        self._attach(state, model, kwargs.get("optimizer"))
+        _precede_reporters(self)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Attach now if the optimizer was not there when training began."""
+        self._attach(state, model, kwargs.get("optimizer"))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add ranks to a training log, for the history and for every tracker."""
+        if self.controller is None or logs is None or "loss" not in logs:
+            return
+        facts = rank_facts(self.controller, kwargs["model"])
+        logs.update(facts)
+        if state.log_history:
+            state.log_history[-1].update(facts)
+        self._write_records(args, state)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Put the adapter beside what Trainer has just saved."""
+        self._write_records(args, state)
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            save_pretrained(model, folder / ADAPTER)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Write the last records; say so if ranks could not follow."""
+        self._training = False
+        if self.controller is None:
+            warnings.warn(
+                "RankCallback: training ended and nothing was attached, because Trainer showed no optimizer; ranks did "
+                "not change. Call ardlora_ext.attach(model, optimizer) where the optimizer is made",
+                stacklevel=2,
+            )
+            return
+        step, global_step = self._first_step
+        if self.controller.step == step and state.global_step > global_step:
+            warnings.warn(
+                f"RankCallback: training ended after {state.global_step - global_step} steps and the attached optimizer "
+                "took none of them; ranks did not change. Is it another one than Trainer's?",
+                stacklevel=2,
+            )
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._follow_best(Path(state.best_model_checkpoint), model)
+        self._write_records(args, state)
+
+    # Pieces.
+
+    def _attach(self, state: Any, model: nn.Module, optimizer: Any) -> None:
+        if self.controller is not None:
+            return
+        record = injection(model)
+        if record.controller is None and optimizer is not None:
+            attach(model, optimizer, total_steps=state.max_steps)
+        if record.controller is not None:
+            self.controller = record.controller
+            self._first_step = record.controller.step, state.global_step
+
+    def _follow_best(self, folder: Path, model: nn.Module) -> None:
+        """Trainer has loaded the weights and ranks of an earlier step: bring the controller there, too."""
+        path = folder / "trainer_state.json"
+        if path.is_file():
+            callbacks = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"]
+            kept = callbacks.get(type(self).__name__)
+            if isinstance(kept, dict) and kept["attributes"]["restored"] is not None:
+                _restore(model, kept["attributes"]["restored"])
+
+    def _write_records(self, args: Any, state: Any) -> None:
+        if self.controller is None or not state.is_world_process_zero or len(self.controller.records) == self._written:
+            return
+        self._written = len(self.controller.records)
+        lines = "".join(json.dumps(record) + "\n" for record in self.controller.records)
+        write_set(Path(args.output_dir), {RECORDS: lines.encode()})
+
+
+def rank_facts(controller: Controller[Any], model: nn.Module) -> dict[str, float]:
+    """Return what a log shows about ranks now, numbers only."""
+    summary = controller.summary()
+    phase = summary["phase"]
+    facts = {
+        "mean_rank": summary["mean_rank"],
+        "adapter_parameters": summary.get("parameters", parameters_report(model).live),
+        "rank_phase": PHASES.index(phase) if phase in PHASES else len(PHASES) - 1,
+    }
+    if summary.get("price") is not None:
+        facts["rank_price"] = summary["price"]
+    return facts
+
+
+def _restore(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Bring the controller to a saved state, now or when it is attached; the model has the ranks of that time."""
+    record = injection(model)
+    record.started = True
+    if record.controller is None:
+        record.controller_state = saved
+    else:
+        record.controller.resume(saved)
+
+
+def _precede_reporters(callback: RankCallback) -> None:
+    """Move `callback` before TensorBoard, W&B and the like, which must see what it adds to a log.
+
+    Trainer puts its reporters first and tells callbacks everything but who else listens, so the handler is looked up
+    in the call that is running.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back

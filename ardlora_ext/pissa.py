@@ -1,0 +1,137 @@
+"""Starting points that are set when a layer is wrapped: orthogonal rows, and PiSSA's principal components."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ardlora_ext import ops, reference
+from ardlora_ext._native import core
+from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.units import UnitLayout
+
+ROW_NORM = 1.0 / math.sqrt(3.0)  # of a Kaiming row of lora_A, whatever its width
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the weight whose directions are found on their own, [n, k] = weight[out, cols]."""
+
+    out: slice
+    cols: slice
+    rank: int
+    units: list[int]
+
+
+def blocks(layout: UnitLayout, ranks: Sequence[int]) -> list[Block]:
+    """The whole weight where units share a factor (or there is one), else each unit's slice."""
+    if layout.shared or layout.units == 1:
+        return [Block(slice(None), slice(None), max(ranks), list(range(layout.units)))]
+    slices = reference.unit_slices(layout, ranks)
+    return [Block(out, cols, ranks[u], [u]) for u, (_, _, cols, out) in enumerate(slices)]
+
+
+def spread(layout: UnitLayout, ranks: Sequence[int], block: Block, rows: torch.Tensor, into: torch.Tensor) -> None:
+    """Write directions [rank, k] of a block's input columns into the rows of lora_A that hold them."""
+    for u in block.units:
+        a_rows, _, cols, _ = reference.unit_slices(layout, ranks)[u]
+        part = rows[: ranks[u]]
+        into[a_rows] = part[:, cols] if layout.gate_on_a else part
+
+
+@torch.no_grad()
+def start_orthogonal(layer: LoraLinear, generator: torch.Generator | None = None) -> None:
+    """Make the rows of lora_A of each unit orthogonal, with the norm 1/sqrt(3) that Kaiming rows have; B stays 0."""
+    own = layer.layout.gate_on_a or not layer.layout.shared
+    counts = layer.ranks if own else [max(layer.ranks)]
+    begin = 0
+    for count in counts:
+        basis = torch.linalg.qr(torch.randn(layer.layout.a_width, count, generator=generator)).Q
+        layer.lora_A[begin : begin + count] = (ROW_NORM * basis.T).to(layer.lora_A.dtype)
+        begin += count
+
+
+class PissaLinear(LoraLinear):
+    """PiSSA (arXiv:2404.02948): A and B start as the top singular triplets of W; what trains is the principal part.
+
+        y = W x + bias + s B A x - s B0 A0 x,      s B0 A0 = best rank-r approximation of W at the start
+
+    PiSSA subtracts s B0 A0 from the frozen weight. Here the weight stays as it is and the frozen initial factors are
+    subtracted as a second, rank-sized adapter: the same function and gradients, but no copy of W, no rounding of the
+    residual, tied weights stay tied, `unwrap` is exact, and the checkpoint fits the original base as the plain update
+    B A - B0 A0 of rank 2 r (what PEFT's conversion of PiSSA gives). It costs one more adapter pass per layer, and one
+    full SVD of each weight when the model is wrapped.
+
+    Raises:
+        ValueError: the base layer has no dense floating-point weight.
+    """
+
+    initial_A: torch.Tensor  # noqa: N815 - as lora_A
+    initial_B: torch.Tensor  # noqa: N815
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        weight = getattr(base_layer, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+            raise ValueError(
+                f"wrap: init='pissa' needs base layers with a dense weight, got {type(base_layer).__name__}"
+            )
+        super().__init__(base_layer, *args, **kwargs)
+        self.initial_ranks = list(self.ranks)
+        a_rows, b_rows = self.layout.rows(self.ranks)
+        with torch.no_grad():
+            self._start(weight.detach().T if isinstance(base_layer, Conv1D) else weight.detach())
+        self.register_buffer("initial_A", self.lora_A.detach()[:a_rows].clone())
+        self.register_buffer("initial_B", self.lora_B.detach()[:b_rows].clone())
+
+    def _start(self, weight: torch.Tensor) -> None:
+        """Set both factors to the top singular triplets of each block of the weight [N, K]."""
+        for block in blocks(self.layout, self.ranks):
+            u, sigma, vh = torch.linalg.svd(weight[block.out, block.cols].float(), full_matrices=False)
+            root = (sigma[: block.rank] / self.scaling).sqrt()[:, None]
+            rows_a, rows_b = root * vh[: block.rank], root * u.T[: block.rank]
+            spread(self.layout, self.ranks, block, rows_a.to(self.lora_A.dtype), self.lora_A)
+            for unit in block.units:
+                _, b_rows, _, out = reference.unit_slices(self.layout, self.ranks)[unit]
+                part = rows_b[: self.ranks[unit]]
+                self.lora_B[b_rows] = part[:, out] if self.layout.kind == "out_heads" and self.layout.shared else part
+
+    @property
+    def extras(self) -> dict[str, torch.Tensor]:
+        return {"initial_A": self.initial_A, "initial_B": self.initial_B}
+
+    @property
+    def _initial_table(self) -> core.UnitTable:
+        return self.layout.table(self.initial_ranks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        if self.undo_merge is not None:
+            return y
+        return ops.lora_accumulate(  # a clone: y is a view that autograd does not let us write to
+            y.clone(), x.to(y.dtype), self.initial_A, self.initial_B, None, self._initial_table, -self.scaling
+        )
+
+    @torch.no_grad()
+    def get_delta_weight(self) -> torch.Tensor:
+        """Return the dense update s (B A - B0 A0) [out_features, in_features] in float32."""
+        a, b = self.initial_A.float(), self.initial_B.float()
+        initial = reference.lora_delta(self.layout, self.initial_ranks, a, b, None, self.scaling)
+        return super().get_delta_weight() - initial
+
+    @torch.no_grad()
+    def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return plain factors of B A - B0 A0: the two products side by side, of the sum of their ranks."""
+        a, b = super().fold()
+        hidden, own = self._initial_table.hidden, 0
+        a0, b0 = torch.zeros(hidden, a.shape[1]), torch.zeros(hidden, b.shape[0])
+        slices = reference.unit_slices(self.layout, self.initial_ranks)
+        for (a_rows, b_rows, cols, out), r in zip(slices, self.initial_ranks, strict=True):
+            h = slice(0, r) if self.layout.shared else slice(own, own + r)
+            a0[h, cols], b0[h, out] = self.initial_A[a_rows].float(), -self.scaling * self.initial_B[b_rows].float()
+            own += r
+        return torch.cat([a, a0]), torch.cat([b, b0.T], dim=1)

@@ -1,0 +1,231 @@
+"""Stop a run anywhere between two optimizer steps and go on as if nothing had happened, in any training loop.
+
+Two files, tensors and JSON, never pickle: what is trained (with its ranks, exact buffer sizes and gates), the
+optimizer's state, the controller's, and the random generators of torch, numpy and Python. A crash while they are
+written leaves the old pair or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+from torch.optim import Optimizer
+
+from ardlora_ext.config import config_to_dict
+from ardlora_ext.files import recover, write_set
+from ardlora_ext.inject import injection
+from ardlora_ext.optim import unwrapped
+
+RESUME, RESUME_TENSORS = "ardlora_resume.json", "ardlora_resume.safetensors"
+
+_FORMAT = 1
+_PLAIN = (bool, int, float, str, type(None))
+Tensors = dict[str, torch.Tensor]
+
+
+class Stateful(Protocol):
+    """A scheduler, a gradient scaler, or anything else that a loop must remember."""
+
+    def state_dict(self) -> Any:
+        """Return plain numbers, strings, lists and dicts with string keys."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take over a state."""
+
+
+def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others: Stateful) -> None:
+    """Write all that `load_state` needs to go on bit for bit (on the CPU); call it between two optimizer steps.
+
+    Args:
+        model: a wrapped model. Its frozen weights are not written.
+        optimizer: the one given to `attach`.
+        directory: where to write `ardlora_resume.json` and `ardlora_resume.safetensors`; made if missing.
+        others: more to remember by name, e.g. `scheduler=scheduler, scaler=scaler`.
+
+    Raises:
+        ValueError: the model is not wrapped, or a state holds what JSON cannot.
+        OSError: the directory cannot be written; the previous files are still there.
+
+    Example:
+        ard.save_state(model, optimizer, "run/state", scheduler=scheduler)
+    """
+    record = injection(model)
+    groups, numbers, tensors = _pack_optimizer(unwrapped(optimizer))
+    tensors |= {f"model.{name}": value.detach().clone().contiguous() for name, value in _moving(model).items()}
+    tensors["rng.torch"] = torch.get_rng_state()
+    data = save_tensors(tensors)
+    state = {
+        "format": _FORMAT,
+        "config": config_to_dict(record.config),
+        "controller": record.controller_state if record.controller is None else record.controller.state_dict(),
+        "optimizer": {"kind": type(unwrapped(optimizer)).__name__, "groups": groups, "numbers": numbers},
+        "others": {name: _checked(name, other.state_dict()) for name, other in others.items()},
+        "rng": {"python": random.getstate(), "numpy": _numpy_state()},
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    write_set(Path(directory), {RESUME_TENSORS: data, RESUME: json.dumps(state).encode()})
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others: Stateful) -> None:
+    """Bring a model, its optimizer and `others` to where `save_state` left them.
+
+    Make them first as the interrupted script did: `wrap`, the optimizer, and `attach` (before this call or after it).
+
+    Args:
+        model: wrapped with the same config.
+        optimizer: of the same kind over the same parameters.
+        directory: what `save_state` wrote.
+        others: the names given to `save_state`.
+
+    Raises:
+        FileNotFoundError: there is no `ardlora_resume.json`.
+        ValueError: the files are corrupt, or of another model, config or optimizer; nothing has changed then.
+    """
+    record, torch_optimizer = injection(model), unwrapped(optimizer)
+    state, tensors = _read(Path(directory))
+    values = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    _check_model(model, state, values)
+    unpacked = _unpack_optimizer(torch_optimizer, state["optimizer"], tensors)
+    if set(others) != set(state["others"]):
+        raise ValueError(f"load_state: others must be {sorted(state['others'])}, got {sorted(others)}")
+
+    model.load_state_dict(values, strict=False)
+    torch_optimizer.load_state_dict(unpacked)
+    record.started = True
+    if record.controller is None:
+        record.controller_state = state["controller"]
+    elif state["controller"]:
+        record.controller.resume(state["controller"])
+    for name, other in others.items():
+        other.load_state_dict(state["others"][name])
+    torch.set_rng_state(tensors["rng.torch"])
+    version, words, gauss = state["rng"]["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["rng"]["numpy"]))
+
+
+def _moving(model: nn.Module) -> Tensors:
+    """Return what training changes: trained parameters, buffers, and the ranks that adapters keep as extra state."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    state = model.state_dict()
+    return {name: v for name, v in state.items() if name not in frozen and isinstance(v, torch.Tensor)}
+
+
+def _pack_optimizer(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], Tensors]:
+    """Split the optimizer's state into groups and numbers, which are JSON, and tensors."""
+    state = optimizer.state_dict()
+    tensors: Tensors = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for index, entry in state["state"].items():
+        numbers[str(index)] = {}
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value.detach().clone().contiguous()
+            else:
+                numbers[str(index)][key] = _checked(f"optimizer state '{key}'", value)
+    for i, group in enumerate(state["param_groups"]):
+        groups.append({})
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"group.{i}.{key}"] = value.detach().clone()
+            else:
+                groups[i][key] = _checked(f"optimizer option '{key}'", value)
+    return groups, numbers, tensors
+
+
+def _unpack_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """Rebuild what `optimizer.load_state_dict` takes."""
+    now = [len(group["params"]) for group in optimizer.param_groups]
+    then = [len(group["params"]) for group in saved["groups"]]
+    if (type(optimizer).__name__, now) != (saved["kind"], then):
+        raise ValueError(
+            f"load_state: optimizer must be {saved['kind']} with groups of {then} parameters, got "
+            f"{type(optimizer).__name__} with {now}"
+        )
+    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in saved["numbers"].items()}
+    groups = []
+    for group, entry in zip(optimizer.param_groups, saved["groups"], strict=True):
+        tuples = {key for key, value in group.items() if isinstance(value, tuple)}  # JSON has lists only
+        groups.append({key: tuple(value) if key in tuples else value for key, value in entry.items()})
+    for name, value in tensors.items():
+        owner, _, rest = name.partition(".")
+        index, _, key = rest.partition(".")
+        if owner == "optimizer":
+            state[int(index)][key] = value
+        elif owner == "group":
+            groups[int(index)][key] = value
+    return {"state": state, "param_groups": groups}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Return `value` if JSON gives it back (tuples as lists).
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not _is_plain(value):
+        raise ValueError(f"save_state: {name} must be plain numbers, strings, lists and dicts, got {value!r:.80}")
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _numpy_state() -> list[Any]:
+    kind, words, *rest = np.random.get_state(legacy=True)
+    return [kind, np.asarray(words).tolist(), *rest]
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], Tensors]:
+    if directory.is_dir():
+        recover(directory, RESUME)
+    path, weights = directory / RESUME, directory / RESUME_TENSORS
+    if not path.is_file():
+        raise FileNotFoundError(f"load_state: directory must hold {RESUME}, got '{directory}' without it")
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        version, digest = state["format"], state["sha256"]
+    except (ValueError, KeyError, TypeError) as cause:
+        raise ValueError(f"load_state: {RESUME} must be one that save_state wrote, got {cause!r}") from cause
+    if version != _FORMAT:
+        raise ValueError(f"load_state: format of {RESUME} must be {_FORMAT}, got {version}")
+    data = weights.read_bytes() if weights.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"load_state: {RESUME_TENSORS} must match its checksum in {RESUME}; the file is corrupt")
+    return state, load_tensors(data)
+
+
+def _check_model(model: nn.Module, state: Mapping[str, Any], values: Tensors) -> None:
+    """Check that a state fits the model before anything changes."""
+    now = json.loads(json.dumps(config_to_dict(injection(model).config)))
+    then = state["config"]
+    differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if differ:
+        key = differ[0]
+        raise ValueError(f"load_state: config must be the saved one, with {key}={then.get(key)!r}, got {now.get(key)!r}")
+    own = _moving(model)
+    missing = sorted(own.keys() ^ values.keys())
+    if missing:
+        raise ValueError(f"load_state: model must train what the saved one did, got a difference in '{missing[0]}'")
+    for name, value in values.items():
+        rows = ".lora_" in f".{name}"  # these may have another number of rows, not another width
+        mine = own[name].shape
+        if (value.shape[1:] if rows else value.shape) != (mine[1:] if rows else mine):
+            raise ValueError(f"load_state: '{name}' must have shape {list(value.shape)}, got {list(mine)}")

@@ -1,0 +1,510 @@
+"""ARD-LoRA: against a slow transcription of its update, on planted ranks, and in its phases."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from test_resize import assert_followed, components
+from torch import nn
+from torch.optim import Adam, AdamW
+
+import ardlora_ext as ard
+from ardlora_ext import resize
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.controllers import ArdController
+from ardlora_ext.controllers.allocate import Costs, whole_ranks
+from ardlora_ext.controllers.base import Units
+from ardlora_ext.layers import LoraLinear
+from ardlora_ext.units import UnitLayout
+
+from conftest import Attention, trainable
+
+# A model with every kind of unit, two layers deep.
+
+EveryStep = Callable[[int, ArdController, nn.Module], None]
+
+
+def run(config: ard.ArdConfig, steps: int, watch: EveryStep | None = None, lr: float = 0.01) -> ArdController:
+    """Fit random targets for `steps` steps; `watch` looks after each."""
+    torch.manual_seed(0)
+    model = ard.wrap(nn.Sequential(Attention(), Attention()), config)
+    data = torch.randn(steps, 2, 16, 32)
+    optimizer = AdamW(trainable(model), lr=lr)
+    controller = ard.attach(model, optimizer, total_steps=steps)
+    assert isinstance(controller, ArdController)
+    for t in range(steps):
+        (model(data[t, 0]) - data[t, 1]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if watch is not None:
+            watch(t + 1, controller, model)
+    return controller
+
+
+def fast(**options: Any) -> ard.ArdConfig:
+    """Ranks that move within a few steps."""
+    return ard.ArdConfig(**{"r0": 3, "r_max": 6, "head_dim": 8, "update_interval": 2, "lr_alpha": 0.1, **options})
+
+
+def gates_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([layer.gate for layer in ard.adapters(model).values() if layer.gate is not None])
+
+
+# The update, transcribed.
+
+
+@dataclass
+class SlowUnit:
+    layer: LoraLinear
+    index: int
+    module: int
+    group: int
+    own: float
+    limit: int
+    live: int
+    fisher: float = 0.0
+    spectrum: list[float] = field(default_factory=list)
+
+    def dots(self) -> list[float]:
+        """<W_j, dL/dW_j> of each component."""
+        begin = sum(self.layer.ranks[: self.index])
+        weight, grad = self.layer.gated.detach().double(), self.layer.gated.grad
+        assert grad is not None
+        return [float(weight[begin + j] @ grad[begin + j].double()) for j in range(self.live)]
+
+    def gates(self) -> list[float]:
+        begin = sum(self.layer.ranks[: self.index])
+        assert self.layer.gate is not None
+        return [float(g) for g in self.layer.gate[begin : begin + self.live]]
+
+
+class SlowArd:
+    """docs/design.md, "ARD-LoRA, reconstructed", one number after the other."""
+
+    def __init__(self, model: nn.Module, config: ard.ArdConfig, warmup: int, budget: float | None) -> None:
+        self.config, self.warmup, self.budget, self.step = config, warmup, budget, 0
+        self.units: list[SlowUnit] = []
+        self.common: list[float] = []  # parameters of a row that units share, by module
+        for m, (name, layer) in enumerate(ard.adapters(model).items()):
+            layout = layer.layout
+            gated, other = layout.b_width, layout.a_width
+            if layout.gate_on_a:
+                gated, other = other, gated
+            self.common.append(other if layout.shared else 0.0)
+            for u in range(layout.units):
+                group = int(name.split(".")[0]) if config.granularity == "layer" else len(self.units)
+                own = gated if layout.shared else gated + other
+                self.units.append(SlowUnit(layer, u, m, group, own, layer.max_rank, layer.ranks[u]))
+        self.groups = max(u.group for u in self.units) + 1
+        self.limits = [max(u.limit for u in self.units if u.group == g) for g in range(self.groups)]
+        self.alpha = [min(1.0, limit / config.r0) for limit in self.limits]
+        self.square = self.dual = 0.0
+        self.price = 0.0 if config.l1 is None else config.l1
+        self.slope: list[float] | None = None
+
+    def rho(self, unit: SlowUnit) -> float:
+        return min(self.config.r0 * self.alpha[unit.group], unit.limit)
+
+    def observe(self) -> None:
+        slopes = [0.0] * self.groups
+        for unit in self.units:
+            dots, boundary = unit.dots(), min(math.floor(self.rho(unit)), unit.live - 1)
+            if self.config.slope == "tangent":
+                slopes[unit.group] += dots[boundary] / unit.gates()[boundary]
+                continue
+            unit.fisher = 0.95 * unit.fisher + 0.05 * sum(dots) ** 2
+            if self.step % self.config.update_interval == 0:
+                unit.spectrum = [float(s) ** 2 for s in unit.layer.singular_values()[unit.index]]
+            total = sum(unit.spectrum)
+            slopes[unit.group] -= math.sqrt(unit.fisher * unit.spectrum[boundary] / total) if total else 0.0
+        self.square = 0.95 * self.square + 0.05 * sum(s * s for s in slopes) / len(slopes)
+        scale = math.sqrt(self.square / (1 - 0.95 ** (self.step + 1)))
+        self.slope = [s / max(scale, 1e-30) for s in slopes]
+
+    def propose(self) -> None:
+        phase_is_adapt = self.step >= self.warmup
+        self.step += 1
+        if not phase_is_adapt:
+            return
+        self.move_alpha()
+        if self.step % self.config.update_interval == 0:
+            self.allocate()
+
+    def parameters(self) -> float:
+        total = sum(u.own * self.rho(u) for u in self.units)
+        for m, common in enumerate(self.common):
+            total += common * max(self.rho(u) for u in self.units if u.module == m)
+        return total
+
+    def marginal(self, unit: SlowUnit) -> float:
+        """What the unit's next component costs; a shared row is paid by those that reach it."""
+        beside = [self.rho(u) for u in self.units if u.module == unit.module]
+        share = self.rho(unit) ** 8 / sum(r**8 for r in beside)
+        return unit.own + share * self.common[unit.module]
+
+    def move_alpha(self) -> None:
+        assert self.slope is not None
+        c = self.config
+        costs = [sum(self.marginal(u) for u in self.units if u.group == g) for g in range(self.groups)]
+        weights = [cost / (sum(costs) / len(costs)) for cost in costs]
+        if c.slope == "secant":
+            weights = [math.sqrt(w) for w in weights]
+        if self.budget is not None:
+            excess = self.parameters() / self.budget - 1
+            self.dual = max(0.0, self.dual + c.lr_price * excess)
+            self.price = max(0.0, self.dual + 2 * math.sqrt(c.lr_price / c.lr_alpha) * excess)
+        for g in range(self.groups):
+            live = [u.live for u in self.units if u.group == g and u.live < u.limit]
+            rate = c.lr_alpha / (1 + c.lr_alpha * self.price * c.tv)
+            moved = self.alpha[g] - rate * (self.slope[g] + self.price * weights[g])  # alpha >= 0: l1 is linear
+            self.alpha[g] = max(1 / c.r0, min(moved, min([self.limits[g], *live]) / c.r0))
+
+    def allocate(self) -> None:
+        for unit in self.units:
+            wanted = min(math.ceil(self.rho(unit)) + 1, unit.limit)
+            kept = min(math.ceil(self.rho(unit) + self.config.hysteresis) + 1, unit.limit)
+            if unit.live < wanted or unit.live > kept:
+                unit.live = wanted
+
+    def expected_gates(self, unit: SlowUnit) -> list[float]:
+        rho, floor = self.rho(unit), self.config.gate_floor
+        gates = []
+        for j in range(unit.live):
+            inside = rho - j  # above 0 in what the soft rank covers, then the look-ahead
+            gates.append(max(min(inside, 1.0), floor) if inside >= 0 else max(0.0, floor * (1 + inside)))
+        return [1.0, *gates[1:]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"slope": "tangent"},
+        {"slope": "tangent", "factoring": "independent"},
+        {"factoring": "independent"},
+        {"granularity": "layer"},
+        {"l1": 0.5},
+        {"budget": 1100, "tv": 3.0, "reorder": False},
+    ],
+    ids=str,
+)
+def test_every_step_equals_the_transcription(options: Any) -> None:
+    torch.manual_seed(0)
+    steps, adapting = 180, 100
+    config = ard.ArdConfig(**{"r0": 3, "head_dim": 8, "update_interval": 5, "lr_alpha": 0.03, **options})
+    depth = 2 if config.granularity == "layer" else 1
+    model = ard.wrap(nn.Sequential(*[Attention() for _ in range(depth)]), config)
+    uniform = ard.parameters_report(model).live
+    data = torch.randn(adapting, 2, 16, 32)
+    optimizer = AdamW(trainable(model), lr=0.01)
+    slow = SlowArd(model, config, 18, None if config.l1 is not None else options.get("budget", uniform))
+    controller = ard.attach(model, optimizer, total_steps=steps)
+    assert isinstance(controller, ArdController)
+    slow.allocate()
+    optimizer.register_step_pre_hook(lambda *_: slow.observe())
+    optimizer.register_step_post_hook(lambda *_: slow.propose())
+    seen = set()
+    for x, y in data:
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert controller.alpha == pytest.approx(slow.alpha, rel=1e-6)
+        assert controller.price == pytest.approx(slow.price, rel=1e-6, abs=1e-6)
+        for unit in slow.units:
+            assert unit.layer.ranks[unit.index] == unit.live
+            assert unit.gates() == pytest.approx(slow.expected_gates(unit), rel=1e-5, abs=1e-6)
+        seen.add(tuple(u.live for u in slow.units))
+    assert controller.phase == "adapt"
+    assert len(seen) > 1, "ranks moved"
+
+
+# Planted ranks.
+
+WIDTH = 24
+PLANTED = (0, 1, 1, 2, 2, 4, 5, 6)
+BED_STEPS = 250
+
+
+class Bed(nn.Module):
+    """Independent linear units; each has to learn an update of its own planted rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in PLANTED)
+        generator = torch.Generator().manual_seed(1)
+        self.updates = []
+        for rank in PLANTED:
+            left, right = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q for _ in range(2))
+            self.updates.append(left[:, :rank] @ torch.diag(torch.linspace(2, 1, rank)) @ right[:rank])
+        self.targets = [u.weight.detach() + d for u, d in zip(self.units, self.updates, strict=True)]
+
+    def loss(self) -> torch.Tensor:
+        losses = []
+        for unit, target in zip(self.units, self.targets, strict=True):
+            x = torch.randn(16, WIDTH)
+            noisy = x @ target.T + 0.3 * torch.randn(16, WIDTH)
+            losses.append((unit(x) - noisy).square().sum(dim=1).mean())
+        return torch.stack(losses).mean()
+
+    def regret(self) -> float:
+        """What is left to learn: the expected loss above the noise."""
+        left = [
+            d - layer.get_delta_weight() for d, layer in zip(self.updates, ard.adapters(self).values(), strict=True)
+        ]
+        return sum(float(d.square().sum()) for d in left)
+
+
+def fit(config: AdapterConfig, steps: int = BED_STEPS, watch: EveryStep | None = None) -> tuple[Bed, Any]:
+    torch.manual_seed(0)
+    bed = ard.wrap(Bed(), config)
+    optimizer = Adam(trainable(bed), lr=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / steps)
+    controller = ard.attach(bed, optimizer, total_steps=steps)
+    for t in range(steps):
+        bed.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if watch is not None:
+            watch(t + 1, controller, bed)
+    return bed, controller
+
+
+def test_planted_ranks_are_found() -> None:
+    config = ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05)
+    bed, controller = fit(config)
+    ranks = [units[0] for units in controller.ranks().values()]
+    assert spearmanr(ranks, PLANTED).statistic > 0.8
+    assert min(ranks) < config.r0 < max(ranks), "some fall, some grow"
+    report, budget = ard.parameters_report(bed), 3 * 2 * WIDTH * len(PLANTED)
+    assert report.live <= budget
+    plain, _ = fit(ard.LoraConfig(r=3, lora_alpha=3))
+    assert ard.parameters_report(plain).live == budget
+    assert bed.regret() < 0.7 * plain.regret()
+
+
+def test_a_higher_price_buys_fewer_ranks() -> None:
+    def mean_rank(l1: float) -> float:
+        _, controller = fit(ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05, l1=l1), 80)
+        return float(np.mean([units[0] for units in controller.ranks().values()]))
+
+    means = [mean_rank(l1) for l1 in (0.0, 0.5, 1.5, 30.0)]
+    assert means == sorted(means, reverse=True)
+    assert means[0] > means[1] > means[2] > means[3] == 1.0, "the floor is rank 1"
+
+
+def test_without_a_price_nothing_shrinks() -> None:
+    last = np.zeros(1)
+
+    def never_less(_: int, controller: ArdController, __: nn.Module) -> None:
+        nonlocal last
+        assert (controller.alpha >= last).all()
+        last = controller.alpha.copy()
+
+    controller = run(fast(l1=0.0), 60, never_less)
+    assert controller.alpha.mean() > 1
+
+
+# Phases.
+
+
+def test_phases() -> None:
+    config = fast(warmup_ratio=0.2, harden_ratio=0.1, freeze_ratio=0.3)
+    phases: list[str] = []
+    ranks: list[Any] = []
+    opening: list[torch.Tensor] = []
+
+    def watch(_: int, controller: ArdController, model: nn.Module) -> None:
+        phases.append(controller.phase)
+        ranks.append(controller.ranks())
+        if controller.phase == "harden":
+            opening.append(gates_of(model).clone())
+        if controller.phase == "frozen":
+            assert (gates_of(model) == 1).all()
+            assert controller.ranks() == {name: layer.ranks for name, layer in ard.adapters(model).items()}
+        assert min(rank for units in controller.ranks().values() for rank in units) >= 1
+
+    controller = run(config, 100, watch)
+    order = ["warmup", "adapt", "harden", "frozen"]
+    assert [p for i, p in enumerate(phases) if i == 0 or phases[i - 1] != p] == order
+    assert [phases.count(p) for p in order] == [19, 40, 9, 32]
+    assert all(r == ranks[0] for r, p in zip(ranks, phases, strict=True) if p == "warmup")
+    assert all(r == ranks[-1] for r, p in zip(ranks, phases, strict=True) if p in ("harden", "frozen"))
+    assert len({json.dumps(r) for r in ranks}) > 3, "ranks moved in between"
+    moves = torch.stack(opening).diff(dim=0)
+    assert ((moves >= 0).all(dim=0) | (moves <= 0).all(dim=0)).all(), "gates slide one way"
+    assert moves.abs().max() <= 0.25
+    steps = [record["step"] for record in controller.records]
+    assert steps == sorted(steps)
+    assert min(steps) > 20
+    assert max(steps) <= 60
+
+
+@pytest.mark.parametrize("factoring", ["shared", "independent"])
+def test_no_rank_change_makes_the_loss_jump(factoring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(2, 32, 32)
+    apply, jumps, ends = resize.apply, [], []
+
+    def watched(model: nn.Module, update: ard.RankUpdate, optimizer: Any = None) -> None:
+        def loss() -> float:
+            with torch.no_grad():
+                return float((model(x) - y).square().mean())
+
+        layers = {name: ard.adapters(model)[name] for name in update.modules}
+        before, rows = loss(), {name: components(layer, optimizer) for name, layer in layers.items()}
+        apply(model, update, optimizer)
+        for name, layer in layers.items():
+            assert_followed(rows[name], layer, optimizer, update.modules[name])
+        jumps.append(abs(loss() - before) / before)
+        ends.append({rank for layer in ard.adapters(model).values() for rank in layer.ranks})
+
+    monkeypatch.setattr(resize, "apply", watched)
+    controller = run(fast(update_interval=1, factoring=factoring, lr_alpha=0.3), 110)
+    assert controller.phase == "frozen"
+    assert len(jumps) >= 50
+    assert max(jumps) < 1e-6
+    assert len(ends[-1]) > 1, "ranks differ at the end"
+
+
+@pytest.mark.parametrize("granularity", ["head", "matrix", "layer"])
+@pytest.mark.parametrize("factoring", ["shared", "independent"])
+@pytest.mark.parametrize("share", [0.0, 0.3, None, 1.0])
+def test_the_budget_is_met(granularity: Any, factoring: Any, share: float | None) -> None:
+    options: dict[str, Any] = {"granularity": granularity, "factoring": factoring}
+    probe = ard.wrap(nn.Sequential(Attention(), Attention()), fast(**options))
+    layouts = [layer.layout for layer in ard.adapters(probe).values()]
+    floor, uniform, full = (sum(lay.parameters([r] * lay.units) for lay in layouts) for r in (1, 3, 6))
+    budget = uniform if share is None else round(floor + share * (full - floor))
+    live: list[int] = []
+    config = fast(**options, budget=None if share is None else budget, lr_alpha=0.05)
+    controller = run(config, 40, lambda _, __, model: live.append(ard.parameters_report(model).live))
+    assert floor <= live[-1] <= budget
+    assert controller.summary()["parameters"] == live[-1]
+    if share == 0.0:
+        assert live[-1] == floor
+
+
+def test_layer_granularity_ties_the_ranks_of_a_layer() -> None:
+    seen = set()
+
+    def watch(_: int, controller: ArdController, __: nn.Module) -> None:
+        ranks = controller.ranks()
+        for layer in ("0", "1"):
+            assert len({units[0] for name, units in ranks.items() if name.startswith(layer)}) == 1
+        seen.add((ranks["0.up"][0], ranks["1.up"][0]))
+
+    run(fast(granularity="layer"), 80, watch)
+    assert len(seen) > 2
+
+
+def test_state_survives_json() -> None:
+    states: list[str] = []
+    controller = run(fast(), 60, lambda _, c, __: states.append(json.dumps(c.state_dict())))
+    assert len(set(states)) == 60
+    for state in states:
+        controller.load_state_dict(json.loads(state))
+        assert json.dumps(controller.state_dict()) == state
+
+
+def test_state_of_another_model_is_refused() -> None:
+    model = ard.wrap(Attention(), fast())
+    state = ard.attach(model, AdamW(trainable(model))).state_dict()
+    other = ard.wrap(Attention(), fast(granularity="matrix"))
+    controller = ard.attach(other, AdamW(trainable(other)))
+    with pytest.raises(ValueError, match="state: alpha must have 4 entries, got 10"):
+        controller.load_state_dict(state)
+
+
+# Whole ranks.
+
+
+def lists(of: st.SearchStrategy[Any], size: int) -> st.SearchStrategy[list[Any]]:
+    return st.lists(of, min_size=size, max_size=size)
+
+
+@st.composite
+def allocations(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `whole_ranks`: units in modules and in groups, every module and group with a unit."""
+    units = draw(st.integers(1, 9))
+    modules, groups = draw(st.integers(1, units)), draw(st.integers(1, units))
+    module_of = sorted([*range(modules), *draw(lists(st.integers(0, modules - 1), units - modules))])
+    group = [*range(groups), *draw(lists(st.integers(0, groups - 1), units - groups))]
+    own = np.array(draw(lists(st.integers(1, 50), units)), dtype=float)
+    common = np.array(draw(lists(st.integers(0, 50), modules)), dtype=float)
+    costs = Costs(own, common, np.array(module_of))
+    soft, limit = np.array(draw(lists(st.floats(1, 9), groups))), np.array(draw(lists(st.integers(1, 9), units)))
+    floor, full = costs.parameters(np.ones(units)), costs.parameters(limit)
+    budget = floor + draw(st.floats(0, 1)) * (full - floor)
+    return {"soft": soft, "limit": limit, "group": np.array(group), "costs": costs, "budget": budget}
+
+
+@settings(max_examples=100, deadline=None)
+@given(allocations())
+def test_whole_ranks_meet_the_budget(case: dict[str, Any]) -> None:
+    ranks = whole_ranks(**case)
+    soft, limit, group = case["soft"], case["limit"], case["group"]
+    assert case["costs"].parameters(ranks) <= case["budget"]
+    assert (ranks >= 1).all()
+    open_ = np.minimum(limit, np.ceil(soft[group]) + 1)  # the look-ahead component is slightly open
+    assert (ranks <= open_).all(), "no component that was never open is bought"
+    assert (whole_ranks(**case) == ranks).all()
+    for g in range(len(soft)):
+        free = ranks[(group == g) & (ranks < limit)]
+        assert len(set(free.tolist())) <= 1, "units of a group have one rank, but for their limits"
+
+
+@given(allocations())
+def test_what_the_budget_leaves_buys_no_further_component(case: dict[str, Any]) -> None:
+    costs, ranks = case["costs"], whole_ranks(**case)
+    for g, rho in enumerate(case["soft"]):
+        units = np.flatnonzero((case["group"] == g) & (ranks < case["limit"]))
+        if len(units) and ranks[units[0]] < math.ceil(rho) + 1:
+            more = ranks.copy()
+            more[units] += 1
+            assert costs.parameters(more) > case["budget"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(allocations())
+def test_whole_ranks_without_a_budget_are_the_papers(case: dict[str, Any]) -> None:
+    ranks = whole_ranks(**{**case, "budget": None})
+    for rank, g, limit in zip(ranks, case["group"], case["limit"], strict=True):
+        assert rank == min(limit, max(1, math.floor(case["soft"][g] + 0.5)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kinds=st.lists(
+        st.tuples(
+            st.sampled_from(["matrix", "out_heads", "in_heads"]),
+            st.sampled_from(["shared", "independent"]),
+            st.integers(1, 4),
+            st.integers(1, 6),
+            st.integers(1, 9),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    data=st.data(),
+)
+def test_costs_are_the_layouts_own_count(kinds: list[Any], data: st.DataObject) -> None:
+    layers = {}
+    for i, (kind, factoring, heads, dim, other) in enumerate(kinds):
+        units = 1 if kind == "matrix" else heads
+        k, n = (heads * dim, other) if kind == "in_heads" else (other, heads * dim)
+        layers[str(i)] = LoraLinear(nn.Linear(k, n), UnitLayout(kind, factoring, units, k, n), 1, 1.0)
+    units = Units(layers)
+    ranks = data.draw(st.lists(st.integers(0, 9), min_size=len(units), max_size=len(units)))
+    by_module = units.by_module(np.array(ranks))
+    expected = sum(layers[name].layout.parameters(values) for name, values in by_module.items())
+    assert units.costs.parameters(np.array(ranks)) == expected

@@ -1,0 +1,356 @@
+"""The quality bench: its closed forms, its statistics, its fairness, and its command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ardlora_ext as ard
+from ardlora_ext.bench import stats, tasks, tiny
+from ardlora_ext.bench.cli import main
+from ardlora_ext.bench.methods import RECIPES, MethodUnavailable, Plan, parse, random_ranks, set_ranks
+from ardlora_ext.bench.planted import PlantedBed, nested_oracle, oracle_loss, oracle_ranks, plant
+from ardlora_ext.bench.quality import Comparison, Effort, compare
+from ardlora_ext.bench.trial import check_budget, plan_for, run_trial
+from ardlora_ext.controllers.base import Units
+from ardlora_ext.data import DatasetUnavailable, InputError
+
+BED = PlantedBed(matrices=6, width=16, rank=2, steps=60, batch=16)
+ROW_KEYS = {"method", "seed", "lr", "regret", "spearman", "params", "peak_params", "moves", "flips", "seconds"}
+
+
+# --- closed forms -----------------------------------------------------------------------------------------------------
+
+
+def random_sigma(*shape: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    values = np.random.default_rng(0).uniform(0.1, 2.0, shape)
+    return np.sort(values, axis=-1)[..., ::-1].copy()
+
+
+@pytest.mark.parametrize("components", [0, 1, 4, 7, 9, 20])
+def test_oracle_loss_is_that_of_the_best_of_all_allocations(components: int) -> None:
+    sigma = random_sigma(3, 3)
+    allocations = [r for r in itertools.product(range(4), repeat=3) if sum(r) <= components]
+    losses = {r: sum((sigma[u, n:] ** 2).sum() for u, n in enumerate(r)) / 3 for r in allocations}
+    assert oracle_loss(sigma, components) == pytest.approx(min(losses.values()), abs=1e-12)
+    assert losses[tuple(oracle_ranks(sigma, components))] == pytest.approx(min(losses.values()), abs=1e-12)
+
+
+@pytest.mark.parametrize("budget", [0, 5, 8, 13, 21, 40, 100])
+def test_nested_oracle_is_the_best_of_all_head_ranks(budget: int) -> None:
+    common, own = 4, 1
+    sigma = random_sigma(2, 2, 3)
+    sigma[1, 0, 1:] = 0.0
+    losses = {
+        ranks: sum((sigma[m, h, r:] ** 2).sum() for (m, h), r in zip(np.ndindex(2, 2), ranks, strict=True)) / 4
+        for ranks in itertools.product(range(4), repeat=4)
+        if own * sum(ranks) + common * (max(ranks[:2]) + max(ranks[2:])) <= budget
+    }
+    loss, found = nested_oracle(sigma, common, own, budget)
+    assert loss == pytest.approx(min(losses.values()), abs=1e-12)
+    assert losses[tuple(r for ranks in found for r in ranks)] == pytest.approx(loss, abs=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["ranks", "heads", "equal"])
+def test_what_is_planted_has_the_promised_singular_values(variant: Any) -> None:
+    truth = plant(variant, 5, 32, seed=3)
+    heads = truth.singular_values.shape[1]
+    for update, sigma in zip(truth.updates, truth.singular_values, strict=True):
+        for h, rows in enumerate(update.chunk(heads)):
+            values = torch.linalg.svdvals(rows)[: sigma.shape[1]].numpy()
+            np.testing.assert_allclose(values, sigma[h, : len(values)], atol=1e-5)
+    assert len(set(truth.ranks)) == {"ranks": 5, "heads": 4, "equal": 1}[variant]
+
+
+def test_loss_of_the_planted_bed_is_exact() -> None:
+    task = BED.task(0)
+    ard.wrap(task.model, ard.LoraConfig(r=2))  # B = 0: nothing is learned yet
+    with torch.no_grad():
+        found = task.test()
+    assert found["loss"] == pytest.approx(float((task.truth.singular_values**2).sum()) / 6, rel=1e-5)
+    assert found["regret"] == pytest.approx(found["loss"] - oracle_loss(task.truth.singular_values[:, 0], 12))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_interval_holds_the_mean_and_is_repeatable() -> None:
+    values = [1.0, 2.0, 4.0, 3.0]
+    found = stats.bootstrap(values)
+    assert found.low < found.mean == 2.5 < found.high
+    assert found == stats.bootstrap(values)
+    assert found.excludes_zero
+    assert not stats.bootstrap([-1.0, 1.0, 0.5]).excludes_zero
+    same = stats.bootstrap([2.0] * 5)
+    assert (same.low, same.high) == (2.0, 2.0)
+
+
+def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    found = [stats.bootstrap(generator.normal(size=20).tolist(), draws=500) for _ in range(300)]
+    assert 0.87 < np.mean([i.low <= 0.0 <= i.high for i in found]) < 0.98
+
+
+def test_one_value_has_no_interval() -> None:
+    found = stats.bootstrap([1.5])
+    assert math.isnan(found.low)
+    assert not found.excludes_zero
+    assert "one run" in str(found)
+
+
+def test_statistics_refuse_what_they_cannot_judge() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        stats.bootstrap([1.0, math.nan])
+    with pytest.raises(ValueError, match="at least one"):
+        stats.bootstrap([])
+    with pytest.raises(ValueError, match="one value per seed, got 2 and 1"):
+        stats.paired([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="positive"):
+        stats.geometric_mean([1.0, 0.0])
+
+
+def test_small_statistics() -> None:
+    assert stats.paired([3.0, 5.0], [1.0, 3.0]).mean == 2.0
+    assert stats.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
+    assert stats.median_spread(list(range(11))) == pytest.approx((5.0, 1.0, 9.0))
+    assert stats.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
+    assert math.isnan(stats.spearman([1, 1], [1, 2]))
+
+
+def rows(method: str, values: list[float]) -> list[dict[str, Any]]:
+    return [{"method": method, "split": "report", "seed": s, "regret": v} for s, v in enumerate(values)]
+
+
+def test_verdicts_follow_the_interval() -> None:
+    found = Comparison(BED, "lora", chosen={"lora": 1e-2, "ard": 1e-2, "random": 1e-2, "dora": 1e-2})
+    found.rows = rows("lora", [1.0, 1.1, 0.9]) + rows("ard", [0.5, 0.7, 0.4])
+    found.rows += rows("random", [1.5, 1.3, 1.9]) + rows("dora", [0.9, 1.3, 0.8])
+    assert [found.verdict(m) for m in found.chosen] == ["", "better", "worse", "no difference"]
+    found.rows += [{"method": "dora", "split": "report", "seed": 3, "regret": math.nan}]
+    assert found.difference("dora") is None
+
+
+# --- fairness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_method_ends_with_the_same_parameters(name: str) -> None:
+    row = run_trial(BED, parse(name), 1e-2, seed=0)
+    assert row.keys() >= ROW_KEYS
+    magnitudes = 6 * BED.width if name == "dora" else 0  # DoRA's own; shown, not counted
+    assert row["budget"] == 2 * 2 * BED.width * 6
+    assert row["params"] - magnitudes <= row["budget"] <= row["peak_params"]
+    if name != "ard":  # whose gates may leave a component unbought in so short a run
+        assert row["params"] - magnitudes > row["budget"] - 2 * BED.width
+    again = run_trial(BED, parse(name), 1e-2, seed=0) | {"seconds": row["seconds"]}
+    assert json.dumps(again) == json.dumps(row)
+
+
+def test_ending_above_the_budget_is_refused() -> None:
+    task = BED.task(0)
+    plan = plan_for(parse("lora"), BED, task, 0)
+    ard.wrap(task.model, ard.LoraConfig(r=3))
+    with pytest.raises(InputError, match="must end within 384 parameters of factors, got 576"):
+        check_budget(task.model, parse("lora"), plan)
+    with pytest.raises(InputError, match="must end within 12 ranks, got 18"):
+        check_budget(task.model, parse("elalora"), plan)
+    set_ranks(task.model, {f"layers.{m}.unit": [2] for m in range(6)})
+    check_budget(task.model, parse("lora"), plan)
+
+
+def test_random_allocation_spends_the_budget() -> None:
+    task = BED.task(0)
+    ard.wrap(task.model, ard.LoraConfig(r=8))
+    units = Units(ard.adapters(task.model))
+    draws = [random_ranks(units, 400.0, seed) for seed in range(3)]
+    assert all(sum(ranks[0] for ranks in draw.values()) == 12 for draw in draws)  # 12.5 components of 32
+    assert draws[0] != draws[1] != draws[2]
+    assert draws[0] == random_ranks(units, 400.0, 0)
+
+
+def test_same_tries_for_every_method_and_the_best_learning_rate_is_taken() -> None:
+    bed = dataclasses.replace(BED, steps=20)
+    found = compare(bed, [parse("lora"), parse("random")], Effort(seeds=2, tune_seeds=2, lrs=(1e-4, 2e-2)), "lora")
+    for method in ("lora", "random"):
+        assert found.chosen[method] == 2e-2
+        tuned = [(r["lr"], r["seed"]) for r in found.rows if r["method"] == method and r["split"] == "tune"]
+        assert tuned == [(1e-4, 1000), (1e-4, 1001), (2e-2, 1000), (2e-2, 1001)]
+        assert [r["seed"] for r in found.reported(method)] == [0, 1]
+
+
+def test_a_method_this_build_lacks_is_named_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ard, "compress")
+    bed, effort = dataclasses.replace(BED, steps=3), Effort(1, 1, (1e-2,))
+    found = compare(bed, [parse("compress"), parse("lora")], effort, "lora")
+    assert found.missing == {"compress": "this build has no ardlora_ext.compress"}
+    assert list(found.chosen) == ["lora"]
+    with pytest.raises(InputError, match=r"at least one method must be able to run.*no ardlora_ext.compress"):
+        compare(bed, [parse("compress")], effort, "compress")
+
+
+def test_methods_say_what_a_bed_lacks() -> None:
+    plan = Plan(rank=1, budget=1, matrices=1, steps=1, seed=0)
+    with pytest.raises(MethodUnavailable, match="not known on this bed"):
+        parse("oracle").config(plan)
+    with pytest.raises(MethodUnavailable, match="at rank 1 no unit has a component to give"):
+        parse("elalora").config(plan)
+
+
+def test_config_fields_can_be_changed_by_name() -> None:
+    plan = Plan(rank=2, budget=384, matrices=6, steps=20, seed=0)
+    config = parse("ard:tv=0,slope=tangent,cost_weighted=False").config(plan)
+    assert isinstance(config, ard.ArdConfig)
+    assert (config.tv, config.slope, config.cost_weighted) == (0, "tangent", False)
+    assert parse("lora:rank=3").rank(2) == 3
+    priced = parse("ard:l1=0.5").config(plan)
+    assert isinstance(priced, ard.ArdConfig)
+    assert (priced.l1, priced.budget) == (0.5, None)
+    for label, message in {
+        "nothing": "method must be one of lora, ard",
+        "ard:tv": "must read NAME:field=value",
+        "lora:rank=0": "rank must be a whole number from 1",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            parse(label)
+    with pytest.raises(InputError, match="ard:speed=1: speed must be rank or one of"):
+        parse("ard:speed=1").config(plan)
+    with pytest.raises(InputError, match="tv must be >= 0, got -1"):
+        parse("ard:tv=-1").config(plan)
+
+
+# --- other beds -------------------------------------------------------------------------------------------------------
+
+
+def test_sequences_have_the_right_answers() -> None:
+    for mix in ("A", "B"):
+        for row in tiny.sequences(mix, 50, torch.Generator().manual_seed(0)).tolist():
+            kind, x, y = row[0] - 10, row[1:7], row[8:]
+            sign = 1 if mix == "A" else -1
+            answers = (x[::sign], sorted(x, reverse=mix == "B"), [(d + sign * x[0]) % 3 for d in x])
+            assert y == answers[kind]
+
+
+def test_tiny_bed_caches_its_base_and_recovers_between_its_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARDLORA_CACHE", str(tmp_path))
+    bed = tiny.TinyBed(width=16, heads=2, depth=1, steps=30, pretrain_steps=20, eval_rows=64)
+    first = run_trial(bed, parse("lora"), 1e-2, seed=0)
+    assert len(list(tmp_path.glob("bench/tiny-*.safetensors"))) == 2
+    monkeypatch.setattr(tiny, "train_fully", None)  # from the cache now
+    again = run_trial(bed, parse("lora"), 1e-2, seed=0)
+    assert {**first, "seconds": 0, "spearman": 0} == {**again, "seconds": 0, "spearman": 0}
+    assert 0.0 < first["recovered"] < 2.0
+    assert first["params"] == 2 * 32 * 6
+    assert run_trial(bed, parse("oracle"), 1e-2, seed=0)["spearman"] == pytest.approx(1.0)
+
+
+NOUNS = """\
+  1 licence text
+00000001 03 n 01 entity 0 001 ~ 00000002 n 0000 | that which exists
+00000002 05 n 02 animal 0 beast 0 001 @ 00000001 n 0000 | a living thing; "it moved"
+00000003 05 n 01 house_cat 0 002 @ 00000002 n 0000 ~ 00000009 n 0000 | a feline
+00000004 05 n 01 tool 0 001 @ 00000001 n 0000 | used to work
+00000005 05 n 01 saw 0 001 @ 00000004 n 0000 | it cuts
+00000006 05 n 01 Tom 0 001 @i 00000003 n 0000 | a well known cat
+"""
+
+
+def test_kind_pairs_are_true_and_false_as_they_say() -> None:
+    nouns = tasks.parse_nouns(NOUNS.splitlines())
+    assert nouns["00000002"] == tasks.Noun("animal", "05", ("00000001",), "a living thing")
+    assert nouns["00000006"].parents == ("00000003",)
+    above = {"a living thing": {"entity"}, "a feline": {"animal", "entity"}, "used to work": {"entity"}}
+    above |= {"it cuts": {"tool", "entity"}, "a well known cat": {"house cat", "animal", "entity"}}
+    pairs = list(tasks.kind_pairs(nouns))
+    assert {truth for *_, truth in pairs} == {"true", "false"}
+    for definition, statement, truth in pairs:
+        word = statement.removeprefix("It is a kind of ").removesuffix(".")
+        assert (word in above[definition]) == (truth == "true")
+
+
+def test_missing_tools_and_tasks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARDLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(tasks.shutil, "which", lambda _name: None)
+    with pytest.raises(DatasetUnavailable, match=r"kindof needs wordnet-base=.*, fetched with apt-get"):
+        tasks.load("kindof")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(InputError, match="--task must be one of trec6, trec50, movies, tweets, kindof, got sums"):
+        tasks.load("sums")
+
+
+@pytest.mark.parametrize("name", ["trec6", "tweets"])
+def test_real_bed_scores_classes_and_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ardlora_ext.bench.real import RealBed
+
+    for size, value in {"_TEST": 40, "_VALID": 20, "_TRAIN": 64}.items():
+        monkeypatch.setattr(tasks, size, value)
+    try:
+        row = run_trial(RealBed(task_name=name, steps=2), parse("lora"), 1e-3, seed=0)
+    except DatasetUnavailable as reason:
+        pytest.skip(str(reason))
+    assert -1.0 <= row["score"] <= 1.0
+    assert row["params"] == row["budget"] == 6 * (4 * 2 * 384 + 2 * (384 + 1536))
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_quick_run_prints_a_table_and_writes_json_and_plot(tmp_path: Path) -> None:
+    options = ["--methods", "lora", "ard", "--seeds", "2", "--steps", "40", "--json", "q.json", "--plot", "q.png"]
+    command = [sys.executable, "-m", "ardlora_ext.bench", "quality", "--quick", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "regret to the oracle" in done.stdout
+    saved = json.loads((tmp_path / "q.json").read_text())
+    assert saved.keys() == {"machine", "command", "rows"}
+    assert saved["command"] == "python -m ardlora_ext.bench quality --quick " + " ".join(options)
+    assert {"cpu", "threads", "isa", "torch"} <= saved["machine"].keys()
+    assert len(saved["rows"]) == 2 * (3 + 2)
+    assert all(row.keys() >= ROW_KEYS for row in saved["rows"])
+    assert {row["method"] for row in saved["rows"]} == {"lora", "ard"}
+    picture = (tmp_path / "q.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 150_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "lora", "sora"], "method must be one of lora, ard"),
+        (["--methods", "lora", "--reference", "ard"], "--reference must be one of the methods, got ard"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--lrs", "0.1", "-1"], "--lrs must be positive"),
+        (["--quick", "--bed", "tiny"], "--quick must come with --bed planted, got tiny"),
+        (["--json", "nowhere/x.json"], "--json must be a file in an existing, writable folder, got nowhere/x.json"),
+        (["--methods", "ard:r0=100000", "--seeds", "1", "--lrs", "0.1"], "ard:r0=100000: ArdConfig: r_max must be"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["quality", *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_help_lists_the_benches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "quality" in capsys.readouterr().out

@@ -1,0 +1,382 @@
+"""`RankCallback`: Trainer takes the steps and the decisions of a plain loop, and its checkpoints resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from test_attach import bed
+from test_attach import config as fast_config
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+
+import ardlora_ext as ard
+from ardlora_ext.callback import ADAPTER, RECORDS
+
+from conftest import VOCABULARY, bert, trainable
+
+STEPS = 24
+MICRO = 2  # examples in a micro-batch
+
+
+@pytest.fixture(autouse=True)
+def _one_process() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config(**options: Any) -> ard.ArdConfig:
+    """Every phase in 24 steps: warmup to 2, adapt to 16, harden to 19, then frozen."""
+    fast = {"r0": 2, "update_interval": 2, "lr_alpha": 0.1, "warmup_ratio": 0.1, "freeze_ratio": 0.2}
+    return ard.ArdConfig(**{"harden_ratio": 0.13, **fast, **options})
+
+
+def examples(n: int) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, VOCABULARY, (n, 8), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": row[0] % 3} for row in ids]
+
+
+def classifier(dropout: float = 0.1, **options: Any) -> nn.Module:
+    """A small BERT with adapters. With dropout, an equal trajectory also means equal random numbers."""
+    torch.manual_seed(0)
+    model = bert()[0]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    return ard.wrap(model, config(**options))
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    common = {
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": MICRO,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 4,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**common, **options})
+
+
+def trainer(folder: Path, model: nn.Module, *callbacks: TrainerCallback, n: int = 40, **options: Any) -> Trainer:
+    """A Trainer that says nothing on the terminal."""
+    made = Trainer(
+        model,
+        arguments(folder, **options),
+        train_dataset=examples(n),
+        callbacks=[ard.RankCallback(), *callbacks],
+    )
+    made.pop_callback([c for c in made.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"][0])
+    return made
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    """Same weights, ranks and decisions, bit for bit."""
+    a, b = bits(ours), bits(theirs)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert ours._ardlora.controller.state_dict() == theirs._ardlora.controller.state_dict()
+
+
+def _forever(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Epoch after epoch; a new epoch draws from torch's generator, as it does in Trainer."""
+    while True:
+        yield from loader
+
+
+def plain_loop(
+    model: nn.Module,
+    accumulate: int = 1,
+    clip: float = 0.0,
+    autocast: bool = False,
+    schedule: str = "constant",
+    n: int = 40,
+) -> nn.Module:
+    """What `Trainer` is held against: plain torch, `attach`, the same examples in the same order."""
+    batches = _forever(DataLoader(examples(n), batch_size=MICRO))  # type: ignore[arg-type]
+    model.train()
+    decayed, plain = Trainer.get_decay_parameter_names(None, model), trainable(model)  # type: ignore[arg-type]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for m, p in model.named_parameters() if p.requires_grad and m in decayed], "weight_decay": 0.01},
+        {"params": [p for m, p in model.named_parameters() if p.requires_grad and m not in decayed], "weight_decay": 0},
+    ]
+    assert sum(len(g["params"]) for g in groups) == len(plain)
+    optimizer = AdamW(groups, lr=1e-2, fused=True)
+    scheduler = get_scheduler(schedule, optimizer, 5 if schedule != "constant" else 0, STEPS)
+    ard.attach(model, optimizer, total_steps=STEPS)
+    for _ in range(STEPS):
+        for _ in range(accumulate):
+            inputs = next(batches)
+            with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+                loss = model(**inputs).loss
+            loss.backward()  # BERT takes, and ignores, the number of items: Trainer adds up micro-batches
+        if clip:
+            nn.utils.clip_grad_norm_(plain, clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return model
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 2}, {"accumulate": 2}),
+    "clipping": ({"max_grad_norm": 0.05}, {"clip": 0.05}),
+    "bf16 autocast": ({"bf16": True}, {"autocast": True}),
+    "checkpointing": (
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {},
+    ),
+    "reentrant checkpointing": (
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {},
+    ),
+    "cosine schedule": (
+        {"lr_scheduler_type": "cosine", "warmup_steps": 5},
+        {"schedule": "cosine"},
+    ),
+    "all": (
+        {
+            "gradient_accumulation_steps": 2,
+            "max_grad_norm": 0.05,
+            "bf16": True,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 5,
+        },
+        {"accumulate": 2, "clip": 0.05, "autocast": True, "schedule": "linear"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trainer_takes_the_steps_of_a_plain_loop(case: str, tmp_path: Path) -> None:
+    options, same = CASES[case]
+    model = classifier()
+    torch.manual_seed(7)
+    made = trainer(tmp_path, model, **options)
+    torch.manual_seed(7)
+    made.train()
+    controller = model._ardlora.controller  # type: ignore[union-attr]
+    assert controller.step == STEPS
+    assert controller.phase == "frozen"
+    reference = classifier()
+    torch.manual_seed(7)
+    assert_equal(model, plain_loop(reference, **same))
+    assert len({r for units in controller.ranks().values() for r in units}) > 1, "ranks moved"
+
+
+class SaveAt(TrainerCallback):
+    """Saves after the given steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step in self.steps
+
+
+class Tracker(TrainerCallback):
+    """Stands where Trainer puts TensorBoard and W&B: before the callbacks of the user."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append(dict(logs))
+
+
+PHASE_AT = {1: "warmup", 9: "adapt", 17: "harden", 20: "frozen"}
+
+
+def test_resumed_training_equals_the_unbroken_one(tmp_path: Path) -> None:
+    options = {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    unbroken = classifier()
+    trainer(tmp_path, unbroken, SaveAt(*PHASE_AT), **options).train()
+    for step, phase in PHASE_AT.items():
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        saved = json.loads((checkpoint / ADAPTER / "ardlora_state.json").read_text())
+        resumed = classifier()
+        made = trainer(tmp_path / "resumed", resumed, **options)
+        made.train(resume_from_checkpoint=str(checkpoint))
+        assert_equal(resumed, unbroken)
+        plain = ard.load_pretrained(bert()[0], checkpoint / ADAPTER)
+        assert {n: g.ranks for n, g in ard.adapters(plain).items()} == {n: m["ranks"] for n, m in saved["modules"].items()}
+        found = ard.attach(plain, AdamW(trainable(plain)), total_steps=STEPS)
+        assert (found.step, found.summary()["phase"]) == (step, phase)
+    # The same Trainer and model, attached already, go back and come out where they did.
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert_equal(resumed, unbroken)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ard.LoraConfig(r=2, lora_dropout=0.1),
+        ard.ElaConfig(r=2, deltaT=2, b=2, total_steps=STEPS),
+        ard.AdaConfig(init_r=3, target_r=2, removal=True, total_steps=STEPS),
+    ],
+)
+def test_other_methods_resume_as_well(other: ard.AdapterConfig, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return ard.wrap(bert()[0], other)
+
+    unbroken, resumed = make(), make()
+    trainer(tmp_path, unbroken, SaveAt(9)).train()
+    trainer(tmp_path, resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert_equal(resumed, unbroken)
+
+
+def test_logs_records_and_the_best_checkpoint(tmp_path: Path) -> None:
+    model, tracker = classifier(), Tracker()
+    made = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=8,
+            save_strategy="steps",
+            save_steps=8,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=True,  # training lowers the loss, so the first checkpoint is the "best"
+        ),
+        train_dataset=examples(40),
+        eval_dataset=examples(4),
+        callbacks=[tracker, ard.RankCallback()],
+    )
+    made.pop_callback([c for c in made.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"][0])
+    made.train()
+    keys = {"mean_rank", "adapter_parameters", "rank_phase", "rank_price"}
+    for logs in ([r for r in tracker.seen if "loss" in r], [r for r in made.state.log_history if "loss" in r]):
+        assert len(logs) == STEPS // 4
+        assert all(keys < entry.keys() for entry in logs)
+        assert [entry["rank_phase"] for entry in logs] == [1, 1, 1, 2, 3, 3]
+    assert not any("mean_rank" in logs for logs in tracker.seen if "loss" not in logs)
+    controller = model._ardlora.controller  # type: ignore[union-attr]
+    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
+    assert controller.step == 8
+    lines = (tmp_path / RECORDS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == controller.records
+    ard.save_pretrained(model, tmp_path / "best")
+    ard.attach(again := ard.load_pretrained(bert()[0], tmp_path / "best"), AdamW(trainable(again)))
+
+
+def test_it_says_when_ranks_could_not_follow(tmp_path: Path) -> None:
+    model = classifier()
+    ard.attach(model, AdamW(trainable(model)), total_steps=2)
+    with pytest.warns(UserWarning, match="ended after 2 steps and the attached optimizer took none of them"):
+        trainer(tmp_path, model, max_steps=2).train()
+
+    class NoOptimizer(Trainer):
+        def _prepare_for_training(self, *args: Any) -> Any:
+            found = super()._prepare_for_training(*args)
+            self.callback_handler.optimizer = None
+            return found
+
+    made = NoOptimizer(classifier(), arguments(tmp_path, max_steps=1), train_dataset=examples(4), callbacks=[ard.RankCallback])
+    made.pop_callback([c for c in made.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"][0])
+    with pytest.warns(UserWarning, match="ended and nothing was attached, because Trainer showed no optimizer"):
+        made.train()
+
+
+def test_models_and_launches_it_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification must be wrapped: call ardlora_ext\.wrap"):
+        trainer(tmp_path, bert()[0]).train()
+    made = trainer(tmp_path, classifier())
+    launched = type("Launched", (), {"world_size": 2})
+    with pytest.raises(ValueError, match="must run in one process for ArdConfig, whose ranks move, got 2 processes"):
+        ard.RankCallback().on_train_begin(launched, made.state, None, model=made.model)
+
+
+def test_importing_the_package_does_not_import_trainer() -> None:
+    code = "import sys, ardlora_ext; assert not {'transformers.trainer', 'transformers.trainer_callback'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'ardlora_ext' has no attribute 'RankCallbacks'"):
+        ard.RankCallbacks  # noqa: B018
+
+
+def test_trl() -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    assert issubclass(trl.SFTTrainer, Trainer), "it takes the same callbacks and runs the same loop"
+
+
+# Other loops.
+
+
+def looped(make: Callable[[list[nn.Parameter]], Optimizer], run: Callable[[nn.Module, Optimizer, Any], None]) -> nn.Module:
+    model, loss = bed()
+    ard.wrap(model, fast_config())
+    optimizer = make(trainable(model))
+    ard.attach(model, optimizer, total_steps=20)
+    run(model, optimizer, loss)
+    return model
+
+
+def test_accelerate_equals_a_plain_loop() -> None:
+    def accelerated(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        _, prepared = accelerator.prepare(model, optimizer)
+        for t in range(40):
+            with accelerator.accumulate(model):
+                accelerator.backward(loss(t))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trainable(model), 0.1)
+                prepared.step()
+                prepared.zero_grad()
+
+    def plain(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
+        for t in range(20):
+            (loss(2 * t) / 2).backward()
+            (loss(2 * t + 1) / 2).backward()
+            nn.utils.clip_grad_norm_(trainable(model), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_equal(*(looped(lambda p: AdamW(p, lr=0.01), loop) for loop in (accelerated, plain)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_no_step(fused: bool) -> None:
+    bad = (3, 11)
+
+    def scaled(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+        for t in range(22):
+            value = loss(t) * float("inf") if t in bad else loss(t)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    def plain(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
+        for t in range(22):
+            if t not in bad:
+                loss(t).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    ours, theirs = (looped(lambda p: AdamW(p, lr=0.01, fused=fused), loop) for loop in (scaled, plain))
+    assert_equal(ours, theirs)
+    assert ours._ardlora.controller.step == 20  # type: ignore[union-attr]
