@@ -71,11 +71,24 @@ def attach(
 
     skipped = False
 
-    def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def observe(optimizer: Optimizer) -> None:
         nonlocal skipped
         skipped = settle_loss_scale(optimizer)
         if not skipped:
             controller.observe()
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            observe(optimizer)
+            return None
+
+        def observed() -> Any:  # a closure makes the gradients inside the step
+            loss = closure()
+            observe(optimizer)
+            return loss
+
+        return ((args[0], observed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": observed})
 
     def after(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         update = None if skipped else controller.propose()
@@ -87,7 +100,9 @@ def attach(
         apply(first)
     controller.applied()
     controller.apply = apply
-    torch_optimizer.register_step_pre_hook(before)
-    torch_optimizer.register_step_post_hook(after)
+    controller.handles = [
+        torch_optimizer.register_step_pre_hook(before),
+        torch_optimizer.register_step_post_hook(after),
+    ]
     record.controller = controller
     return controller

@@ -17,11 +17,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ardlora_ext.config import ArdConfig, DoraConfig, config_from_dict, config_to_dict
+from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, config_from_dict, config_to_dict
 from ardlora_ext.files import recover, write_set
-from ardlora_ext.inject import adapters, injection, wrap
+from ardlora_ext.inject import adapters, injection, plan_targets, wrap
 from ardlora_ext.layers import Conv1D, LoraLinear
 from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
+from ardlora_ext.units import UnitLayout
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -179,15 +180,16 @@ def _read_state(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         raise FileNotFoundError(f"load_pretrained: directory must hold {STATE}, got '{directory}' without it")
     try:
         state = json.loads(path.read_text())
-        version, modules, digest = state["format"], state["modules"], state["sha256"][STATE_WEIGHTS]
-        entries = [
-            (m["kind"], m["factoring"], m["in_features"], m["out_features"], m["ranks"]) for m in modules.values()
-        ]
+        version, digest = state["format"], state["sha256"][STATE_WEIGHTS]
+        missing = {"config", "modules", "controller"} - state.keys()
+        ranks = [m["ranks"] for m in state["modules"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise ValueError(f"load_pretrained: {STATE} must be one that save_pretrained wrote, got {cause!r}") from cause
     if version != _FORMAT:
         raise ValueError(f"load_pretrained: format of {STATE} must be {_FORMAT}, got {version}")
-    if not all(isinstance(r, int) and r >= 0 for entry in entries for r in entry[-1]):
+    if missing:
+        raise ValueError(f"load_pretrained: {STATE} must be one that save_pretrained wrote, got no {sorted(missing)}")
+    if not all(isinstance(r, int) and r >= 0 for unit_ranks in ranks for r in unit_ranks):
         raise ValueError(f"load_pretrained: ranks in {STATE} must be whole numbers >= 0")
     weights = directory / STATE_WEIGHTS
     data = weights.read_bytes() if weights.is_file() else b""
@@ -215,14 +217,9 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
     """
     state, tensors = _read_state(Path(directory))
     config = config_from_dict(state["config"])
-    _check_model(model, state, tensors)
+    _check_model(model, config, state, tensors)
     wrap(model, config)
     layers = adapters(model)
-    if list(layers) != list(state["modules"]) and set(layers) != set(state["modules"]):
-        from ardlora_ext.inject import unwrap
-
-        unwrap(model)
-        raise ValueError("load_pretrained: the model's targets must be those of the checkpoint")
     modules = {
         name: tuple(UnitUpdate(tuple(range(min(a, b))), max(b - a, 0)) for a, b in zip(layer.ranks, want, strict=True))
         for name, layer in layers.items()
@@ -244,8 +241,32 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
     return model
 
 
-def _check_model(model: nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def _check_model(
+    model: nn.Module, config: AdapterConfig, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
     """Check that every module and tensor of the checkpoint fits the model, before it changes."""
+    if getattr(model, "_ardlora", None) is None:
+        _check_features(model, state)
+    layouts = plan_targets(model, config)[1]
+    if layouts.keys() != state["modules"].keys():
+        raise ValueError("load_pretrained: the model's targets must be those of the checkpoint")
+    for name, layout in layouts.items():
+        entry = state["modules"][name]
+        _check_layout(name, layout, entry, min(config.max_rank, layout.max_rank))
+        shapes = zip(("lora_A", "lora_B"), layout.rows(entry["ranks"]), (layout.a_width, layout.b_width), strict=True)
+        for factor, rows, width in shapes:
+            value = tensors.get(f"{name}.{factor}")
+            if value is None or value.shape != (rows, width):
+                got = "none" if value is None else list(value.shape)
+                raise ValueError(f"load_pretrained: {factor} of '{name}' must be [{rows}, {width}], got {got}")
+    own = model.state_dict()
+    for key, value in tensors.items():
+        name = key.removeprefix("saved.")
+        if key.startswith("saved.") and (name not in own or own[name].shape != value.shape):
+            raise ValueError(f"load_pretrained: model must have '{name}' of shape {list(value.shape)}")
+
+
+def _check_features(model: nn.Module, state: dict[str, Any]) -> None:
     modules = dict(model.named_modules())
     for name, entry in state["modules"].items():
         weight = getattr(modules.get(name), "weight", None)
@@ -253,10 +274,12 @@ def _check_model(model: nn.Module, state: dict[str, Any], tensors: dict[str, tor
         if not isinstance(weight, torch.Tensor) or (weight.dim() == 2 and sorted(weight.shape) != sizes):
             got = "no such layer" if weight is None else f"shape {list(weight.shape)}"
             raise ValueError(f"load_pretrained: model must have '{name}' with features {sizes}, got {got}")
-        if f"{name}.lora_A" not in tensors or f"{name}.lora_B" not in tensors:
-            raise ValueError(f"load_pretrained: {STATE_WEIGHTS} must hold the factors of '{name}'")
-    own = model.state_dict()
-    for key, value in tensors.items():
-        name = key.removeprefix("saved.")
-        if key.startswith("saved.") and (name not in own or own[name].shape != value.shape):
-            raise ValueError(f"load_pretrained: model must have '{name}' of shape {list(value.shape)}")
+
+
+def _check_layout(name: str, layout: UnitLayout, entry: dict[str, Any], limit: int) -> None:
+    found = (layout.kind, layout.factoring, layout.units)
+    saved = (entry.get("kind"), entry.get("factoring"), len(entry["ranks"]))
+    if found != saved:
+        raise ValueError(f"load_pretrained: units of '{name}' must be {saved} as in the checkpoint, got {found}")
+    if max(entry["ranks"]) > limit:
+        raise ValueError(f"load_pretrained: ranks of '{name}' must be at most {limit}, got {entry['ranks']}")

@@ -1,7 +1,7 @@
 """Write a set of files so that a crash leaves the old set or the new one, never a mixture.
 
-Every file is first written and fsynced as `<name>.new`; the last of them is the commit point. Then they are renamed in
-order. `recover` finishes or discards what a crash left.
+Every file is first written and fsynced under a staged name that also names the set's last file, the commit point. Then
+they are renamed in order. `recover` finishes or discards what a crash left, and touches no other file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-_SUFFIX = ".new"
+_PART = ".part"
+
+
+def _staged(name: str, commit: str) -> str:
+    return f"{name}.staged-for-{commit}"
 
 
 def _sync_directory(path: Path) -> None:
@@ -24,15 +28,18 @@ def _sync_directory(path: Path) -> None:
 
 def recover(directory: Path, commit: str) -> None:
     """Bring `directory` to one whole set after an interrupted `write_set` whose last file was `commit`."""
-    staged = sorted(directory.glob("*" + _SUFFIX), key=lambda p: p.name == commit + _SUFFIX)
-    committed = any(p.name == commit + _SUFFIX for p in staged)
-    for path in staged:
-        if committed:
-            os.replace(path, path.with_name(path.name.removesuffix(_SUFFIX)))
-        else:
+    suffix = _staged("", commit)
+    marker = directory / _staged(commit, commit)
+    staged = [*directory.glob("*" + suffix), *directory.glob("*" + suffix + _PART)]
+    if not staged:
+        return
+    if marker in staged:
+        for path in [*(p for p in staged if p != marker and p.name.endswith(suffix)), marker]:
+            os.replace(path, path.with_name(path.name.removesuffix(suffix)))
+    else:
+        for path in staged:
             path.unlink()
-    if staged:
-        _sync_directory(directory)
+    _sync_directory(directory)
 
 
 def write_set(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -43,14 +50,16 @@ def write_set(directory: Path, files: Mapping[str, bytes]) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = list(files)
-    recover(directory, names[-1])
+    commit = names[-1]
+    recover(directory, commit)
     for name in names[:-1]:
-        _write_synced(directory / (name + _SUFFIX), files[name])
+        _write_synced(directory / _staged(name, commit), files[name])
     # The commit file appears under its staged name in one rename, so a half-written one is never taken for it.
-    _write_synced(directory / (names[-1] + ".tmp"), files[names[-1]])
-    os.replace(directory / (names[-1] + ".tmp"), directory / (names[-1] + _SUFFIX))
+    part = directory / (_staged(commit, commit) + _PART)
+    _write_synced(part, files[commit])
+    os.replace(part, directory / _staged(commit, commit))
     _sync_directory(directory)
-    recover(directory, names[-1])
+    recover(directory, commit)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -217,6 +217,25 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
         ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide, a
             budget is out of range, parameters are not on the CPU. The model is unchanged then.
     """
+    chosen, layouts, saved = plan_targets(model, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    wrapped = {id(module): _adapter(module, layouts[name], config, generator) for name, module in chosen.items()}
+    record = Injection(config, {n: p.requires_grad for n, p in model.named_parameters()}, saved)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_inside(name.rpartition(".")[0], saved))
+    _replace(model, wrapped)
+    setattr(model, _ATTRIBUTE, record)
+    return model
+
+
+def plan_targets(
+    model: nn.Module, config: AdapterConfig
+) -> tuple[dict[str, nn.Module], dict[str, UnitLayout], tuple[str, ...]]:
+    """Return what `wrap` would adapt: modules and layouts by name, and `modules_to_save`. Nothing changes.
+
+    Raises:
+        ValueError: as `wrap` does.
+    """
     if getattr(model, _ATTRIBUTE, None) is not None or adapters(model):
         raise ValueError("wrap: model must not be wrapped already; call ardlora_ext.unwrap(model) first")
     saved = _modules_to_save(model, config)
@@ -228,18 +247,15 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
         assert sizes is not None
         layouts[name] = unit_layout(model, name, *sizes, config)
     _check_budget(config, layouts)
+    return chosen, layouts, saved
 
-    generator = torch.Generator().manual_seed(config.seed)
-    wrapped = {id(module): _adapter(module, layouts[name], config, generator) for name, module in chosen.items()}
-    record = Injection(config, {n: p.requires_grad for n, p in model.named_parameters()}, saved)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_inside(name.rpartition(".")[0], saved))
+
+def _replace(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
+    """Put new modules where the old ones stand, by id; every place of a module used twice."""
     for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
-            if id(child) in wrapped:
-                setattr(parent, key, wrapped[id(child)])
-    setattr(model, _ATTRIBUTE, record)
-    return model
+        for key, child in list(parent._modules.items()):
+            if id(child) in replacement:
+                setattr(parent, key, replacement[id(child)])
 
 
 def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, generator: torch.Generator) -> LoraLinear:
@@ -267,10 +283,9 @@ def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, gener
 
 def _remove(model: Model, replacement: dict[int, nn.Module]) -> Model:
     record = injection(model)
-    for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
-            if id(child) in replacement:
-                setattr(parent, key, replacement[id(child)])
+    if record.controller is not None:
+        record.controller.detach()
+    _replace(model, replacement)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, True))
     delattr(model, _ATTRIBUTE)
@@ -295,16 +310,25 @@ def merge(model: Model) -> Model:
     injection(model)
     layers = adapters(model)
     for name, layer in layers.items():  # before anything changes
-        weight = getattr(layer.base_layer, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            raise ValueError(
-                f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}"
-            )
-        if not all(torch.isfinite(p).all() for p in layer.trained.values()):
-            raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
+        _check_merge(model, name, layer)
     for layer in layers.values():
         layer.merge()
     return _remove(model, {id(layer): layer.base_layer for layer in layers.values()})
+
+
+def _check_merge(model: nn.Module, name: str, layer: LoraLinear) -> None:
+    weight = getattr(layer.base_layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        raise ValueError(f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}")
+    if not all(torch.isfinite(p).all() for p in layer.trained.values()):
+        raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
+    layer.merged_weight()
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        owner = other.rpartition(".")[0]
+        if parameter is weight and model.get_submodule(owner) is not layer.base_layer:
+            raise ValueError(
+                f"merge: '{name}' must not share its weight with '{owner}', which has no adapter; untie them"
+            )
 
 
 def parameters_report(model: nn.Module) -> ParametersReport:

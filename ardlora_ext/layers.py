@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,11 +30,10 @@ _CLASS = 8  # rows of a capacity class
 _SMALL_CLASS = 4  # below one class
 
 
-def capacity_of(rows: int, current: int = 0) -> int:
-    """Return the rows to allocate for `rows` live ones: a size class, kept until a whole class is free."""
+def capacity_of(rows: int) -> int:
+    """Return the rows to allocate for `rows` live ones: whole classes, whatever the ranks were before."""
     step = _SMALL_CLASS if rows <= _SMALL_CLASS else _CLASS
-    wanted = max(step, math.ceil(rows / step) * step)
-    return current if wanted <= current < wanted + _CLASS else wanted
+    return max(step, math.ceil(rows / step) * step)
 
 
 class LoraLinear(nn.Module):
@@ -96,11 +95,11 @@ class LoraLinear(nn.Module):
         self.ranks = list(ranks)
         self.table = self.layout.table(self.ranks)
 
-    def capacities(self, a_rows: int, b_rows: int, a_now: int = 0, b_now: int = 0) -> tuple[int, int]:
-        """Return the rows to allocate for (lora_A, lora_B) given the live and the present ones."""
+    def capacities(self, a_rows: int, b_rows: int) -> tuple[int, int]:
+        """Return the rows to allocate for (lora_A, lora_B) given the live ones."""
         if self.capacity == "fixed":
             return self.layout.rows([self.max_rank] * self.layout.units)
-        return capacity_of(a_rows, a_now), capacity_of(b_rows, b_now)
+        return capacity_of(a_rows), capacity_of(b_rows)
 
     def __deepcopy__(self, memo: dict[int, object]) -> LoraLinear:
         """Copy everything but the native table, which is rebuilt."""
@@ -120,12 +119,13 @@ class LoraLinear(nn.Module):
         self.set_ranks(self.ranks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraLinear:
-        """Follow `.to(...)`, but keep gates in float32, the type the kernels read."""
+        """Follow `.to(...)`, but keep gates in float32, the type the kernels read, bit for bit."""
+        gate = None if self.gate is None else self.gate.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.lora_gate is not None:
-            self.lora_gate = self.lora_gate.float()
-        if self.lora_E is not None:
-            self.lora_E.data = self.lora_E.data.float()
+        if gate is not None and self.lora_E is None:
+            self.lora_gate = gate.to(self.lora_A.device)
+        elif gate is not None and self.lora_E is not None:
+            self.lora_E.data = gate.to(self.lora_A.device).view(-1, 1)
         return self
 
     def get_extra_state(self) -> torch.Tensor:
@@ -271,19 +271,25 @@ class LoraLinear(nn.Module):
         return a, b.T.contiguous()
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """Add the update to the base weight (in float32, rounded once) and return the base layer."""
-        weight = getattr(self.base_layer, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            kind = type(self.base_layer).__name__
-            raise ValueError(f"merge: base layer must have a floating-point weight, got {kind}")
+    def merged_weight(self) -> torch.Tensor:
+        """Return the base weight plus the update: summed in float32, rounded once to the dtype of the weight.
+
+        Raises:
+            ValueError: the sum is not finite.
+        """
+        weight: torch.Tensor = getattr(self.base_layer, "weight")  # noqa: B009 - typed as Tensor | Module
         delta = self.get_delta_weight()
         if isinstance(self.base_layer, Conv1D):
             delta = delta.T
         merged = (weight.float() + delta).to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError("merge: merged weight must be finite, got NaN or Inf")
-        weight.copy_(merged)
+        return merged
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Add the update to the base weight and return the base layer; raises as `merged_weight` does."""
+        getattr(self.base_layer, "weight").copy_(self.merged_weight())  # noqa: B009
         return self.base_layer
 
     def extra_repr(self) -> str:

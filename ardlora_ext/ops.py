@@ -19,7 +19,8 @@ NO_DROPOUT: Dropout = (0.0, 0)
 def _rows(t: torch.Tensor) -> torch.Tensor:
     """View [..., features] as [M, features] with contiguous rows; copies only when the layout allows no view."""
     flat = t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    rows_fit = flat.stride(1) == 1 and (flat.shape[0] <= 1 or flat.stride(0) >= flat.shape[1])
+    return flat if rows_fit else flat.clone(memory_format=torch.contiguous_format)
 
 
 def _check_cpu(op: str, *tensors: torch.Tensor) -> None:
@@ -120,7 +121,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _LoraAccumulate(torch.autograd.Function):
-    """y += scaling * (g o (x A^T)) B for a y that any module made."""
+    """y + scaling * (g o (x A^T)) B for a y that any module made."""
 
     @staticmethod
     def forward(
@@ -134,20 +135,16 @@ class _LoraAccumulate(torch.autograd.Function):
         scaling: float,
         dropout: Dropout,
     ) -> torch.Tensor:
-        x2, y2 = _rows(x), _rows(y)
+        x2, y2 = _rows(x), _rows(y).clone()  # the base, its hooks or its backward may still need what it returned
         h = _adapter_forward(x2, y2, lora_A, lora_B, gate, table, scaling, dropout)
         ctx.save_for_backward(x2, lora_A, lora_B, gate, h)
         ctx.table, ctx.scaling, ctx.dropout, ctx.shape = table, scaling, dropout, x.shape
-        if y2.data_ptr() != y.data_ptr():
-            y.copy_(y2.view(y.shape))
-        ctx.mark_dirty(y)
-        return y
+        return y2.view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy = _rows(grad[0])
-        x = ctx.saved_tensors[0]
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        dx = dy.new_zeros(dy.shape[0], ctx.shape[-1]) if ctx.needs_input_grad[1] else None
         grads = _adapter_backward(ctx, dy, dx, ctx.needs_input_grad[4])
         return (grad[0], None if dx is None else dx.view(ctx.shape), *grads, None, None, None)
 
@@ -205,7 +202,7 @@ def lora_accumulate(
     scaling: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
-    """Add scaling * (g o (x A^T)) B to y [..., N] in place and return it; arguments as in `lora_linear`.
+    """Return y + scaling * (g o (x A^T)) B for y [..., N]; arguments as in `lora_linear`.
 
     For a base of any kind (quantised, autocast, another library's): y is what it returned.
     """

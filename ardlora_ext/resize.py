@@ -144,8 +144,10 @@ def _prepare(
 ) -> _Change:
     """Check and allocate everything one module needs; nothing of the model changes."""
     _check(name, layer, units)
+    if layer.undo_merge is not None:
+        raise ValueError(f"rank change: '{name}' must not be merged; call ardlora_ext.unmerge_adapter(model) first")
     plan_a, plan_b = row_plans(layer.layout, layer.ranks, units)
-    caps = layer.capacities(len(plan_a), len(plan_b), layer.lora_A.shape[0], layer.lora_B.shape[0])
+    caps = layer.capacities(len(plan_a), len(plan_b))
     padded = tuple(plan + [ZERO] * (cap - len(plan)) for plan, cap in zip((plan_a, plan_b), caps, strict=True))
     buffers = {}
     gated = 0 if layer.layout.gate_on_a else 1

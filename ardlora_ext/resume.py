@@ -219,7 +219,9 @@ def _check_model(model: nn.Module, state: Mapping[str, Any], values: Tensors) ->
     differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if differ:
         key = differ[0]
-        raise ValueError(f"load_state: config must be the saved one, with {key}={then.get(key)!r}, got {now.get(key)!r}")
+        raise ValueError(
+            f"load_state: config must be the saved one, with {key}={then.get(key)!r}, got {now.get(key)!r}"
+        )
     own = _moving(model)
     missing = sorted(own.keys() ^ values.keys())
     if missing:

@@ -188,7 +188,9 @@ def test_records_say_what_changed_and_why() -> None:
     for record in json.loads(json.dumps(controller.records)):
         assert record["from"] == ranks[record["module"], record["unit"]] != record["to"]
         ranks[record["module"], record["unit"]] = record["to"]
-        said = re.match(r"marginal gain (\S+) ([<>]) price (\S+): soft rank is now \S+$|final rank from", record["reason"])
+        said = re.match(
+            r"marginal gain (\S+) ([<>]) price (\S+): soft rank is now \S+$|final rank from", record["reason"]
+        )
         assert said
         if said[1]:
             assert (float(said[1]) > float(said[3])) == (said[2] == ">"), "the reason is true"

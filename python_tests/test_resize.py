@@ -92,6 +92,7 @@ def assert_followed(
     """Kept components are bitwise what they were; new rows of lora_B, and the history of new rows, are zero."""
     shared = ("lora_B" if layer.layout.gate_on_a else "lora_A") if layer.layout.shared else None
     for (factor, u, j), rows in components(layer, optimizer).items():
+        assert rows.keys() == next(iter(before.values()), rows).keys()
         for key, row in rows.items():
             if j < len(units[u].keep):
                 assert torch.equal(row, before[factor, u, units[u].keep[j]][key]), (factor, u, j, key)

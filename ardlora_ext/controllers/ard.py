@@ -69,6 +69,8 @@ class ArdController(Controller[ArdConfig]):
         self.budget = self._budget()
         self.reported = self._rounded()
         self._pending: Floats | None = None
+        self.skip = False  # this step's gradients hold NaN or Inf
+        self.unit_price: Floats = np.full(groups, self.price)
 
     def _chains(self) -> list[Ints]:
         """Return the groups that follow each other through the layers: same kind of matrix, same head."""
@@ -81,6 +83,13 @@ class ArdController(Controller[ArdConfig]):
             if self.group[u] not in chain:
                 chain.append(int(self.group[u]))
         return [np.array(chain, dtype=np.int64) for chain in found.values() if len(chain) > 1]
+
+    def adopt_ranks(self) -> None:
+        """Start from the ranks that units have, as those of an imported adapter do, instead of from r0."""
+        ranks = np.zeros(len(self.limit))
+        np.maximum.at(ranks, self.group, self.units.live())
+        self.alpha = self.previous = ranks / self.config.r0
+        self.reported = self._rounded()
 
     def _budget(self) -> float | None:
         if self.config.l1 is not None:
@@ -121,15 +130,16 @@ class ArdController(Controller[ArdConfig]):
         return np.maximum(1, np.floor(self._unit_rho() + 0.5)).astype(np.int64)
 
     def observe(self) -> None:
-        self._pending = None
+        self._pending, self.skip = None, False
         if self.phase not in ("warmup", "adapt"):
             return
         gradients = training_gradients(self.units) if self.holdout is None else self._holdout_gradients()
         if not gradients:
             return
         dots = row_dots(self.units, gradients)
-        if not np.isfinite(dots).all():
-            self._record_skip()
+        if not np.isfinite(dots).all() or not self._finite_gradients():
+            self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
+            self.skip = True
             return
         slope = self.slope(dots, self._unit_rho(), self.step)
         gradient: Floats = np.bincount(self.group, slope, minlength=len(self.alpha)).astype(np.float64)
@@ -144,6 +154,10 @@ class ArdController(Controller[ArdConfig]):
         if travelled > 0.0:
             self.lipschitz = max(self.lipschitz, float(np.linalg.norm(gain - self.gain)) / travelled)
         self.gain, self._pending = gain, gradient
+
+    def _finite_gradients(self) -> bool:
+        grads = [p.grad for layer in self.units.layers for p in layer.factors.values() if p.grad is not None]
+        return not grads or bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
 
     def _holdout_gradients(self) -> Gradients:
         """Return the gradients of a held-out batch (first-order bilevel); those of training stay where they are."""
@@ -161,7 +175,7 @@ class ArdController(Controller[ArdConfig]):
         phase = self.phase
         self.step += 1
         update = None
-        if phase == "adapt":
+        if phase == "adapt" and not self.skip:
             self._move_alpha()
             if self.step % self.config.update_interval == 0:
                 self._record_ranks()
@@ -193,6 +207,7 @@ class ArdController(Controller[ArdConfig]):
             excess = units.costs.parameters(rho) / self.budget - 1.0
             self.dual = max(0.0, self.dual + cfg.lr_price * excess)
             self.price = max(0.0, self.dual + 2.0 * np.sqrt(cfg.lr_price / cfg.lr_alpha) * excess)
+        self.unit_price = np.asarray(self.price * weight, dtype=np.float64)
         live = np.full(len(self.alpha), np.inf)
         np.minimum.at(live, self.group, np.where(units.live() < units.limit, units.live(), np.inf))
         bounds = np.minimum(1.0, self.limit) / cfg.r0, np.minimum(self.limit, live) / cfg.r0
@@ -240,7 +255,7 @@ class ArdController(Controller[ArdConfig]):
         if layer.layout.units > 1 and not layer.layout.shared:
             return list(range(live))
         mine = self._unit_rho()[self.units.first[module] : self.units.first[module + 1]]
-        still = int(np.floor(mine.min()))  # open in every unit
+        still = min(int(np.floor(mine.min())), *layer.ranks, live)  # open in every unit
         own = layer.gated.norm(dim=1)
         common = (layer.lora_A if layer.gated is layer.lora_B else layer.lora_B).norm(dim=1)
         begins = layer.table.unit_begin
@@ -296,9 +311,9 @@ class ArdController(Controller[ArdConfig]):
         ranks = self._rounded() if ranks is None else ranks
         for u in np.flatnonzero(ranks != self.reported):
             g, old, new = self.group[u], int(self.reported[u]), int(ranks[u])
-            gain, m = float(self.gain[g]), int(self.units.module_of[u])
-            sign = ">" if new > old else "<"
-            why = f"marginal gain {gain:.3g} {sign} price {self.price:.3g}: soft rank is now {self.rho[g]:.2f}"
+            gain, price, m = float(self.gain[g]), float(self.unit_price[g]), int(self.units.module_of[u])
+            sign = ">" if float(f"{gain:.3g}") > float(f"{price:.3g}") else "<"
+            why = f"marginal gain {gain:.3g} {sign} price {price:.3g}: soft rank is now {self.rho[g]:.2f}"
             if event == "freeze":
                 why = f"final rank from soft rank {self.rho[g]:.2f}" + (" within the budget" if self.budget else "")
             self.records.append(
@@ -311,14 +326,11 @@ class ArdController(Controller[ArdConfig]):
                     "to": new,
                     "rho": float(self.rho[g]),
                     "gain": gain,
-                    "price": float(self.price),
+                    "price": price,
                     "reason": why,
                 }
             )
         self.reported = ranks
-
-    def _record_skip(self) -> None:
-        self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
 
     def step_bound(self) -> dict[str, float | bool]:
         """Tell whether `lr_alpha` obeys Theorem III.1's  eta_alpha <= 1 / (L_T + lambda beta).

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ardlora_ext.config import AdapterConfig, LoraConfig
 from ardlora_ext.controllers.allocate import Costs, Ints
@@ -72,6 +73,13 @@ class Controller(Generic[Config]):
         self.step = 0
         self.records: list[dict[str, Any]] = []
         self.apply: Callable[[RankUpdate], None] | None = None  # set by attach
+        self.handles: list[RemovableHandle] = []  # of the optimizer's hooks, set by attach
+
+    def detach(self) -> None:
+        """Stop following the optimizer."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
     def start(self) -> RankUpdate | None:
         """Return the change to make before the first step."""

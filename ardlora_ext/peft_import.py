@@ -1,0 +1,208 @@
+"""Go on with an adapter that PEFT trained: the same function, now with ranks that can move."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ardlora_ext import reference
+from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
+from ardlora_ext.controllers import ArdController
+from ardlora_ext.dora import DoraLinear
+from ardlora_ext.inject import adapters, injection, matches, unwrap, wrap
+from ardlora_ext.layers import LoraLinear
+from ardlora_ext.peft_files import PeftAdapter, read_peft
+from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Options of PEFT that change what an adapter computes, and that nothing here computes.
+_UNKNOWN = (
+    "lora_bias",
+    "use_qalora",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+)
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these starts subtract something from the base weights
+
+
+def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Model:
+    """Wrap a base model with the adapter of a PEFT LoRA checkpoint, in place, to go on training it by any method.
+
+    The function is PEFT's: scales (patterns, rsLoRA) are folded into lora_B, every unit of a module starts with the
+    module's rank and may then grow or shrink as `config` says. `modules_to_save` are taken over.
+
+    Args:
+        model: the base model, not wrapped.
+        directory: what PEFT's `save_pretrained` wrote.
+        config: the method to go on with. Modules of the checkpoint are always adapted, and with them those that
+            `target_modules` names, unless it is the default. `init` plays no part.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no PEFT checkpoint.
+        ValueError: the adapter does not fit the model or the config, or holds what cannot be continued: embeddings,
+            convolutions, biases, DoRA without `DoraConfig`. The model is unchanged then.
+
+    Example:
+        model = ard.load_peft(base, "peft-adapter/", ard.ArdConfig(r0=8))
+    """
+    adapter = read_peft(Path(directory), "load_peft")
+    _check_options(adapter, config)
+    saved = _saved_modules(model, adapter)
+    _check_others(model, adapter, saved)
+    names = [*(() if config.modules_to_save is None else config.modules_to_save), *saved]
+    config = dataclasses.replace(
+        config,
+        init="default",
+        target_modules=_targets(adapter.factors, config),
+        modules_to_save=tuple(dict.fromkeys(names)) if names else config.modules_to_save,
+    )
+    wrap(model, config)
+    try:
+        _check_layers(adapter, adapters(model))
+    except ValueError:
+        unwrap(model)
+        raise
+    _take_over(model, adapter)
+    values = {key: value for key, value in adapter.others.items() if _inside(key, saved)}
+    model.load_state_dict(values, strict=False)
+    return model
+
+
+def _check_options(adapter: PeftAdapter, config: AdapterConfig) -> None:
+    """Check that the adapter computes what this package can, and that `config` can start there."""
+    options = adapter.config
+    for name in _UNKNOWN:
+        if options.get(name):
+            raise ValueError(f"load_peft: adapter must be plain LoRA, got {name}={options[name]!r:.60}")
+    if options.get("bias", "none") != "none":
+        raise ValueError(f"load_peft: adapter must have bias='none', got {options['bias']!r}: merge it with PEFT instead")
+    start = options.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
+        raise ValueError(
+            f"load_peft: adapter must belong to the original base weights, got init_lora_weights={start!r}; save it with "
+            "PEFT's path_initial_model_for_weight_conversion first"
+        )
+    if options.get("use_dora") and not isinstance(config, DoraConfig):
+        raise ValueError(f"load_peft: config must be DoraConfig for a DoRA adapter, got {type(config).__name__}")
+    if isinstance(config, ArdConfig) and config.gate not in ("ramp", "ste"):
+        raise ValueError(f"load_peft: gate must be 'ramp' or 'ste', which start fully open, got {config.gate!r}")
+
+
+def _saved_modules(model: nn.Module, adapter: PeftAdapter) -> list[str]:
+    """Return the modules that the checkpoint holds whole."""
+    entries = adapter.config.get("modules_to_save") or []
+    names = [name for name, _ in model.named_modules() if name and matches(name, list(entries))]
+    return [name for name in names if any(key.startswith(name + ".") for key in adapter.others)]
+
+
+def _inside(key: str, modules: Iterable[str]) -> bool:
+    return any(key.startswith(module + ".") for module in modules)
+
+
+def _check_others(model: nn.Module, adapter: PeftAdapter, saved: list[str]) -> None:
+    """Check that every tensor besides the factors has a place."""
+    own = model.state_dict()
+    for key, value in adapter.others.items():
+        if key.endswith(".lora_magnitude_vector") and adapter.config.get("use_dora"):
+            continue
+        if "lora_embedding" in key:
+            module = key.partition(".lora_embedding")[0]
+            raise ValueError(f"load_peft: adapter must be on linear layers only, got the embedding '{module}'; leave it out "
+                             "or merge it with PEFT first")  # fmt: skip
+        if key not in own or own[key].shape != value.shape:
+            raise ValueError(f"load_peft: model must have '{key}' of shape {list(value.shape)}, as the adapter does")
+        if not _inside(key, saved) and not torch.equal(own[key], value.to(own[key].dtype)):
+            raise ValueError(
+                f"load_peft: '{key}' of the adapter must be that of the model or in modules_to_save, got other values; "
+                "load them into the base model first"
+            )
+
+
+def _targets(names: Iterable[str], config: AdapterConfig) -> str:
+    """Return one regular expression for the modules of the checkpoint and those that the config adds."""
+    patterns = [re.escape(name) for name in names]
+    if isinstance(config.target_modules, str):
+        patterns += [] if config.target_modules == "all-linear" else [f"(?:{config.target_modules})"]
+    else:
+        patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in config.target_modules]
+    return "|".join(patterns)
+
+
+def _check_layers(adapter: PeftAdapter, layers: dict[str, LoraLinear]) -> None:
+    for name, (a, b) in adapter.factors.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise ValueError(f"load_peft: model must have the linear layer '{name}', and config must not exclude it")
+        lay = layer.layout
+        if (a.shape[1], b.shape[0]) != (lay.in_features, lay.out_features):
+            raise ValueError(
+                f"load_peft: '{name}' must have {a.shape[1]} inputs and {b.shape[0]} outputs, got "
+                f"{lay.in_features} and {lay.out_features}"
+            )
+        if len(a) > layer.max_rank:
+            cure = "granularity='matrix'" if layer.max_rank == lay.max_rank else "a config with a larger rank limit"
+            raise ValueError(
+                f"load_peft: rank of '{name}' must be at most {layer.max_rank} per unit, got {len(a)}; use {cure}"
+            )
+
+
+@torch.no_grad()
+def _take_over(model: nn.Module, adapter: PeftAdapter) -> None:
+    """Give every layer of the checkpoint its rank and values."""
+    layers = {name: layer for name, layer in adapters(model).items() if name in adapter.factors}
+    update = {}
+    for name, layer in layers.items():
+        r = len(adapter.factors[name][0])
+        update[name] = tuple(UnitUpdate(tuple(range(min(r, now))), max(r - now, 0)) for now in layer.ranks)
+    apply(model, RankUpdate(update))
+    for name, layer in layers.items():
+        a, b = (factor.float() for factor in adapter.factors[name])
+        _fill(layer, a, b.T * (adapter.scale(name) / layer.scaling))
+        if isinstance(layer, DoraLinear):
+            magnitude = adapter.others.get(f"{name}.lora_magnitude_vector")
+            layer.lora_magnitude_vector.copy_(layer.weight_norm() if magnitude is None else magnitude.flatten())
+    record = injection(model)
+    if isinstance(record.config, ArdConfig):
+        controller = ArdController(model, record.config)
+        controller.adopt_ranks()
+        record.controller_state = {**controller.state_dict(), "total_steps": None}  # attach tells
+
+
+def _fill(layer: LoraLinear, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Write A [r, in_features] and rank-major B [r, out_features] into the units of a layer of rank r."""
+    r = len(a)
+    slices = reference.unit_slices(layer.layout, layer.ranks)
+    for u, (a_rows, b_rows, in_cols, out_cols) in enumerate(slices):
+        mine = a[:, in_cols], b[:, out_cols]
+        if layer.lora_E is not None:
+            left, values, right = _svd(*mine)
+            layer.lora_E[u * r : (u + 1) * r, 0] = values
+            mine = right, left
+        layer.lora_A[a_rows], layer.lora_B[b_rows] = (rows.to(layer.lora_A.dtype) for rows in mine)
+    if layer.lora_gate is not None:
+        layer.lora_gate.fill_(1.0)
+
+
+def _svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (P^T [r, n], lambda [r], Q [r, k]) with P diag(lambda) Q = b^T a and orthonormal rows of P^T and Q."""
+    (qa, ra), (qb, rb) = (torch.linalg.qr(rows.double().T) for rows in (a, b))
+    u, values, vh = torch.linalg.svd(rb @ ra.T)
+    return (qb @ u).T, values, vh @ qa.T
