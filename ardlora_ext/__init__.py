@@ -23,6 +23,7 @@ from ardlora_ext.init import init_from_gradients
 from ardlora_ext.inject import ParametersReport, adapters, merge, parameters_report, unwrap, wrap
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.optim import loraplus_param_groups
+from ardlora_ext.peft_import import load_peft
 from ardlora_ext.resize import RankUpdate, UnitUpdate
 from ardlora_ext.resume import load_state, save_state
 from ardlora_ext.transport import svd_prune
@@ -54,6 +55,7 @@ __all__ = [
     "attach",
     "compress",
     "init_from_gradients",
+    "load_peft",
     "load_pretrained",
     "load_state",
     "loraplus_param_groups",

@@ -177,7 +177,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     controller: Any
-    config: ArdConfig | LoraConfig
+    config: AdapterConfig
 
     @property
     def probe(self) -> list[Features]:

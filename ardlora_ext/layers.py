@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -145,7 +145,7 @@ class LoraLinear(nn.Module):
             problem = self._take_sizes(ranks.tolist(), rows)
             if problem:
                 lists[-1].append(f"ranks of '{prefix.removesuffix('.')}' must {problem}, got {ranks.tolist()}")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @torch.no_grad()
     def _take_sizes(self, ranks: list[int], rows: Mapping[str, int]) -> str:

@@ -15,7 +15,7 @@ from ardlora_ext import reference
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.controllers import ArdController
 from ardlora_ext.dora import DoraLinear
-from ardlora_ext.inject import adapters, injection, matches, unwrap, wrap
+from ardlora_ext.inject import adapters, injection, matches, plan_targets, wrap
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.peft_files import PeftAdapter, read_peft
 from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
@@ -74,12 +74,8 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Mod
         target_modules=_targets(adapter.factors, config),
         modules_to_save=tuple(dict.fromkeys(names)) if names else config.modules_to_save,
     )
+    _check_layers(model, adapter, config)
     wrap(model, config)
-    try:
-        _check_layers(adapter, adapters(model))
-    except ValueError:
-        unwrap(model)
-        raise
     _take_over(model, adapter)
     values = {key: value for key, value in adapter.others.items() if _inside(key, saved)}
     model.load_state_dict(values, strict=False)
@@ -93,7 +89,9 @@ def _check_options(adapter: PeftAdapter, config: AdapterConfig) -> None:
         if options.get(name):
             raise ValueError(f"load_peft: adapter must be plain LoRA, got {name}={options[name]!r:.60}")
     if options.get("bias", "none") != "none":
-        raise ValueError(f"load_peft: adapter must have bias='none', got {options['bias']!r}: merge it with PEFT instead")
+        raise ValueError(
+            f"load_peft: adapter must have bias='none', got {options['bias']!r}: merge it with PEFT instead"
+        )
     start = options.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGED_BASE):
         raise ValueError(
@@ -125,8 +123,9 @@ def _check_others(model: nn.Module, adapter: PeftAdapter, saved: list[str]) -> N
             continue
         if "lora_embedding" in key:
             module = key.partition(".lora_embedding")[0]
-            raise ValueError(f"load_peft: adapter must be on linear layers only, got the embedding '{module}'; leave it out "
-                             "or merge it with PEFT first")  # fmt: skip
+            raise ValueError(
+                f"load_peft: adapter must be on linear layers only, got the embedding '{module}': merge it with PEFT"
+            )
         if key not in own or own[key].shape != value.shape:
             raise ValueError(f"load_peft: model must have '{key}' of shape {list(value.shape)}, as the adapter does")
         if not _inside(key, saved) and not torch.equal(own[key], value.to(own[key].dtype)):
@@ -146,22 +145,25 @@ def _targets(names: Iterable[str], config: AdapterConfig) -> str:
     return "|".join(patterns)
 
 
-def _check_layers(adapter: PeftAdapter, layers: dict[str, LoraLinear]) -> None:
+def _check_layers(model: nn.Module, adapter: PeftAdapter, config: AdapterConfig) -> None:
+    """Check that every module of the checkpoint will be wrapped and has room for it."""
+    modules = dict(model.named_modules())
+    missing = [name for name in adapter.factors if name not in modules]
+    layouts = {} if missing else plan_targets(model, config)[1]
     for name, (a, b) in adapter.factors.items():
-        layer = layers.get(name)
-        if layer is None:
+        lay = layouts.get(name)
+        if lay is None:
+            name = missing[0] if missing else name
             raise ValueError(f"load_peft: model must have the linear layer '{name}', and config must not exclude it")
-        lay = layer.layout
         if (a.shape[1], b.shape[0]) != (lay.in_features, lay.out_features):
             raise ValueError(
                 f"load_peft: '{name}' must have {a.shape[1]} inputs and {b.shape[0]} outputs, got "
                 f"{lay.in_features} and {lay.out_features}"
             )
-        if len(a) > layer.max_rank:
-            cure = "granularity='matrix'" if layer.max_rank == lay.max_rank else "a config with a larger rank limit"
-            raise ValueError(
-                f"load_peft: rank of '{name}' must be at most {layer.max_rank} per unit, got {len(a)}; use {cure}"
-            )
+        limit = min(config.max_rank, lay.max_rank)
+        if len(a) > limit:
+            cure = "granularity='matrix'" if limit == lay.max_rank else "a config with a larger rank limit"
+            raise ValueError(f"load_peft: rank of '{name}' must be at most {limit} per unit, got {len(a)}; use {cure}")
 
 
 @torch.no_grad()

@@ -26,7 +26,10 @@ class Command(NamedTuple):
     help: str
 
 
-COMMANDS = (Command("quality", "ardlora_ext.bench.quality", "compare rank-allocation methods at equal parameters"),)
+COMMANDS = (
+    Command("quality", "ardlora_ext.bench.quality", "compare rank-allocation methods at equal parameters"),
+    Command("step", "ardlora_ext.bench.step", "time a whole training step against the frozen base and PEFT"),
+)
 
 _EXTRAS = ("matplotlib", "rich")
 

@@ -28,6 +28,7 @@ _STYLE = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.titlepad": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -357,7 +357,7 @@ class ArdController(Controller[ArdConfig]):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        for key in ("alpha", "previous", "gain", "target", "harden_from", "reported"):
+        for key in ("alpha", "previous", "gain", "unit_price", "target", "harden_from", "reported"):
             value = getattr(self, key)
             state[key] = None if value is None else value.tolist()
         for key in ("grad_square", "price", "dual", "lipschitz", "harden_at"):
@@ -371,7 +371,7 @@ class ArdController(Controller[ArdConfig]):
         if len(state["alpha"]) != len(self.alpha):
             raise ValueError(f"state: alpha must have {len(self.alpha)} entries, got {len(state['alpha'])}")
         super().load_state_dict(state)
-        for key in ("alpha", "previous", "gain", "harden_from"):
+        for key in ("alpha", "previous", "gain", "unit_price", "harden_from"):
             setattr(self, key, None if state[key] is None else np.array(state[key], dtype=np.float64))
         for key in ("target", "reported"):
             setattr(self, key, None if state[key] is None else np.array(state[key], dtype=np.int64))

@@ -61,10 +61,10 @@ def alpha_step(
         slope = grad + strength * _slope(alpha, previous, mode, chains) if explicit else grad
         damping = tv if mode == "temporal_sq" and not explicit else 0.0
         core.prox_step(out, slope, weight, *bounds, step, price, damping)
-        return out
+    moved: Floats = np.asarray(alpha - step * (grad + price * weight), dtype=np.float64)
     moved = alpha - step * (grad + price * weight)
     if mode == "temporal_abs":
-        change = moved - alpha
+        change = np.asarray(moved - alpha, dtype=np.float64)
         out = alpha + np.sign(change) * np.maximum(np.abs(change) - step * strength, 0.0)
     else:
         out = moved
@@ -78,7 +78,7 @@ def _slope(alpha: Floats, previous: Floats, mode: Variation, chains: Sequence[In
     """Return a (sub)gradient of V."""
     if mode.startswith("temporal"):
         change = alpha - previous
-        return change if mode == "temporal_sq" else np.sign(change)
+        return np.asarray(change if mode == "temporal_sq" else np.sign(change), dtype=np.float64)
     out = np.zeros_like(alpha)
     if mode == "none":
         return out
