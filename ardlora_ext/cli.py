@@ -21,10 +21,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit code: 0, 2 for bad input, 1 for a run that failed, 130 for Ctrl-C."""
+    """Run a subcommand and return the exit code: 0, 2 for bad input, 1 for a run or a check that failed, 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        code: int | None = arguments.run(arguments)
     except InputError as error:
         return _fail(error, 2)
     except ModuleNotFoundError as error:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted, nothing was saved", 130)
-    return 0
+    return code or 0
 
 
 def _fail(message: object, code: int) -> int:
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_finetune(commands)
     _add_report(commands)
+    _add_check_adapter(commands)
     return parser
 
 
@@ -163,3 +164,34 @@ def _report(arguments: argparse.Namespace) -> None:
     from ardlora_ext import report
 
     print(report.write_report(arguments.folder))
+
+
+def _add_check_adapter(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "check-adapter",
+        help="tell whether PEFT, vLLM and llama.cpp will scale an adapter right",
+        description="Print the scale that PEFT, vLLM and llama.cpp will use for each module of a LoRA checkpoint, beside "
+        "the one it was trained with. Exit code 1 if they differ.",
+    )
+    parser.set_defaults(run=_check_adapter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of an adapter_config.json")
+
+
+def _check_adapter(arguments: argparse.Namespace) -> int:
+    from ardlora_ext.check_adapter import LOADERS, check_adapter, refusals
+
+    try:
+        modules, refused = check_adapter(arguments.folder), refusals(arguments.folder)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    width = max(len(module.name) for module in modules)
+    print(f"{'module':{width}}  rank  trained  " + "  ".join(f"{loader:>9}" for loader in LOADERS))
+    for module in modules:
+        scales = (f"{scale:8.4g}{'*' if loader in module.wrong else ' '}" for loader, scale in zip(LOADERS, module.used, strict=True))
+        print(f"{module.name:{width}}  {module.rank:4}  {module.trained:7.4g}  {'  '.join(scales)}".rstrip())
+    wrong = {loader: sum(loader in module.wrong for module in modules) for loader in LOADERS}
+    for loader, count in wrong.items():
+        print(f"{loader}: " + (f"* {count} of {len(modules)} modules get a wrong scale" if count else "right"))
+    if refused:
+        print(f"vLLM does not load adapters with {' or '.join(refused)}")
+    return int(any(wrong.values()))

@@ -1,16 +1,19 @@
 """Checkpoints: a plain PEFT LoRA adapter that every loader scales right, and beside it what a resumed run needs.
 
-`portable` form: units, gates and scaling are folded into B, every module is zero-padded to one rank R and
-`r = lora_alpha = R`, so PEFT, vLLM and llama.cpp all compute a scale of 1.
+Units, gates and scaling are folded into B. `portable` form: every module is zero-padded to one rank R and
+`r = lora_alpha = R`, so PEFT, vLLM and llama.cpp all compute a scale of 1. `compact` form: every module keeps its rank
+r_i and patterns tell it, so PEFT and vLLM compute 1, but llama.cpp R / r_i.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -25,6 +28,7 @@ from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
 from ardlora_ext.units import UnitLayout
 
 Model = TypeVar("Model", bound=nn.Module)
+Form = Literal["portable", "compact"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -43,27 +47,67 @@ _TASKS = {
 }
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What `save_pretrained` wrote for PEFT and servers.
+
+    Attributes:
+        r: rank in adapter_config.json, the largest a server must hold.
+        ranks: of each module's tensors.
+        errors: by module, ||dW' - dW|| / ||dW|| (Frobenius) that `compress` left; 0 where nothing was cut.
+    """
+
+    r: int
+    ranks: dict[str, int]
+    errors: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """The largest of the errors."""
+        return max(self.errors.values(), default=0.0)
+
+
+def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the best factors of B A of this rank, and what is lost: QR of both, SVD of the small core."""
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.double().T), torch.linalg.qr(b.double())
+    u, values, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    root = values[:rank].sqrt()
+    lost = float(values[rank:].norm() / values.norm().clamp(min=1e-300))
+    return (root[:, None] * (vh[:rank] @ qa.T)).float(), ((qb @ u[:, :rank]) * root).float(), lost
+
+
 def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
     out = torch.zeros(rank, rows.shape[1])
     out[: rows.shape[0]] = rows
     return out
 
 
-def _peft_files(model: nn.Module, layers: dict[str, LoraLinear]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return PEFT's adapter_config and tensors, in `portable` form."""
+def _peft_files(
+    model: nn.Module, layers: dict[str, LoraLinear], form: Form, limit: int | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Exported]:
+    """Return PEFT's adapter_config and tensors, with no module above rank `limit`."""
     record = injection(model)
     dora = isinstance(record.config, DoraConfig)
     live = {name: layer for name, layer in layers.items() if dora or layer.table.hidden > 0}
     folded = {name: layer.fold() for name, layer in live.items()}
-    largest = max((1, *(len(a) for a, _ in folded.values())))
-    rank = next((r for r in _SERVED_RANKS if r >= largest), largest)
+    errors = dict.fromkeys(live, 0.0)
+    for name, (a, b) in folded.items():
+        if limit is not None and len(a) > limit:
+            *folded[name], errors[name] = _truncated(a, b, limit)
+    ranks = {name: max(1, len(a)) for name, (a, _) in folded.items()}
+    rank = max((1, *ranks.values()))
+    if form == "portable":
+        served = next((r for r in _SERVED_RANKS if r >= rank), rank)
+        rank = served if limit is None else min(served, limit)
+        ranks = dict.fromkeys(ranks, rank)
+    patterns = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
     tensors = {}
     for name, (a, b) in folded.items():
         prefix = f"base_model.model.{name}"
         if dora:  # PEFT takes the norm of W + B A itself, at a scale of 1
             tensors[f"{prefix}.lora_magnitude_vector"] = live[name].extras["lora_magnitude_vector"].detach().clone()
-        tensors[f"{prefix}.lora_A.weight"] = _padded(a, rank)
-        tensors[f"{prefix}.lora_B.weight"] = _padded(b.T, rank).T.contiguous()
+        tensors[f"{prefix}.lora_A.weight"] = _padded(a, ranks[name])
+        tensors[f"{prefix}.lora_B.weight"] = _padded(b.T, ranks[name]).T.contiguous()
     for name, value in _saved_modules(model).items():
         tensors[f"base_model.model.{name}"] = value
     kind = type(model).__name__
@@ -82,10 +126,10 @@ def _peft_files(model: nn.Module, layers: dict[str, LoraLinear]) -> tuple[dict[s
         "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live.values()),
         "target_modules": sorted(live),
         "modules_to_save": list(record.modules_to_save) or None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
     }
-    return config, tensors
+    return config, tensors, Exported(rank, ranks, errors)
 
 
 def _saved_modules(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -114,7 +158,9 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def save_pretrained(model: nn.Module, directory: str | Path) -> None:
+def save_pretrained(
+    model: nn.Module, directory: str | Path, *, form: Form = "portable", compress: int | None = None
+) -> Exported:
     """Write the adapters as a PEFT LoRA checkpoint plus `ardlora_state.*` to resume from.
 
     Files: `adapter_config.json` and `adapter_model.safetensors` (load with `peft.PeftModel.from_pretrained`),
@@ -124,11 +170,21 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     Args:
         model: a wrapped model.
         directory: where to write; made if missing, other files in it stay.
+        form: `portable` is scaled right by every loader; `compact` is smaller, and wrong in llama.cpp.
+        compress: largest rank of the PEFT checkpoint, for servers that have a limit; heads' ranks add up, so it may be
+            less than they need. Each module's update is then cut to its best approximation. `ardlora_state.*` is not.
+
+    Returns:
+        The ranks written, and the relative error of each module that `compress` cut.
 
     Raises:
-        ValueError: the model is not wrapped, or an adapter holds NaN or Inf.
+        ValueError: the model is not wrapped, an adapter holds NaN or Inf, an option is out of range.
         OSError: the directory cannot be written.
     """
+    if form not in ("portable", "compact"):
+        raise ValueError(f"save_pretrained: form must be 'portable' or 'compact', got {form!r}")
+    if compress is not None and compress < 1:
+        raise ValueError(f"save_pretrained: compress must be >= 1, got {compress}")
     record = injection(model)
     layers = adapters(model)
     raw = _raw_tensors(model, layers)
@@ -140,7 +196,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
             "save_pretrained: ardlora_ext.attach(model, optimizer) was never called, so ranks did not change",
             stacklevel=2,
         )
-    config, tensors = _peft_files(model, layers)
+    config, tensors, exported = _peft_files(model, layers, form, compress)
     weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
     controller = record.controller.state_dict() if record.controller is not None else record.controller_state
     state = {
@@ -153,6 +209,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     }
     files = {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: _json(config), STATE_WEIGHTS: raw_weights, STATE: _json(state)}
     write_set(Path(directory), files)
+    return exported
 
 
 def _layer_state(layer: LoraLinear) -> dict[str, Any]:

@@ -118,14 +118,14 @@ def _inside(key: str, modules: Iterable[str]) -> bool:
 def _check_others(model: nn.Module, adapter: PeftAdapter, saved: list[str]) -> None:
     """Check that every tensor besides the factors has a place."""
     own = model.state_dict()
+    embedded = [key.partition(".lora_embedding")[0] for key in adapter.others if ".lora_embedding" in key]
+    if embedded:
+        raise ValueError(
+            f"load_peft: adapter must be on linear layers only, got the embedding '{embedded[0]}': merge it with PEFT"
+        )
     for key, value in adapter.others.items():
         if key.endswith(".lora_magnitude_vector") and adapter.config.get("use_dora"):
             continue
-        if "lora_embedding" in key:
-            module = key.partition(".lora_embedding")[0]
-            raise ValueError(
-                f"load_peft: adapter must be on linear layers only, got the embedding '{module}': merge it with PEFT"
-            )
         if key not in own or own[key].shape != value.shape:
             raise ValueError(f"load_peft: model must have '{key}' of shape {list(value.shape)}, as the adapter does")
         if not _inside(key, saved) and not torch.equal(own[key], value.to(own[key].dtype)):

@@ -164,13 +164,12 @@ def test_a_pickled_checkpoint_is_read_without_running_it(tmp_path: Path) -> None
     assert_same(logits(ard.load_peft(base("llama")[0], tmp_path, ard.LoraConfig()), batch), expected)
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning", "ignore:`lora_bias=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize(
     ("options", "config", "message"),
     [
         ({"target_modules": ["embed_tokens", "q_proj"]}, ard.LoraConfig(), "linear layers only, got the embedding"),
         ({"bias": "all"}, ard.LoraConfig(), "adapter must have bias='none', got 'all'"),
-        ({"lora_bias": True}, ard.LoraConfig(), "adapter must be plain LoRA, got lora_bias=True"),
         ({}, ard.LoraConfig(r=3), r"must be at most 3 per unit, got 4; use a config with a larger rank limit"),
         ({"r": 12}, ard.ArdConfig(), r"at most 8 per unit, got 12; use granularity='matrix'"),
         ({}, ard.ArdConfig(gate="sigmoid"), "gate must be 'ramp' or 'ste', which start fully open, got 'sigmoid'"),
@@ -203,6 +202,7 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     for values, message in (
         ({"peft_type": "ADALORA"}, "must be PEFT's LORA with a rank and a scale, got ADALORA"),
         ({"r": 0}, "got LORA, r=0"),
+        ({"lora_bias": True}, "adapter must be plain LoRA, got lora_bias=True"),
         ({"rank_pattern": {"q_proj": 3}}, r"q_proj' must be \[r, in\] and \[out, r\] with r = 3, got \[4, 32\] and \[32, 4\]"),
         ({"init_lora_weights": "pissa_niter_4"}, "must belong to the original base weights, got init_lora_weights='pissa"),
     ):

@@ -10,8 +10,9 @@
 | `layer_abs` | sum abs(a_l - a_{l+1}) | |
 | `none` | 0 | |
 
-`prox` solves it exactly (alpha >= 0 makes l1 linear, and clipping commutes with the variation's prox); `explicit` adds
-the gradient of V at the present alpha, where the temporal forms look one step back: negative momentum.
+`prox` solves it exactly (alpha >= 0 makes l1 linear; clipping last is exact too, but for `layer_sq`, where it ignores
+that neighbours feel an active bound); `explicit` adds the gradient of V at the present alpha, where the temporal forms
+look one step back: negative momentum.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def alpha_step(
         slope = grad + strength * _slope(alpha, previous, mode, chains) if explicit else grad
         damping = tv if mode == "temporal_sq" and not explicit else 0.0
         core.prox_step(out, slope, weight, *bounds, step, price, damping)
+        return out
     moved: Floats = np.asarray(alpha - step * (grad + price * weight), dtype=np.float64)
-    moved = alpha - step * (grad + price * weight)
     if mode == "temporal_abs":
         change = np.asarray(moved - alpha, dtype=np.float64)
         out = alpha + np.sign(change) * np.maximum(np.abs(change) - step * strength, 0.0)

@@ -1,0 +1,119 @@
+"""Which scale will each loader give a LoRA checkpoint? PEFT reads patterns, vLLM does not, llama.cpp divides by the
+tensor's own rank: a checkpoint with mixed ranks that is right in one can be wrong in another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ardlora_ext import reference
+from ardlora_ext.config import config_from_dict
+from ardlora_ext.export import STATE, STATE_WEIGHTS
+from ardlora_ext.peft_files import PeftAdapter, read_peft
+from ardlora_ext.units import UnitLayout
+
+LOADERS = ("PEFT", "vLLM", "llama.cpp")
+
+_TOLERANCE = 1e-3  # relative; checkpoints in bfloat16 round to 4e-3 per entry, but the scale averages over all of them
+
+
+@dataclass(frozen=True)
+class ModuleScale:
+    """What B A of one module is multiplied by.
+
+    Attributes:
+        name: of the module.
+        rank: of its tensors.
+        trained: by whoever trained it.
+        used: by each of `LOADERS`.
+    """
+
+    name: str
+    rank: int
+    trained: float
+    used: tuple[float, float, float]
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """The loaders that will use another scale than the trained one."""
+        pairs = zip(LOADERS, self.used, strict=True)
+        return tuple(loader for loader, scale in pairs if not math.isclose(scale, self.trained, rel_tol=_TOLERANCE))
+
+
+def check_adapter(directory: str | Path) -> list[ModuleScale]:
+    """Return the scales of every module of a PEFT LoRA checkpoint.
+
+    The trained scale of a checkpoint that this package wrote is found by comparing its tensors with the trained factors
+    in `ardlora_state.*`; that of any other is what PEFT computes.
+
+    Rules of the loaders: PEFT alpha_i / r_i by its patterns; vLLM lora_alpha / r of the config for every module;
+    llama.cpp lora_alpha of the config over the rank of the module's tensor. With `use_rslora` the first two divide by the
+    root of the rank.
+
+    Raises:
+        FileNotFoundError: it holds no PEFT checkpoint.
+        ValueError: it is not a LoRA checkpoint, or its files do not fit together.
+    """
+    directory = Path(directory)
+    adapter = read_peft(directory, "check_adapter")
+    deltas = _Trained(directory) if (directory / STATE).is_file() else None
+    found = []
+    for name in sorted(adapter.factors):
+        a, b = adapter.factors[name]
+        scale = adapter.scale(name)
+        trained = scale if deltas is None else deltas.scale(name, a.float(), b.float())
+        llama = adapter.config["lora_alpha"] / len(a) if adapter.config["lora_alpha"] else 1.0
+        found.append(ModuleScale(name, len(a), trained, (scale, adapter.global_scale, float(llama))))
+    return found
+
+
+def refusals(directory: str | Path) -> list[str]:
+    """Return what of a checkpoint vLLM does not load at all."""
+    adapter: PeftAdapter = read_peft(Path(directory), "check_adapter")
+    config = adapter.config
+    reasons = [option for option in ("use_dora", "modules_to_save") if config.get(option)]
+    return reasons + (["bias"] if config.get("bias", "none") != "none" else [])
+
+
+class _Trained:
+    """The trained updates that `save_pretrained` left beside the PEFT files."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+            self.modules = state["modules"]
+            self.config = config_from_dict(state["config"])
+        except (ValueError, KeyError, TypeError) as cause:
+            raise ValueError(f"check_adapter: {STATE} must be one that save_pretrained wrote, got {cause!r}") from cause
+        self.tensors = load_file(directory / STATE_WEIGHTS)
+
+    def scale(self, name: str, a: torch.Tensor, b: torch.Tensor) -> float:
+        """Return the s that brings s B A nearest to the trained update; 1 for an update of zero."""
+        if name not in self.modules:
+            raise ValueError(f"check_adapter: '{name}' must be a module of {STATE}")
+        written, trained = b @ a, self._update(name)
+        square = float(written.square().sum())
+        if square == 0.0:
+            return 1.0 if float(trained.square().sum()) == 0.0 else math.nan
+        return float((trained * written).sum()) / square
+
+    def _update(self, name: str) -> torch.Tensor:
+        """Return the trained update of a module [out_features, in_features]."""
+        entry = self.modules[name]
+        factors = [self.tensors[f"{name}.lora_{factor}"].float() for factor in "AB"]
+        sizes = entry["in_features"], entry["out_features"]
+        cut = {"matrix": 1, "in_heads": sizes[0] // factors[0].shape[1], "out_heads": sizes[1] // factors[1].shape[1]}
+        layout = UnitLayout(entry["kind"], entry["factoring"], cut[entry["kind"]], *sizes)
+        gate, scaling = self.tensors.get(f"{name}.gate"), self.config.scaling
+        update = reference.lora_delta(layout, entry["ranks"], factors[0], factors[1], gate, scaling)
+        if f"{name}.initial_A" in self.tensors:  # PiSSA trains what is left after its start
+            start = [self.tensors[f"{name}.initial_{factor}"].float() for factor in "AB"]
+            ranks = [min(self.config.initial_rank, layout.max_rank)] * layout.units
+            update = update - reference.lora_delta(layout, ranks, start[0], start[1], None, scaling)
+        return update
