@@ -351,7 +351,7 @@ class ArdController(Controller[ArdConfig]):
             "phase": self.phase,
             "mean_rank": float(np.mean(self._unit_rho() if self.target is None else self.target)),
             "price": float(self.price),
-            "budget": self.budget,
+            "budget": None if self.budget is None else int(self.budget),
             "parameters": self.units.costs.parameters(self._rounded() if self.target is None else self.target),
         }
 
