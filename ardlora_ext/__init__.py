@@ -22,6 +22,7 @@ from ardlora_ext.export import load_pretrained, save_pretrained
 from ardlora_ext.init import init_from_gradients
 from ardlora_ext.inject import ParametersReport, adapters, merge, parameters_report, unwrap, wrap
 from ardlora_ext.layers import LoraLinear
+from ardlora_ext.merging import merge_adapter, unmerge_adapter
 from ardlora_ext.optim import loraplus_param_groups
 from ardlora_ext.peft_import import load_peft
 from ardlora_ext.resize import RankUpdate, UnitUpdate
@@ -60,10 +61,12 @@ __all__ = [
     "load_state",
     "loraplus_param_groups",
     "merge",
+    "merge_adapter",
     "parameters_report",
     "save_pretrained",
     "save_state",
     "svd_prune",
+    "unmerge_adapter",
     "unwrap",
     "wrap",
 ]

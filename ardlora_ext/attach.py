@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ardlora_ext import resize
 from ardlora_ext.controllers import Controller, make_controller
-from ardlora_ext.inject import adapters, injection
+from ardlora_ext.inject import adapters, check_unmerged, injection
 from ardlora_ext.optim import check_optimizer, settle_loss_scale, unwrapped
 
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -58,6 +58,8 @@ def attach(
         )
     torch_optimizer = unwrapped(optimizer)
     layers = adapters(model)
+    for name, layer in layers.items():
+        check_unmerged("attach", name, layer)
     named = [(f"{n}.{f}", p) for n, layer in layers.items() for f, p in layer.trained.items()]
     check_optimizer(torch_optimizer, named)
 

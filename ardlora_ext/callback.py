@@ -1,8 +1,8 @@
 """`RankCallback`: dynamic ranks in transformers' Trainer (and what derives from it) by one argument.
 
 It only calls the package at the right events: `attach` once the optimizer exists, `save_pretrained` beside each of
-Trainer's checkpoints. What the controller knows travels in Trainer's own trainer_state.json, so a checkpoint is whole or
-not there.
+Trainer's checkpoints. What the controller knows travels in Trainer's own trainer_state.json, ranks in the model's
+state_dict.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PHASES = ("warmup", "adapt", "harden", "frozen")  # logged by number, because tr
 
 
 class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Let ranks follow the gradients in a `Trainer`: `Trainer(model=ard.wrap(model, config), callbacks=[RankCallback()])`.
+    """Let ranks follow the gradients: `Trainer(ard.wrap(model, config), ..., callbacks=[ard.RankCallback()])`.
 
-    Trainer's log gets `mean_rank`, `adapter_parameters`, `rank_phase` (0 warmup, 1 adapt, 2 harden, 3 frozen) and, where
-    there is one, `rank_price`; `records.jsonl` in the output folder every decision with its reason; the folder `adapter`
-    in each checkpoint a plain PEFT adapter. `resume_from_checkpoint` continues ranks and decisions as well.
+    Trainer's log gets `mean_rank`, `adapter_parameters`, `rank_phase` (0 warmup, 1 adapt, 2 harden, 3 frozen) and,
+    where there is one, `rank_price`; `records.jsonl` in the output folder every decision with its reason; the folder
+    `adapter` in each checkpoint a plain PEFT adapter. `resume_from_checkpoint` continues ranks and decisions as well.
 
     Attributes:
         controller: what `attach` returned, from the beginning of training on.
@@ -105,8 +105,8 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         step, global_step = self._first_step
         if self.controller.step == step and state.global_step > global_step:
             warnings.warn(
-                f"RankCallback: training ended after {state.global_step - global_step} steps and the attached optimizer "
-                "took none of them; ranks did not change. Is it another one than Trainer's?",
+                f"RankCallback: training ended after {state.global_step - global_step} steps and the attached "
+                "optimizer took none of them; ranks did not change. Is it another one than Trainer's?",
                 stacklevel=2,
             )
         if args.load_best_model_at_end and state.best_model_checkpoint:

@@ -53,8 +53,8 @@ def check_adapter(directory: str | Path) -> list[ModuleScale]:
     in `ardlora_state.*`; that of any other is what PEFT computes.
 
     Rules of the loaders: PEFT alpha_i / r_i by its patterns; vLLM lora_alpha / r of the config for every module;
-    llama.cpp lora_alpha of the config over the rank of the module's tensor. With `use_rslora` the first two divide by the
-    root of the rank.
+    llama.cpp lora_alpha of the config over the rank of the module's tensor. With `use_rslora` the first two divide by
+    the root of the rank.
 
     Raises:
         FileNotFoundError: it holds no PEFT checkpoint.

@@ -21,7 +21,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit code: 0, 2 for bad input, 1 for a run or a check that failed, 130 for Ctrl-C."""
+    """Run a subcommand and return the exit code: 0, 2 for bad input, 1 for a failed run or check, 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         code: int | None = arguments.run(arguments)
@@ -170,8 +170,8 @@ def _add_check_adapter(commands: argparse._SubParsersAction[argparse.ArgumentPar
     parser = commands.add_parser(
         "check-adapter",
         help="tell whether PEFT, vLLM and llama.cpp will scale an adapter right",
-        description="Print the scale that PEFT, vLLM and llama.cpp will use for each module of a LoRA checkpoint, beside "
-        "the one it was trained with. Exit code 1 if they differ.",
+        description="Print the scale that PEFT, vLLM and llama.cpp will use for each module of a LoRA checkpoint, "
+        "beside the one it was trained with. Exit code 1 if they differ.",
     )
     parser.set_defaults(run=_check_adapter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of an adapter_config.json")
@@ -187,7 +187,8 @@ def _check_adapter(arguments: argparse.Namespace) -> int:
     width = max(len(module.name) for module in modules)
     print(f"{'module':{width}}  rank  trained  " + "  ".join(f"{loader:>9}" for loader in LOADERS))
     for module in modules:
-        scales = (f"{scale:8.4g}{'*' if loader in module.wrong else ' '}" for loader, scale in zip(LOADERS, module.used, strict=True))
+        pairs = zip(LOADERS, module.used, strict=True)
+        scales = (f"{scale:8.4g}{'*' if loader in module.wrong else ' '}" for loader, scale in pairs)
         print(f"{module.name:{width}}  {module.rank:4}  {module.trained:7.4g}  {'  '.join(scales)}".rstrip())
     wrong = {loader: sum(loader in module.wrong for module in modules) for loader in LOADERS}
     for loader, count in wrong.items():

@@ -88,12 +88,14 @@ def _peft_files(
     """Return PEFT's adapter_config and tensors, with no module above rank `limit`."""
     record = injection(model)
     dora = isinstance(record.config, DoraConfig)
-    live = {name: layer for name, layer in layers.items() if dora or layer.table.hidden > 0}
-    folded = {name: layer.fold() for name, layer in live.items()}
+    folded = {name: layer.fold() for name, layer in layers.items()}
+    folded = {name: factors for name, factors in folded.items() if dora or len(factors[0]) > 0}
+    live = {name: layers[name] for name in folded}
     errors = dict.fromkeys(live, 0.0)
     for name, (a, b) in folded.items():
         if limit is not None and len(a) > limit:
-            *folded[name], errors[name] = _truncated(a, b, limit)
+            a, b, errors[name] = _truncated(a, b, limit)
+            folded[name] = a, b
     ranks = {name: max(1, len(a)) for name, (a, _) in folded.items()}
     rank = max((1, *ranks.values()))
     if form == "portable":

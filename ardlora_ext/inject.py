@@ -298,7 +298,10 @@ def unwrap(model: Model) -> Model:
     `modules_to_save` keep what they learned.
     """
     injection(model)
-    return _remove(model, {id(layer): layer.base_layer for layer in adapters(model).values()})
+    layers = adapters(model)
+    for name, layer in layers.items():
+        check_unmerged("unwrap", name, layer)
+    return _remove(model, {id(layer): layer.base_layer for layer in layers.values()})
 
 
 def merge(model: Model) -> Model:
@@ -310,25 +313,42 @@ def merge(model: Model) -> Model:
     injection(model)
     layers = adapters(model)
     for name, layer in layers.items():  # before anything changes
-        _check_merge(model, name, layer)
+        check_merge(model, name, layer)
     for layer in layers.values():
         layer.merge()
     return _remove(model, {id(layer): layer.base_layer for layer in layers.values()})
 
 
-def _check_merge(model: nn.Module, name: str, layer: LoraLinear) -> None:
+def check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool = True) -> None:
+    """Check that an update can be added to its base weight, and (`finite`) that the sum will be a number.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check_unmerged("merge", name, layer)
     weight = getattr(layer.base_layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}")
-    if not all(torch.isfinite(p).all() for p in layer.trained.values()):
+    if finite and not all(torch.isfinite(p).all() for p in layer.trained.values()):
         raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
-    layer.merged_weight()
+    if finite:
+        layer.merged_weight()
     for other, parameter in model.named_parameters(remove_duplicate=False):
         owner = other.rpartition(".")[0]
         if parameter is weight and model.get_submodule(owner) is not layer.base_layer:
             raise ValueError(
                 f"merge: '{name}' must not share its weight with '{owner}', which has no adapter; untie them"
             )
+
+
+def check_unmerged(op: str, name: str, layer: LoraLinear) -> None:
+    """Check that an update is not in its base weight now.
+
+    Raises:
+        ValueError: it is.
+    """
+    if layer.undo_merge is not None:
+        raise ValueError(f"{op}: '{name}' must not be merged; call ardlora_ext.unmerge_adapter(model) first")
 
 
 def parameters_report(model: nn.Module) -> ParametersReport:

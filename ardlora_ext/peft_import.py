@@ -95,8 +95,8 @@ def _check_options(adapter: PeftAdapter, config: AdapterConfig) -> None:
     start = options.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGED_BASE):
         raise ValueError(
-            f"load_peft: adapter must belong to the original base weights, got init_lora_weights={start!r}; save it with "
-            "PEFT's path_initial_model_for_weight_conversion first"
+            f"load_peft: adapter must belong to the original base weights, got init_lora_weights={start!r}; save it "
+            "with PEFT's path_initial_model_for_weight_conversion first"
         )
     if options.get("use_dora") and not isinstance(config, DoraConfig):
         raise ValueError(f"load_peft: config must be DoraConfig for a DoRA adapter, got {type(config).__name__}")

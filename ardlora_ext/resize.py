@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ardlora_ext._native import core, threads
-from ardlora_ext.inject import adapters
+from ardlora_ext.inject import adapters, check_unmerged
 from ardlora_ext.layers import LoraLinear, initial_rows
 from ardlora_ext.optim import moments, pin_lr, restart
 from ardlora_ext.start import NewRows, start_components
@@ -144,8 +144,7 @@ def _prepare(
 ) -> _Change:
     """Check and allocate everything one module needs; nothing of the model changes."""
     _check(name, layer, units)
-    if layer.undo_merge is not None:
-        raise ValueError(f"rank change: '{name}' must not be merged; call ardlora_ext.unmerge_adapter(model) first")
+    check_unmerged("rank change", name, layer)
     plan_a, plan_b = row_plans(layer.layout, layer.ranks, units)
     caps = layer.capacities(len(plan_a), len(plan_b))
     padded = tuple(plan + [ZERO] * (cap - len(plan)) for plan, cap in zip((plan_a, plan_b), caps, strict=True))

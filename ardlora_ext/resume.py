@@ -226,7 +226,7 @@ def _check_model(model: nn.Module, state: Mapping[str, Any], values: Tensors) ->
     missing = sorted(own.keys() ^ values.keys())
     if missing:
         raise ValueError(f"load_state: model must train what the saved one did, got a difference in '{missing[0]}'")
-    for name, value in values.items():
+    for name, value in sorted(values.items()):
         rows = ".lora_" in f".{name}"  # these may have another number of rows, not another width
         mine = own[name].shape
         if (value.shape[1:] if rows else value.shape) != (mine[1:] if rows else mine):

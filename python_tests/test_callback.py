@@ -19,7 +19,7 @@ from test_attach import config as fast_config
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 import ardlora_ext as ard
 from ardlora_ext.callback import ADAPTER, RECORDS
@@ -83,7 +83,7 @@ def trainer(folder: Path, model: nn.Module, *callbacks: TrainerCallback, n: int 
         train_dataset=examples(n),
         callbacks=[ard.RankCallback(), *callbacks],
     )
-    made.pop_callback([c for c in made.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"][0])
+    made.pop_callback(PrinterCallback)
     return made
 
 
@@ -221,7 +221,8 @@ def test_resumed_training_equals_the_unbroken_one(tmp_path: Path) -> None:
         made.train(resume_from_checkpoint=str(checkpoint))
         assert_equal(resumed, unbroken)
         plain = ard.load_pretrained(bert()[0], checkpoint / ADAPTER)
-        assert {n: g.ranks for n, g in ard.adapters(plain).items()} == {n: m["ranks"] for n, m in saved["modules"].items()}
+        ranks = {name: module["ranks"] for name, module in saved["modules"].items()}
+        assert {name: layer.ranks for name, layer in ard.adapters(plain).items()} == ranks
         found = ard.attach(plain, AdamW(trainable(plain)), total_steps=STEPS)
         assert (found.step, found.summary()["phase"]) == (step, phase)
     # The same Trainer and model, attached already, go back and come out where they did.
@@ -266,7 +267,7 @@ def test_logs_records_and_the_best_checkpoint(tmp_path: Path) -> None:
         eval_dataset=examples(4),
         callbacks=[tracker, ard.RankCallback()],
     )
-    made.pop_callback([c for c in made.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"][0])
+    made.pop_callback(PrinterCallback)
     made.train()
     keys = {"mean_rank", "adapter_parameters", "rank_phase", "rank_price"}
     for logs in ([r for r in tracker.seen if "loss" in r], [r for r in made.state.log_history if "loss" in r]):
@@ -296,7 +297,7 @@ def test_it_says_when_ranks_could_not_follow(tmp_path: Path) -> None:
 
     made = NoOptimizer(classifier(), arguments(tmp_path, max_steps=1), train_dataset=examples(4))
     made.add_callback(ard.RankCallback)
-    made.pop_callback([c for c in made.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"][0])
+    made.pop_callback(PrinterCallback)
     with pytest.warns(UserWarning, match="ended and nothing was attached, because Trainer showed no optimizer"):
         made.train()
 
@@ -311,7 +312,7 @@ def test_models_and_launches_it_refuses(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_does_not_import_trainer() -> None:
-    code = "import sys, ardlora_ext; assert not {'transformers.trainer', 'transformers.trainer_callback'} & set(sys.modules)"
+    code = "import sys, ardlora_ext; assert not [name for name in sys.modules if 'transformers.trainer' in name]"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'ardlora_ext' has no attribute 'RankCallbacks'"):
         ard.RankCallbacks  # noqa: B018
@@ -325,7 +326,9 @@ def test_trl() -> None:
 # Other loops.
 
 
-def looped(make: Callable[[list[nn.Parameter]], Optimizer], run: Callable[[nn.Module, Optimizer, Any], None]) -> nn.Module:
+def looped(
+    make: Callable[[list[nn.Parameter]], Optimizer], run: Callable[[nn.Module, Optimizer, Any], None]
+) -> nn.Module:
     model, loss = bed()
     ard.wrap(model, fast_config())
     optimizer = make(trainable(model))

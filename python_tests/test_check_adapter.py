@@ -57,7 +57,7 @@ def of_peft(folder: Path, model: nn.Module) -> dict[str, float]:
     return {
         name.removeprefix("base_model.model."): module.scaling["default"]
         for name, module in loaded.named_modules()
-        if hasattr(module, "scaling") and "default" in module.scaling
+        if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
     }
 
 
@@ -111,9 +111,7 @@ def test_our_exports_are_scaled_right(kind: str, form: Any, tmp_path: Path) -> N
     assert {m.name: m.rank for m in modules} == written.ranks
     assert written.error == 0.0
     wrong = {loader for m in modules for loader in m.wrong}
-    ragged = len(set(written.ranks.values())) > 1
-    assert wrong == ({"llama.cpp"} if form == "compact" and ragged else set())
-    assert ragged == (form == "compact" and kind not in ("pissa", "dora")) or form == "compact"
+    assert wrong == ({"llama.cpp"} if form == "compact" else set())
     assert main(["check-adapter", str(tmp_path)]) == int(bool(wrong))
 
 
@@ -158,7 +156,7 @@ def test_a_wrong_export_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["check-adapter", str(tmp_path)]) == 0
     path = tmp_path / "adapter_config.json"
     right = path.read_text()
-    path.write_text(json.dumps({**json.loads(right), "lora_alpha": 16, "r": 8}))
+    path.write_text(json.dumps({**json.loads(right), "lora_alpha": 8}))
     assert main(["check-adapter", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "PEFT: * 14 of 14 modules get a wrong scale" in printed
@@ -169,7 +167,7 @@ def test_a_wrong_export_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[
     save_file({**tensors, key: 2.0 * tensors[key]}, weights)
     assert main(["check-adapter", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
-    assert re.search(r"layers\.0\.mlp\.up_proj +8 +0\.5 +1\* +1\* +1\*$", printed, re.MULTILINE)
+    assert re.search(r"layers\.0\.mlp\.up_proj +16 +0\.5 +1\* +1\* +1\*$", printed, re.MULTILINE)
     assert "vLLM: * 1 of 14 modules" in printed
 
 

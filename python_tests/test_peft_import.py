@@ -72,7 +72,7 @@ def trained_by_peft(folder: Path, name: str, **options: Any) -> tuple[torch.Tens
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
 PATTERNS: dict[str, Any] = {
@@ -142,7 +142,11 @@ def test_ranks_grow_past_those_of_peft(tmp_path: Path) -> None:
 
 def test_targets_of_the_config_are_added(tmp_path: Path) -> None:
     expected, batch = trained_by_peft(tmp_path, "llama", target_modules=["q_proj"])
-    for more, names in (("all-linear", {"q_proj"}), (["k_proj"], {"q_proj", "k_proj"}), (r".*\.up_proj", {"q_proj", "up_proj"})):
+    for more, names in (
+        ("all-linear", {"q_proj"}),
+        (["k_proj"], {"q_proj", "k_proj"}),
+        (r".*\.up_proj", {"q_proj", "up_proj"}),
+    ):
         model = ard.load_peft(base("llama")[0], tmp_path, ard.LoraConfig(r=4, target_modules=more))
         assert {name.split(".")[-1] for name in ard.adapters(model)} == names
         assert_same(logits(model, batch), expected)
@@ -203,8 +207,14 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         ({"peft_type": "ADALORA"}, "must be PEFT's LORA with a rank and a scale, got ADALORA"),
         ({"r": 0}, "got LORA, r=0"),
         ({"lora_bias": True}, "adapter must be plain LoRA, got lora_bias=True"),
-        ({"rank_pattern": {"q_proj": 3}}, r"q_proj' must be \[r, in\] and \[out, r\] with r = 3, got \[4, 32\] and \[32, 4\]"),
-        ({"init_lora_weights": "pissa_niter_4"}, "must belong to the original base weights, got init_lora_weights='pissa"),
+        (
+            {"rank_pattern": {"q_proj": 3}},
+            r"q_proj' must be \[r, in\] and \[out, r\] with r = 3, got \[4, 32\] and \[32, 4\]",
+        ),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "must belong to the original base weights, got init_lora_weights='pissa",
+        ),
     ):
         saved = (tmp_path / "adapter_config.json").read_text()
         _edit(tmp_path, **values)

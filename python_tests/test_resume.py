@@ -54,14 +54,14 @@ class Run:
             self.attach()
         torch.manual_seed(5)
         random.seed(5)
-        np.random.seed(5)  # noqa: NPY002 - the generator that libraries share
+        np.random.seed(5)
 
     def attach(self) -> None:
         self.controller = ard.attach(self.model, self.optimizer, total_steps=STEPS)
 
     def step(self) -> None:
         t = random.randrange(STEPS)
-        noise = float(torch.rand(())) + float(np.random.rand())  # noqa: NPY002
+        noise = float(torch.rand(())) + float(np.random.rand())
         (self.loss(t) * noise).backward()
         self.optimizer.step()
         self.scheduler.step()
@@ -138,6 +138,7 @@ def test_other_methods(of: ard.AdapterConfig, tmp_path: Path) -> None:
 # kill -9.
 
 DEATHS = {3: "warmup", 12: "adapt", 29: "harden", 33: "frozen"}  # steps
+SOME_CALLS = (-1, 0, 3, 5, 7)  # where the process dies: between step and save, or before that call of the save
 
 
 class Dying:
@@ -200,11 +201,11 @@ def main(folder: Path) -> None:
     in_a_process(partial(unbroken, folder))
     lives = []
     for step in DEATHS:
-        for dying in itertools.count(-1):
+        for dying in itertools.count(-1) if DEATHS[step] == "adapt" else SOME_CALLS:
             work = folder / f"{step} {dying}"
             shutil.copytree(folder / str(step - 1), work)
             if not in_a_process(partial(one_life, work, step, dying)):
-                break  # the save has no more calls
+                break  # a save has no more calls than these
             shutil.copytree(work, left := folder / f"{step} {dying} left")
             recover(left, RESUME)
             at = json.loads((left / RESUME).read_text())["controller"]["step"]
@@ -231,7 +232,7 @@ def test_kill_9_between_and_during_saves(tmp_path: Path) -> None:
             "frozen": (False, True),
         }[phase]
         mine = [life for life in lives if life[0] == death]
-        assert len(mine) > 6
+        assert len(mine) >= (9 if phase == "adapt" else 4)
         assert {at for _, _, at, _ in mine} == {death - 1, death}, "some deaths leave the old state, some the new"
         assert [life for life in mine if not life[3]] == []
 
@@ -287,7 +288,7 @@ def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
         run.load(tmp_path)
     run.steps(3).save(tmp_path)
     wide = ard.wrap(Attention(64), config())
-    with pytest.raises(ValueError, match=r"load_state: .down.lora_B. must have shape"):
+    with pytest.raises(ValueError, match=r"load_state: 'down\.lora_A' must have shape \[\d, 64\], got \[\d, 128\]"):
         ard.load_state(wide, AdamW(trainable(wide)), tmp_path, scheduler=run.scheduler)
     deep = ard.wrap(nn.Sequential(Attention(), Attention()), config())
     optimizer = AdamW(trainable(deep)[:8])
@@ -297,11 +298,11 @@ def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
         ard.load_state(run.model, run.optimizer, tmp_path)
     weights = tmp_path / RESUME_TENSORS
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="must match its checksum in .* the file is corrupt"):
+    with pytest.raises(ValueError, match=r"must match its checksum in .* the file is corrupt"):
         run.load(tmp_path)
     state = json.loads((tmp_path / RESUME).read_text())
     (tmp_path / RESUME).write_text(json.dumps({**state, "format": 9}))
-    with pytest.raises(ValueError, match="format of .* must be 1, got 9"):
+    with pytest.raises(ValueError, match=r"format of .* must be 1, got 9"):
         run.load(tmp_path)
     (tmp_path / RESUME).write_text("{")
     with pytest.raises(ValueError, match="must be one that save_state wrote"):

@@ -118,8 +118,8 @@ def _draw_measure(axes: Axes, found: Comparison, labels: Sequence[str], colours:
             axes.plot([interval.mean], [line], "|", color=colours[label], markersize=13, mew=2.5)
     axes.set_yticks(range(len(labels)), list(reversed(labels)))
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("one dot per seed; bar: mean and 95 % interval")
-    axes.set_title(f"{found.bed.measure.label} ({found.bed.measure.better} is better)")
+    axes.set_xlabel(f"{found.bed.measure.better} is better; a dot per seed, mean and 95 % interval")
+    axes.set_title(found.bed.measure.label)
 
 
 def _draw_sweep(axes: Axes, found: Comparison, labels: Sequence[str], colours: dict[str, str]) -> None:

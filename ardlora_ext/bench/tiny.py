@@ -51,7 +51,7 @@ class TinyBed:
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
     name = "tiny"
-    measure = Measure("recovered", "higher", "share of full fine-tuning's gain recovered")
+    measure = Measure("recovered", "higher", "share of full fine-tuning's gain")
 
     def task(self, seed: int) -> TinyTask:
         return TinyTask(self, seed)

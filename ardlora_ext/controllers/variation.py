@@ -57,7 +57,7 @@ def alpha_step(
         chains: index lists of neighbouring layers.
     """
     strength = price * tv
-    out = alpha.copy()
+    out: Floats = alpha.copy()
     if explicit or mode in ("temporal_sq", "none"):
         slope = grad + strength * _slope(alpha, previous, mode, chains) if explicit else grad
         damping = tv if mode == "temporal_sq" and not explicit else 0.0

@@ -1,0 +1,70 @@
+"""Add adapters to their base weights for a while, and take them out again: for evaluation at the base's speed.
+
+`merge_adapter` and `unmerge_adapter` are PEFT's, on the model's one adapter; several named adapters on one model are
+out of scope. To take adapters out for good, see `merge` and `unwrap`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ardlora_ext.inject import adapters, check_merge, injection
+from ardlora_ext.layers import Conv1D, LoraLinear
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, safe_merge: bool = True) -> None:
+    """Add every update to its base weight (summed in float32, cast back once), in place and reversibly.
+
+    Layers then compute what their base layer does, in `train` and `eval` alike, and their ranks and factors rest until
+    `unmerge_adapter`. Layers merged already stay as they are.
+
+    Args:
+        model: a wrapped model.
+        safe_merge: check first that every merged weight is finite. PEFT's default is not to.
+
+    Raises:
+        ValueError: a base has no floating-point weight, or shares it with a module without adapter, or (checked) a
+            merged weight is not finite. Nothing is merged then.
+    """
+    injection(model)
+    waiting = {name: layer for name, layer in adapters(model).items() if layer.undo_merge is None}
+    for name, layer in waiting.items():
+        check_merge(model, name, layer, finite=safe_merge)
+    for layer in waiting.values():
+        weight = _weight(layer)
+        exact = weight.dtype == torch.float32 and type(layer) is LoraLinear
+        undo = layer.fold() if exact else (weight.clone(),)
+        weight.copy_(weight + (_update(layer, *undo) if exact else _placed(layer, layer.get_delta_weight())))
+        layer.undo_merge = undo
+
+
+@torch.no_grad()
+def unmerge_adapter(model: nn.Module) -> None:
+    """Bring back the base weights that `merge_adapter` changed, in place; layers that are not merged stay.
+
+    Float32 weights come back by subtracting what was added, to rounding. Those of lower precision, and of adapters that
+    change more than a sum (DoRA), come back bit for bit from a copy that was kept.
+    """
+    injection(model)
+    for layer in adapters(model).values():
+        if layer.undo_merge is None:
+            continue
+        weight, undo = _weight(layer), layer.undo_merge
+        weight.copy_(undo[0] if len(undo) == 1 else weight - _update(layer, *undo))
+        layer.undo_merge = None
+
+
+def _weight(layer: LoraLinear) -> torch.Tensor:
+    weight: torch.Tensor = getattr(layer.base_layer, "weight").detach()  # noqa: B009 - mypy reads Tensor | Module
+    return weight
+
+
+def _update(layer: LoraLinear, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return B A in the layout of the base weight, float32."""
+    return _placed(layer, b @ a)
+
+
+def _placed(layer: LoraLinear, update: torch.Tensor) -> torch.Tensor:
+    return update.T if isinstance(layer.base_layer, Conv1D) else update
