@@ -240,7 +240,7 @@ class LoraLinear(nn.Module):
             zip(reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True)
         ):
             gate = torch.ones(r) if self.gate is None else self.gate[own : own + r]
-            a, b = self.lora_A[a_rows].float(), self.lora_B[b_rows].float() * (self.scaling * gate[:, None])
+            a, b = self.lora_A[a_rows].double(), self.lora_B[b_rows].double() * (self.scaling * gate[:, None])
             gram[0, u, :r, :r], gram[1, u, :r, :r] = a @ a.T, b @ b.T
             own += r
         # sigma^2 are the eigenvalues of A A^T B B^T, symmetric as C^T (B B^T) C with A A^T = C C^T.

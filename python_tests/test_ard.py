@@ -463,6 +463,7 @@ def test_whole_ranks_meet_the_budget(case: dict[str, Any]) -> None:
         assert len(set(free.tolist())) <= 1, "units of a group have one rank, but for their limits"
 
 
+@settings(max_examples=50, deadline=None)
 @given(allocations())
 def test_what_the_budget_leaves_buys_no_further_component(case: dict[str, Any]) -> None:
     costs, ranks = case["costs"], whole_ranks(**case)

@@ -244,7 +244,7 @@ def test_tiny_bed_caches_its_base_and_recovers_between_its_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARDLORA_CACHE", str(tmp_path))
-    bed = tiny.TinyBed(width=16, heads=2, depth=1, steps=30, pretrain_steps=20, eval_rows=64)
+    bed = tiny.TinyBed(width=16, heads=2, depth=1, steps=100, pretrain_steps=60, eval_rows=64)
     first = run_trial(bed, parse("lora"), 1e-2, seed=0)
     assert len(list(tmp_path.glob("bench/tiny-*.safetensors"))) == 2
     monkeypatch.setattr(tiny, "train_fully", None)  # from the cache now

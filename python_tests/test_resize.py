@@ -297,6 +297,7 @@ unit_updates = st.builds(
 )
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     modules=st.dictionaries(st.text(min_size=1, max_size=9), st.lists(unit_updates, max_size=4).map(tuple), max_size=3),
     seed=st.integers(0, 2**40),
