@@ -200,14 +200,14 @@ class SlowArd:
 )
 def test_every_step_equals_the_transcription(options: Any) -> None:
     torch.manual_seed(0)
-    steps, adapting = 180, 100
+    steps, adapting = 540, 300
     config = ard.ArdConfig(**{"r0": 3, "head_dim": 8, "update_interval": 5, "lr_alpha": 0.03, **options})
     depth = 2 if config.granularity == "layer" else 1
     model = ard.wrap(nn.Sequential(*[Attention() for _ in range(depth)]), config)
     uniform = ard.parameters_report(model).live
     data = torch.randn(adapting, 2, 16, 32)
     optimizer = AdamW(trainable(model), lr=0.01)
-    slow = SlowArd(model, config, 18, None if config.l1 is not None else options.get("budget", uniform))
+    slow = SlowArd(model, config, 54, None if config.l1 is not None else options.get("budget", uniform))
     controller = ard.attach(model, optimizer, total_steps=steps)
     assert isinstance(controller, ArdController)
     slow.allocate()
@@ -218,8 +218,8 @@ def test_every_step_equals_the_transcription(options: Any) -> None:
         (model(x) - y).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert controller.alpha == pytest.approx(slow.alpha, rel=1e-6)
-        assert controller.price == pytest.approx(slow.price, rel=1e-6, abs=1e-6)
+        assert controller.alpha == pytest.approx(slow.alpha, rel=1e-5)
+        assert controller.price == pytest.approx(slow.price, rel=1e-5, abs=1e-5)
         for unit in slow.units:
             assert unit.layer.ranks[unit.index] == unit.live
             assert unit.gates() == pytest.approx(slow.expected_gates(unit), rel=1e-5, abs=1e-6)
