@@ -205,7 +205,7 @@ def _bed(arguments: argparse.Namespace) -> tuple[Bed, Effort]:
 
 
 def _planted(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
-    size = {"matrices": 10, "steps": 150} if arguments.quick else {}
+    size = {"matrices": 10, "steps": 120} if arguments.quick else {}
     if arguments.variant == "heads":
         size |= {"matrices": 4, "rank": 4}
     return PlantedBed(variant=arguments.variant, **{**size, **chosen})
