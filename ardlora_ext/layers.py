@@ -47,7 +47,7 @@ class LoraLinear(nn.Module):
         layout: how the matrix is cut into units.
         ranks: live components of each unit.
         scaling: constant in front of the update; does not change with the ranks.
-        lora_gate: [live rows of the gated factor] float32 gates that a controller sets, or None.
+        lora_gate: [capacity of the gated factor] float32 gates that a controller sets, or None.
         lora_E: [capacity, 1] gates that the optimizer trains (the singular values of the P Lambda Q form), or None.
         undo_merge: what takes the update out of the base weight again while it is merged, else None.
     """
@@ -86,7 +86,7 @@ class LoraLinear(nn.Module):
         lora_A[:a_rows] = initial_rows(a_rows, layout.a_width, generator)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(torch.zeros(b_cap, layout.b_width, dtype=dtype))
-        self.register_buffer("lora_gate", torch.ones(sum(self.ranks)) if gate == "controlled" else None)
+        self.register_buffer("lora_gate", self._gates(1.0) if gate == "controlled" else None)
         trained = nn.Parameter(torch.zeros(self.gated.shape[0], 1)) if gate == "trained" else None
         self.register_parameter("lora_E", trained)
 
@@ -94,6 +94,11 @@ class LoraLinear(nn.Module):
         """Record the live ranks; the caller has brought the buffers in line."""
         self.ranks = list(ranks)
         self.table = self.layout.table(self.ranks)
+
+    def _gates(self, value: float) -> torch.Tensor:
+        gates = torch.zeros(len(self.gated))
+        gates[: sum(self.ranks)] = value
+        return gates
 
     def capacities(self, a_rows: int, b_rows: int) -> tuple[int, int]:
         """Return the rows to allocate for (lora_A, lora_B) given the live ones."""
@@ -158,9 +163,9 @@ class LoraLinear(nn.Module):
             if self.capacity == "elastic" and rows[name] != len(parameter):
                 parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
                 parameter.set_(parameter.new_zeros(rows[name], parameter.shape[1]))  # type: ignore[call-overload]
-        if self.lora_gate is not None:
-            self.lora_gate = self.lora_gate.new_zeros(sum(ranks))
         self.set_ranks(ranks)
+        if self.lora_gate is not None and len(self.lora_gate) != len(self.gated):
+            self.lora_gate = self._gates(0.0)
         return ""
 
     @property
@@ -170,7 +175,7 @@ class LoraLinear(nn.Module):
 
     @property
     def gate(self) -> torch.Tensor | None:
-        """The gates, [live rows of the gated factor] or longer, or None for 1."""
+        """The gates, [capacity of the gated factor], or None for 1."""
         return self.lora_gate if self.lora_E is None else self.lora_E.view(-1)
 
     @property

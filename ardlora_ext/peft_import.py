@@ -200,7 +200,7 @@ def _fill(layer: LoraLinear, a: torch.Tensor, b: torch.Tensor) -> None:
             mine = right, left
         layer.lora_A[a_rows], layer.lora_B[b_rows] = (rows.to(layer.lora_A.dtype) for rows in mine)
     if layer.lora_gate is not None:
-        layer.lora_gate.fill_(1.0)
+        layer.lora_gate[: sum(layer.ranks)] = 1.0
 
 
 def _svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -180,11 +180,16 @@ def _move(changes: Sequence[_Change]) -> None:
 
 
 def _commit(change: _Change, optimizer: Optimizer | None) -> None:
-    """Point parameters, gradients, state and ranks at what was moved; assignments only."""
+    """Point parameters, gradients, state and ranks at what was moved; assignments only.
+
+    What moved in place stays untouched: DDP's hooks hang on the gradient accumulator, compiled code on addresses.
+    """
     for factor, parameter in change.layer.factors.items():
-        grad = change.buffers.get((factor, "grad"))
+        moved, grad = change.buffers[factor, ""], change.buffers.get((factor, "grad"))
+        if moved.new is moved.old:
+            continue
         parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
-        parameter.set_(change.buffers[factor, ""].new)  # type: ignore[call-overload]
+        parameter.set_(moved.new)  # type: ignore[call-overload]
         if grad is not None:
             parameter.grad = grad.new
         if optimizer is not None:
@@ -199,8 +204,17 @@ def _new_gates(layer: LoraLinear, units: Sequence[UnitUpdate]) -> torch.Tensor |
     if layer.lora_gate is None:
         return None
     plan = torch.tensor(_own_plan(layer.ranks, units), dtype=torch.int64)
-    gates = layer.lora_gate[plan.clamp(min=0)] if len(layer.lora_gate) else torch.zeros(len(plan))
+    gates = layer.lora_gate[plan.clamp(min=0)]
     return torch.where(plan >= 0, gates, torch.zeros(()))
+
+
+def _set_gates(layer: LoraLinear, gates: torch.Tensor) -> None:
+    """Write the live gates, in place where their buffer still has the rows of its factor."""
+    assert layer.lora_gate is not None
+    if len(layer.lora_gate) != len(layer.gated):
+        layer.lora_gate = layer.lora_gate.new_empty(len(layer.gated))
+    layer.lora_gate[: len(gates)] = gates
+    layer.lora_gate[len(gates) :] = 0.0
 
 
 def _start_rows(change: _Change, live: int, generator: torch.Generator) -> None:
@@ -266,7 +280,8 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
     _move(changes)
     for change, gate in zip(changes, gates, strict=True):
         _commit(change, optimizer)
-        change.layer.lora_gate = gate
+        if gate is not None:
+            _set_gates(change.layer, gate)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{update.seed}/{change.name}".encode()))
         if update.init == "zero":
             _start_rows(change, change.layer.layout.rows(change.layer.ranks)[0], generator)

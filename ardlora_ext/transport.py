@@ -385,4 +385,5 @@ def _write(plan: _Plan, optimizer: Optimizer | None) -> None:
         assert target is not None
         target[: len(value)] = value.to(target.dtype)
     if layer.lora_gate is not None:
-        layer.lora_gate.copy_(plan.gate[: len(layer.lora_gate)])
+        live = sum(layer.ranks)
+        layer.lora_gate[:live] = plan.gate[:live]

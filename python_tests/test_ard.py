@@ -57,7 +57,8 @@ def fast(**options: Any) -> ard.ArdConfig:
 
 
 def gates_of(model: nn.Module) -> torch.Tensor:
-    return torch.cat([layer.gate for layer in ard.adapters(model).values() if layer.gate is not None])
+    layers = ard.adapters(model).values()
+    return torch.cat([layer.gate[: sum(layer.ranks)] for layer in layers if layer.gate is not None])
 
 
 # The update, transcribed.
