@@ -19,7 +19,7 @@ __all__ = ["DTYPE_CODES", "NO_MATRIX", "Matrix", "core", "matrix", "threads"]
 
 Matrix = tuple[int, int, int, int, int]
 
-DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_MATRIX: Matrix = (0, 0, 0, 0, 0)
 
 _VERSION = "0.1.0"

@@ -182,7 +182,7 @@ def _check_tensors(chosen: dict[str, nn.Module]) -> None:
             if tensor.device.type != "cpu":
                 raise ValueError(f"wrap: parameters must be on the CPU in this build, got '{name}' on {tensor.device}")
             if tensor.is_floating_point() and tensor.dtype not in DTYPE_CODES:
-                raise ValueError(f"wrap: '{name}' must be float32 or bfloat16, got {tensor.dtype}")
+                raise ValueError(f"wrap: '{name}' must be float32, bfloat16 or float16, got {tensor.dtype}")
 
 
 def parameter_range(layouts: dict[str, UnitLayout], max_rank: int) -> tuple[int, int]:

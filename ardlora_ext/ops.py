@@ -30,7 +30,7 @@ def _check_cpu(op: str, *tensors: torch.Tensor) -> None:
                 f"{op}: tensors must be on the CPU, this build has no CUDA kernels, got {t.device}"
             )
         if t.dtype not in DTYPE_CODES:
-            raise ValueError(f"{op}: dtype must be float32 or bfloat16, got {t.dtype}")
+            raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, got {t.dtype}")
 
 
 def _adapter_forward(
@@ -163,7 +163,7 @@ def lora_linear(
     """Compute y = x W^T + bias + scaling * (g o (x A^T)) B with a frozen W, one autograd node for all of it.
 
     Args:
-        x: [..., K] float32 or bfloat16, on the CPU.
+        x: [..., K] float32, bfloat16 or float16, on the CPU.
         weight: [N, K], same dtype; gets no gradient.
         bias: [N] or None; gets no gradient.
         lora_A: [>= a_rows, a_width] float32, or the dtype of x. Contiguous.

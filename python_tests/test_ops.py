@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ardlora_ext import ops, reference
-from ardlora_ext._native import core, matrix
+from ardlora_ext._native import DTYPE_CODES, core, matrix
 from ardlora_ext.units import UnitKind, UnitLayout
 
 from tolerances import assert_close_to_reference
@@ -29,7 +29,14 @@ UNITS: list[tuple[UnitKind, list[int]]] = [
     ("out_heads", [0, 1, 5, 3]),
     ("in_heads", [3, 0, 9, 1]),
 ]
-DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+]
+ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 Inputs = dict[str, torch.Tensor]
 
 
@@ -95,7 +102,7 @@ def test_lora_linear(
 def test_sizes_around_the_vector_width(isa: str, width: int) -> None:
     layout = UnitLayout("matrix", "shared", 1, width, width + 1)
     ranks = [min(width, 5)]
-    for act in (torch.float32, torch.bfloat16):
+    for act in ACTIVATIONS:
         v = make_inputs(layout, ranks, 13, act, torch.float32)
         exact, theirs = (run_reference(layout, ranks, v, dtype, True) for dtype in (torch.float64, act))
         for key, value in run_native(layout, ranks, v, True).items():
@@ -129,7 +136,7 @@ def test_native_table_agrees_with_layout() -> None:
         assert (table.a_width, table.b_width, table.gate_on_a) == (layout.a_width, layout.b_width, layout.gate_on_a)
 
 
-@pytest.mark.parametrize("act", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_bitwise_equal_between_runs_and_thread_counts(isa: str, act: torch.dtype) -> None:
     layout = UnitLayout("out_heads", "shared", 4, 260, 132)
     ranks = [9, 1, 4, 6]
@@ -174,6 +181,31 @@ def test_primitives_match_their_formulas(isa: str) -> None:
     assert not dw[6:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_storage_types_convert_as_in_torch(isa: str, dtype: torch.dtype) -> None:
+    """Every value of the type survives y += 0, and float32 rounds to it to nearest even, infinities included."""
+    layout = UnitLayout("matrix", "shared", 1, 1, 1)
+    table, one = layout.table([1]), torch.ones(1, 1)
+
+    def expand(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        core.expand(table, False, matrix(one), 0, 1.0, matrix(h), matrix(y), 1)
+        return y
+
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[~every.isnan() & ~((every == 0) & every.signbit())]
+    for width in (1, 16):  # of one vector, whole and cut
+        layout = UnitLayout("matrix", "shared", 1, 1, width)
+        table, one = layout.table([1]), torch.ones(1, width)
+        y = every[: len(every) // width * width].reshape(-1, width).clone()
+        assert torch.equal(expand(torch.zeros(len(y), 1), y.clone()), y)
+        bits = torch.randint(-(2**31), 2**31, (20_000, 1), dtype=torch.int64).to(torch.int32)
+        near = torch.tensor([65519.9, 65520.0, 6e-8, 2.9802322e-8, 2.98023259e-8, 6.1e-5, -1e-40, torch.inf])[:, None]
+        h = torch.cat([bits.view(torch.float32), every.float()[:, None] * (1 + 2**-9), near])
+        h = h[~h.isnan().squeeze(1)].contiguous()
+        rounded = expand(h, torch.zeros(len(h), width, dtype=dtype))
+        assert torch.equal(rounded, h.to(dtype).expand(-1, width))
+
+
 def test_gradcheck_by_finite_differences() -> None:
     layout = UnitLayout("in_heads", "shared", 2, 8, 6)
     v = make_inputs(layout, [2, 3], 4, torch.float32, torch.float32)
@@ -194,11 +226,11 @@ def test_gradcheck_by_finite_differences() -> None:
         assert ours["dA"][i, j].item() == pytest.approx(numeric, rel=1e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ACTIVATIONS)
 def test_row_dots(isa: str, dtype: torch.dtype) -> None:
     pairs = [(torch.randn(r, c).to(dtype), torch.randn(r, c).to(dtype)) for r, c in ((3, 70), (1, 1), (9, 33), (2, 64))]
     blocks = np.array([(w.data_ptr(), g.data_ptr(), *w.shape) for w, g in pairs], dtype=np.int64)
-    out = core.row_dots(blocks, 0 if dtype == torch.float32 else 1, 2)
+    out = core.row_dots(blocks, DTYPE_CODES[dtype], 2)
     expected = torch.cat([reference.row_dots(w.double(), g.double()) for w, g in pairs])
     scale = torch.cat([(w.double().norm(dim=1) * g.double().norm(dim=1)) for w, g in pairs])
     assert ((torch.from_numpy(out).double() - expected).abs() <= 1e-6 * scale).all()
@@ -292,8 +324,8 @@ def test_errors_name_the_argument() -> None:
         ops.lora_linear(x, weight, None, a.bfloat16(), b.bfloat16(), None, table, 1.0)
     with pytest.raises(NotImplementedError, match="tensors must be on the CPU, this build has no CUDA kernels"):
         ops.lora_linear(x.to("meta"), weight, None, a, b, None, table, 1.0)
-    with pytest.raises(ValueError, match=r"dtype must be float32 or bfloat16, got torch\.float16"):
-        ops.lora_linear(x.half(), weight.half(), None, a, b, None, table, 1.0)
+    with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16 or float16, got torch\.float64"):
+        ops.lora_linear(x.double(), weight.double(), None, a, b, None, table, 1.0)
     with pytest.raises(ValueError, match="heads must divide"):
         UnitLayout("out_heads", "shared", 3, 16, 8)
     with pytest.raises(ValueError, match="ranks must be >= 0, got -1"):
@@ -319,7 +351,7 @@ def test_core_has_no_torch_headers() -> None:
     assert not included
 
 
-@pytest.mark.parametrize("act", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize(("kind", "ranks"), [("matrix", [5]), ("out_heads", [2, 4]), ("in_heads", [3, 1])])
 def test_dropout_equals_a_plain_philox(isa: str, kind: UnitKind, ranks: list[int], act: torch.dtype) -> None:
     layout = UnitLayout(kind, "shared", len(ranks), 150, 20)

@@ -1,14 +1,14 @@
 """How far a kernel may be from the float64 reference: twice torch's own error at that dtype, plus a floor.
 
 The floor covers results where torch happens to be exact: a few roundings of the storage type, relative to the largest
-value of the result.
+value of the result; in float32 some more, because dA of one row and one rank is a single cancelling sum times x.
 """
 
 from __future__ import annotations
 
 import torch
 
-FLOOR = {torch.float32: 4e-7, torch.bfloat16: 8e-3}
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def assert_close_to_reference(

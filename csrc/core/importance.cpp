@@ -13,7 +13,7 @@ void row_dots(const std::vector<RowBlock>& blocks, DType dtype, float* out, int 
   };
   std::vector<Row> rows;
   double flops = 0.0;
-  const std::int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  const std::int64_t size = dtype_size(dtype);
   for (const RowBlock& b : blocks) {
     ARDLORA_CHECK(b.rows >= 0 && b.cols >= 0, "row_dots: sizes must be >= 0, got ", b.rows, " x ", b.cols);
     ARDLORA_CHECK(b.rows * b.cols == 0 || (b.weight != nullptr && b.grad != nullptr),
@@ -24,7 +24,7 @@ void row_dots(const std::vector<RowBlock>& blocks, DType dtype, float* out, int 
     }
     flops += 2.0 * static_cast<double>(b.rows) * static_cast<double>(b.cols);
   }
-  const cpu::RowDotFn dot = cpu::active().row_dot[static_cast<int>(dtype)];
+  const cpu::RowDotFn dot = cpu::active().row_dot[static_cast<int>(dtype)][static_cast<int>(dtype)];
   const auto n = static_cast<std::int64_t>(rows.size());
   cpu::parallel_for(n, 8, cpu::useful_threads(threads, flops), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {

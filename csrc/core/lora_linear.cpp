@@ -186,18 +186,11 @@ void check_gradient(const FactorView& w, const char* op, const char* name) {
 
 // From the gradient of the factor with gates left out: dg_i = <dW_i, W_i>, then dW_i *= g_i. Right at g_i = 0 too.
 void gate_gradient(const FactorView& grad, const MatrixView& weight, const float* gate, float* dgate) {
-  const cpu::RowDotFn dot = cpu::active().row_dot[static_cast<int>(DType::kFloat32)];
-  const std::int64_t width = grad.factor->width;
-  std::vector<float> row(static_cast<std::size_t>(width));
+  const cpu::RowDotFn dot = cpu::active().row_dot[static_cast<int>(weight.dtype)][static_cast<int>(DType::kFloat32)];
+  const std::int64_t width = grad.factor->width, row_bytes = weight.row_stride * dtype_size(weight.dtype);
   for (std::int64_t i = 0; i < grad.factor->rows; ++i) {
     float* dw = static_cast<float*>(grad.weight.data) + i * grad.weight.row_stride;
-    for (std::int64_t n = 0; n < width; ++n) {
-      const std::int64_t at = i * weight.row_stride + n;
-      row[static_cast<std::size_t>(n)] = weight.dtype == DType::kFloat32
-                                             ? static_cast<const float*>(weight.data)[at]
-                                             : to_float(static_cast<const BFloat16*>(weight.data)[at]);
-    }
-    dgate[i] = dot(dw, row.data(), width);
+    dgate[i] = dot(static_cast<const char*>(weight.data) + i * row_bytes, dw, width);
     for (std::int64_t n = 0; n < width; ++n) dw[n] *= gate[i];
   }
 }

@@ -53,10 +53,13 @@ std::uint32_t detect_features() {
   const bool ymm = (state & 0x06) == 0x06;
   const bool zmm = (state & 0xe6) == 0xe6;
   std::uint32_t features = 0;
-  if (ymm && has(leaf1.ecx, 12) && has(leaf7.ebx, 5)) features |= kAvx2Fma;
+  if (ymm && has(leaf1.ecx, 12) && has(leaf1.ecx, 29) && has(leaf7.ebx, 5)) features |= kAvx2Fma;
   if (zmm && has(leaf7.ebx, 16) && has(leaf7.ebx, 17) && has(leaf7.ebx, 30) && has(leaf7.ebx, 31)) features |= kAvx512;
+  if ((features & kAvx512) != 0 && has(cpuid(7, 1).eax, 5)) features |= kAvx512Bf16;
   return features;
 }
+#elif defined(__aarch64__) || defined(_M_ARM64)
+std::uint32_t detect_features() { return kNeon; }  // part of the baseline
 #else
 std::uint32_t detect_features() { return 0; }
 #endif

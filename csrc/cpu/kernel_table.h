@@ -51,7 +51,7 @@ struct KernelTable {
   OuterFn outer[kDTypeCount];  // [activation]; dW is float
   DropoutCopyFn dropout_copy[kDTypeCount];
   DropoutAddFn dropout_add[kDTypeCount];
-  RowDotFn row_dot[kDTypeCount];  // [adapter]
+  RowDotFn row_dot[kDTypeCount][kDTypeCount];  // [a][b]: of one type, or b float
 };
 
 const KernelTable& active();

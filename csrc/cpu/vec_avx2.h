@@ -1,4 +1,4 @@
-// Eight floats: AVX2 + FMA.
+// Eight floats: AVX2 + FMA + F16C.
 struct Vec {
   static constexpr std::int64_t kWidth = 8;
   static constexpr std::int64_t kShrinkRows = 2, kShrinkRanks = 4;  // 16 registers
@@ -13,17 +13,23 @@ struct Vec {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
+  static Vec load(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   static Vec load(const float* p, std::int64_t n) { return {_mm256_maskload_ps(p, mask(n))}; }
-  static Vec load(const BFloat16* p, std::int64_t n) {
-    BFloat16 full[kWidth] = {};
+  template <typename T>
+  static Vec load(const T* p, std::int64_t n) {
+    T full[kWidth] = {};
     for (std::int64_t i = 0; i < n; ++i) full[i] = p[i];
     return load(full);
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round()); }
+  void store(Float16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   void store(float* p, std::int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
-  void store(BFloat16* p, std::int64_t n) const {
-    BFloat16 full[kWidth];
+  template <typename T>
+  void store(T* p, std::int64_t n) const {
+    T full[kWidth];
     store(full);
     for (std::int64_t i = 0; i < n; ++i) p[i] = full[i];
   }

@@ -10,12 +10,18 @@ struct Vec {
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
   static Vec load(const float* p, std::int64_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
   static Vec load(const BFloat16* p, std::int64_t n) { return widen(_mm256_maskz_loadu_epi16(mask(n), p)); }
+  static Vec load(const Float16* p, std::int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round()); }
+  void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half()); }
   void store(float* p, std::int64_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   void store(BFloat16* p, std::int64_t n) const { _mm256_mask_storeu_epi16(p, mask(n), round()); }
+  void store(Float16* p, std::int64_t n) const { _mm256_mask_storeu_epi16(p, mask(n), half()); }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
@@ -23,6 +29,7 @@ struct Vec {
  private:
   static __mmask16 mask(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static Vec widen(__m256i half) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}; }
+  __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   __m256i round() const {  // to nearest even; NaN becomes a quiet NaN
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

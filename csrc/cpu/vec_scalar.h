@@ -1,5 +1,5 @@
 // One float at a time: the specification of Vec, and the fall-back of every CPU.
-// Vec: kWidth lanes; load/store of float and bf16, whole or the first n lanes; fma(a, b, c) = a*b + c.
+// Vec: kWidth lanes; load/store of float, bf16 and fp16, whole or the first n lanes; fma(a, b, c) = a*b + c.
 struct Vec {
   static constexpr std::int64_t kWidth = 1;
   static constexpr std::int64_t kShrinkRows = 4, kShrinkRanks = 2;  // register tiles of the kernels
@@ -9,14 +9,18 @@ struct Vec {
 
   static Vec zero() { return {0.0f}; }
   static Vec broadcast(float x) { return {x}; }
-  static Vec load(const float* p) { return {*p}; }
-  static Vec load(const BFloat16* p) { return {to_float(*p)}; }
+  template <typename T>
+  static Vec load(const T* p) {
+    return {to_float(*p)};
+  }
   template <typename T>
   static Vec load(const T* p, std::int64_t n) {
     return n > 0 ? load(p) : zero();
   }
-  void store(float* p) const { *p = v; }
-  void store(BFloat16* p) const { *p = to_bfloat16(v); }
+  template <typename T>
+  void store(T* p) const {
+    *p = from_float<T>(v);
+  }
   template <typename T>
   void store(T* p, std::int64_t n) const {
     if (n > 0) store(p);

@@ -10,13 +10,8 @@ namespace ardlora::cpu::avx512 {
 namespace {
 #include "cpu/vec_avx512.h"
 
-#include "cpu/kernels/tiles.inl"
+#include "cpu/kernels/all.inl"
 
-#include "cpu/kernels/dropout.inl"
-#include "cpu/kernels/expand.inl"
-#include "cpu/kernels/outer.inl"
-#include "cpu/kernels/row_dot.inl"
-#include "cpu/kernels/shrink.inl"
 }  // namespace
 #include "cpu/isa/table.inl"
 }  // namespace ardlora::cpu::avx512

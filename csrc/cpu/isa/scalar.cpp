@@ -9,13 +9,8 @@ namespace ardlora::cpu::scalar {
 namespace {
 #include "cpu/vec_scalar.h"
 
-#include "cpu/kernels/tiles.inl"
+#include "cpu/kernels/all.inl"
 
-#include "cpu/kernels/dropout.inl"
-#include "cpu/kernels/expand.inl"
-#include "cpu/kernels/outer.inl"
-#include "cpu/kernels/row_dot.inl"
-#include "cpu/kernels/shrink.inl"
 }  // namespace
 #include "cpu/isa/table.inl"
 }  // namespace ardlora::cpu::scalar

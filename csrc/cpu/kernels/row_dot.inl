@@ -1,8 +1,8 @@
-// <a, b> over n contiguous elements of one type.
-template <typename T>
+// <a, b> over n contiguous elements.
+template <typename T, typename U>
 float row_dot(const void* a, const void* b, std::int64_t n) {
   const T* pa = static_cast<const T*>(a);
-  const T* pb = static_cast<const T*>(b);
+  const U* pb = static_cast<const U*>(b);
   Vec acc[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   std::int64_t i = 0;
   for (; i + 4 * Vec::kWidth <= n; i += 4 * Vec::kWidth) {
