@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext._native import core, threads
+from ardlora_ext._native import rank_resize
 from ardlora_ext.inject import adapters, check_unmerged
 from ardlora_ext.layers import LoraLinear, initial_rows
 from ardlora_ext.optim import moments, pin_lr, restart
@@ -167,16 +167,15 @@ def _prepare(
 
 
 def _move(changes: Sequence[_Change]) -> None:
-    """Move all rows in one native call."""
-    moves = np.array(
-        [
-            (b.old.data_ptr(), b.new.data_ptr(), b.old.shape[1] * b.old.element_size(), b.old.shape[0], b.plan)
-            for change in changes
-            for b in change.buffers.values()
-        ],
-        dtype=np.int64,
-    )
-    core.rank_resize(moves, [plan for change in changes for plan in change.plans], threads())
+    """Move all rows, in one native call per device."""
+    plans = [plan for change in changes for plan in change.plans]
+    moves: dict[torch.device, list[tuple[int, ...]]] = {}
+    for b in (b for change in changes for b in change.buffers.values()):
+        row_bytes = b.old.shape[1] * b.old.element_size()
+        move = (b.old.data_ptr(), b.new.data_ptr(), row_bytes, b.old.shape[0], b.plan)
+        moves.setdefault(b.old.device, []).append(move)
+    for device, rows in moves.items():
+        rank_resize(np.array(rows, dtype=np.int64), plans, device)
 
 
 def _commit(change: _Change, optimizer: Optimizer | None) -> None:

@@ -10,8 +10,8 @@
 #include "ardlora/lora_linear.h"
 #include "ardlora/rank_resize.h"
 #include "ardlora/regularizer.h"
+#include "bindings/cuda.h"
 #include "cpu/kernel_table.h"
-#include "cuda/unavailable.h"
 
 namespace py = pybind11;
 using namespace ardlora;
@@ -20,7 +20,6 @@ namespace {
 
 using MatrixArg = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, int>;
 using DoubleArray = py::array_t<double, py::array::c_style>;
-using IndexArray = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
 MatrixView view(const MatrixArg& arg, const char* op) {
   const auto [data, rows, cols, stride, dtype] = arg;
@@ -148,15 +147,7 @@ void bind_controller_passes(py::module_& m) {
   m.def(
       "rank_resize",
       [](const IndexArray& moves, const std::vector<std::vector<std::int64_t>>& plans, int threads) {
-        // moves [n, 5]: source address, destination address, bytes per row, source rows, plan
-        ARDLORA_CHECK(moves.ndim() == 2 && moves.shape(1) == 5, "rank_resize: moves must be [n, 5]");
-        const auto r = moves.unchecked<2>();
-        std::vector<RowMove> jobs;
-        jobs.reserve(static_cast<std::size_t>(r.shape(0)));
-        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
-          jobs.push_back(
-              {reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<void*>(r(i, 1)), r(i, 2), r(i, 3), r(i, 4)});
-        }
+        const std::vector<RowMove> jobs = row_moves(moves);
         py::gil_scoped_release release;
         rank_resize(jobs, plans, threads);
       },
@@ -215,5 +206,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &cpu::available_isas);
   m.def("built_isas", &cpu::built_isas);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
-  m.def("cuda_available", &cuda::available);
+  bind_cuda(m);
 }

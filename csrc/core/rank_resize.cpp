@@ -23,63 +23,67 @@ void check_plan(const Plan& plan, std::int64_t src_rows) {
   }
 }
 
-void gather(const RowMove& move, const Plan& plan) {
+void run(const RowMove& move, const std::vector<RowStep>& steps) {
   const char* src = static_cast<const char*>(move.src);
   char* dst = static_cast<char*>(move.dst);
   const auto bytes = static_cast<std::size_t>(move.row_bytes);
-  for (const std::int64_t source : plan) {
-    if (source < 0) {
-      std::memset(dst, 0, bytes);
+  if (bytes == 0) return;
+  std::vector<char> held(bytes);
+  for (const RowStep step : steps) {
+    char* to = step.to == kHeldRow ? held.data() : dst + step.to * move.row_bytes;
+    if (step.from == kZeroRow) {
+      std::memset(to, 0, bytes);
     } else {
-      std::memcpy(dst, src + source * move.row_bytes, bytes);
+      std::memcpy(to, step.from == kHeldRow ? held.data() : src + step.from * move.row_bytes, bytes);
     }
-    dst += move.row_bytes;
   }
 }
 
+}  // namespace
+
 // The map row <- index[row] consists of chains and cycles. A chain is written from the end that nobody reads, so a
-// row is overwritten only after it has moved on; a cycle keeps its first row in scratch. Zero rows come last.
-void gather_in_place(const RowMove& move, const Plan& plan) {
-  char* base = static_cast<char*>(move.dst);
-  const auto bytes = static_cast<std::size_t>(move.row_bytes);
+// row is overwritten only after it has moved on; a cycle keeps its first row aside. Zero rows come last.
+std::vector<RowStep> row_steps(const std::vector<std::int64_t>& plan, bool in_place) {
+  std::vector<RowStep> steps;
   const auto n = static_cast<std::int64_t>(plan.size());
-  const auto source_of = [&](std::int64_t row) { return row < n ? plan[static_cast<std::size_t>(row)] : -1; };
-  const auto copy = [&](std::int64_t to, std::int64_t from) {
-    std::memcpy(base + to * move.row_bytes, base + from * move.row_bytes, bytes);
+  const auto source_of = [&](std::int64_t row) { return row < n ? plan[static_cast<std::size_t>(row)] : kZeroRow; };
+  const auto step = [&](std::int64_t to, std::int64_t from) {
+    steps.push_back({static_cast<std::int32_t>(to), static_cast<std::int32_t>(from)});
   };
-  std::vector<bool> read(static_cast<std::size_t>(std::max(n, move.src_rows)), false), done(read.size(), false);
+  if (!in_place) {
+    for (std::int64_t row = 0; row < n; ++row) step(row, source_of(row));
+    return steps;
+  }
+  std::vector<bool> read(plan.size(), false), done(plan.size(), false);
   for (const std::int64_t source : plan) {
-    if (source >= 0) read[static_cast<std::size_t>(source)] = true;
+    if (source >= 0 && source < n) read[static_cast<std::size_t>(source)] = true;
   }
   const auto follow = [&](std::int64_t row, std::int64_t stop) {
-    while (source_of(row) >= 0 && source_of(row) != stop && !done[static_cast<std::size_t>(row)]) {
-      copy(row, source_of(row));
+    while (source_of(row) >= 0 && source_of(row) != stop) {
+      step(row, source_of(row));
       done[static_cast<std::size_t>(row)] = true;
       row = source_of(row);
     }
     return row;
   };
   for (std::int64_t row = 0; row < n; ++row) {
-    if (!read[static_cast<std::size_t>(row)]) follow(row, -1);
+    if (!read[static_cast<std::size_t>(row)]) follow(row, kHeldRow);
   }
-  std::vector<char> scratch(bytes);
   for (std::int64_t row = 0; row < n; ++row) {
     if (done[static_cast<std::size_t>(row)] || source_of(row) < 0 || source_of(row) == row) continue;
-    std::memcpy(scratch.data(), base + row * move.row_bytes, bytes);
+    step(kHeldRow, row);
     const std::int64_t last = follow(row, row);
-    std::memcpy(base + last * move.row_bytes, scratch.data(), bytes);
+    step(last, kHeldRow);
     done[static_cast<std::size_t>(last)] = true;
   }
   for (std::int64_t row = 0; row < n; ++row) {
-    if (source_of(row) < 0) std::memset(base + row * move.row_bytes, 0, bytes);
+    if (source_of(row) < 0) step(row, kZeroRow);
   }
+  return steps;
 }
 
-}  // namespace
-
-void rank_resize(const std::vector<RowMove>& moves, const std::vector<Plan>& plans, int threads) {
-  std::int64_t total_bytes = 0;
-  for (const RowMove& move : moves) {  // everything is checked before anything moves
+void check_moves(const std::vector<RowMove>& moves, const std::vector<Plan>& plans) {
+  for (const RowMove& move : moves) {
     ARDLORA_CHECK(move.plan >= 0 && move.plan < static_cast<std::int64_t>(plans.size()),
                   "rank_resize: plan must be one of ", plans.size(), ", got ", move.plan);
     ARDLORA_CHECK(move.row_bytes >= 0 && move.src_rows >= 0, "rank_resize: sizes must be >= 0, got ", move.row_bytes,
@@ -89,19 +93,21 @@ void rank_resize(const std::vector<RowMove>& moves, const std::vector<Plan>& pla
     ARDLORA_CHECK(move.src != move.dst || static_cast<std::int64_t>(plan.size()) <= move.src_rows,
                   "rank_resize: an in-place move must not exceed its ", move.src_rows, " rows, got ", plan.size());
     check_plan(plan, move.src_rows);
-    total_bytes += move.row_bytes * static_cast<std::int64_t>(plan.size());
+  }
+}
+
+void rank_resize(const std::vector<RowMove>& moves, const std::vector<Plan>& plans, int threads) {
+  check_moves(moves, plans);
+  std::int64_t total_bytes = 0;
+  for (const RowMove& move : moves) {
+    total_bytes += move.row_bytes * static_cast<std::int64_t>(plans[static_cast<std::size_t>(move.plan)].size());
   }
   // One buffer belongs to one thread: no two threads touch one address.
   const int used = cpu::useful_threads(threads, static_cast<double>(total_bytes));
   cpu::parallel_for(static_cast<std::int64_t>(moves.size()), 1, used, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const RowMove& move = moves[static_cast<std::size_t>(i)];
-      const Plan& plan = plans[static_cast<std::size_t>(move.plan)];
-      if (move.src == move.dst) {
-        gather_in_place(move, plan);
-      } else {
-        gather(move, plan);
-      }
+      run(move, row_steps(plans[static_cast<std::size_t>(move.plan)], move.src == move.dst));
     }
   });
 }

@@ -16,6 +16,21 @@ struct RowMove {
   std::int64_t plan;  // which index list
 };
 
+// One row's way: dst row `to` takes src row `from`. kHeldRow is the one row of scratch, kZeroRow a row of zeros.
+inline constexpr std::int32_t kZeroRow = -1;
+inline constexpr std::int32_t kHeldRow = -2;
+
+struct RowStep {
+  std::int32_t to;
+  std::int32_t from;
+};
+
+// The steps of one plan in an order that, in place, never overwrites a row still to be read.
+std::vector<RowStep> row_steps(const std::vector<std::int64_t>& plan, bool in_place);
+
+// Everything is checked before anything moves.
+void check_moves(const std::vector<RowMove>& moves, const std::vector<std::vector<std::int64_t>>& plans);
+
 void rank_resize(const std::vector<RowMove>& moves, const std::vector<std::vector<std::int64_t>>& plans, int threads);
 
 }  // namespace ardlora

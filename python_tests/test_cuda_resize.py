@@ -1,0 +1,104 @@
+"""The CUDA resize: its kernel run on the host (plain, ASan, TSan), its static budget, and the stub's answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ardlora_ext import _native, reference
+from ardlora_ext._native import core
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = ("testing/rank_resize_main.cpp", "core/rank_resize.cpp", "cuda/resize_table.cpp")
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [(["-O1"], "serial"), (["-O1", "-fsanitize=address,undefined"], "serial"), (["-fsanitize=thread"], "threads")],
+    ids=["plain", "asan", "tsan"],
+)
+def test_kernel_on_the_host_is_a_gather(tmp_path: Path, flags: list[str], mode: str) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler at run time")
+    if not CSRC.is_dir():
+        pytest.skip("needs the source tree")
+    program = tmp_path / "resize"
+    includes = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    sources = [str(CSRC / source) for source in SOURCES]
+    command = [compiler, "-std=c++20", "-g", "-pthread", *flags, *includes, *sources, "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find" in built.stderr and "san" in built.stderr:
+        pytest.skip("the compiler has no such sanitizer")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program), mode], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_static_budget(tmp_path: Path, arch: str) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on the PATH")
+    if not CSRC.is_dir():
+        pytest.skip("needs the source tree")
+    command = [nvcc, f"-arch={arch}", "-std=c++17", "-cubin", "-Xptxas", "-v", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    command += [str(CSRC / "cuda/launch.cu"), "-o", str(tmp_path / "k.cubin")]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    assert frames
+    assert set(frames) == {("0", "0", "0")}
+    assert max(registers) <= 40  # 12 blocks of 128 threads on each SM
+
+
+def test_table_checks_before_it_is_built() -> None:
+    t = torch.zeros(2, 4)
+    moves = np.array([[t.data_ptr(), t.data_ptr(), 16, 2, 0]], dtype=np.int64)
+    with pytest.raises(ValueError, match="rank_resize: index must use each row once, got 1 twice"):
+        core.cuda_resize_table(moves, [[1, 1]])
+    words, jobs, blocks = core.cuda_resize_table(moves, [[1, 0]])
+    assert (jobs, blocks) == (1, 1)
+    assert len(words) == 7 + 3  # a job, and a swap by way of the held row
+
+
+@pytest.mark.skipif(core.cuda_built(), reason="this build has CUDA kernels")
+def test_a_build_without_kernels_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="rank_resize: tensors must be on the CPU, this build has no CUDA"):
+        core.cuda_rank_resize(0, 0, 0, 0, 0)
+    with pytest.raises(NotImplementedError, match="rank_resize: tensors must be on the CPU, this build has no CUDA"):
+        _native.rank_resize(np.zeros((0, 5), np.int64), [], torch.device("cuda", 0))
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="rank_resize: tensors must be on the CPU or a CUDA device, got meta"):
+        _native.rank_resize(np.zeros((0, 5), np.int64), [], torch.device("meta"))
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device, or a torch without CUDA")
+        if not core.cuda_built():
+            pytest.skip("this build has no CUDA kernels")
+    return torch.device(request.param)
+
+
+@pytest.mark.parametrize("plan", [[2, 0, 1], [1, 2], [-1, 0, 1], [2, -1, 0], []])
+@pytest.mark.parametrize("cols", [1, 37, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_move_in_place(device: torch.device, plan: list[int], cols: int, dtype: torch.dtype) -> None:
+    old = torch.randn(3, cols).to(device, dtype)
+    new = old.clone()
+    moves = np.array([[new.data_ptr(), new.data_ptr(), cols * new.element_size(), 3, 0]], dtype=np.int64)
+    _native.rank_resize(moves, [plan], device)
+    assert torch.equal(new[: len(plan)].cpu(), reference.rank_resize(old.cpu(), plan))
+    assert torch.equal(new[len(plan) :], old[len(plan) :])
