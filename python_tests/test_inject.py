@@ -316,7 +316,11 @@ def _already_wrapped() -> nn.Module:
         (Attention, ard.ArdConfig(head_dim={"down": ("in", 9)}), "'down' must divide its 64 input features, got 9"),
         (Attention, ard.ArdConfig(head_dim={"up": ("side", 8)}), "side of 'up' must be 'in' or 'out', got 'side'"),
         (_meta, ard.LoraConfig(), "parameters must be on the CPU in this build, got 'q_proj' on meta"),
-        (lambda: Attention().half(), ard.LoraConfig(), r"'q_proj' must be float32 or bfloat16, got torch\.float16"),
+        (
+            lambda: Attention().double(),
+            ard.LoraConfig(),
+            r"'q_proj' must be float32, bfloat16 or float16, got torch\.float64",
+        ),
         # Rank 1: 64 + 64 + 96 + 96 parameters; rank 4: four times as many.
         (Attention, ard.ArdConfig(r0=2, r_max=4, budget=319), r"between 320 parameters \(rank 1 .*\) and 1,280 "),
         (Attention, ard.ArdConfig(r0=2, r_max=4, budget=1281), r"1,280 \(rank 4 everywhere\), got 1,281"),
@@ -334,7 +338,7 @@ def _already_wrapped() -> nn.Module:
         "head_dim of input",
         "head_dim side",
         "meta",
-        "float16",
+        "float64",
         "budget too small",
         "budget too large",
     ],
