@@ -93,7 +93,7 @@ class DoraLinear(LoraLinear):
         self.lora_magnitude_vector = nn.Parameter(self._base_squares().sqrt())
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_cached": None}
+        return {**self.__dict__, "_cached": None}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LoraLinear:
         """Follow `.to(...)`, but keep the magnitude in float32 and unrounded."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 
 from ardlora_ext import ops, reference
-from ardlora_ext.units import UnitLayout
+from ardlora_ext._native import core
+from ardlora_ext.units import UnitLayout, native_table
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -46,6 +46,7 @@ class LoraLinear(nn.Module):
         base_layer: the wrapped layer, frozen.
         layout: how the matrix is cut into units.
         ranks: live components of each unit.
+        rank_table: the same as the tensor that the ops read, `UnitLayout.encode(ranks)`.
         scaling: constant in front of the update; does not change with the ranks.
         lora_gate: [capacity of the gated factor] float32 gates that a controller sets, or None.
         lora_E: [capacity, 1] gates that the optimizer trains (the singular values of the P Lambda Q form), or None.
@@ -79,6 +80,7 @@ class LoraLinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.undo_merge = None
         self.ranks: list[int] = []
+        self.rank_table = layout.encode([0] * layout.units)
         self.set_ranks([min(r, layout.max_rank)] * layout.units)
         a_rows, b_rows = layout.rows(self.ranks)
         a_cap, b_cap = self.capacities(a_rows, b_rows)
@@ -93,7 +95,12 @@ class LoraLinear(nn.Module):
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """Record the live ranks; the caller has brought the buffers in line."""
         self.ranks = list(ranks)
-        self.table = self.layout.table(self.ranks)
+        self.rank_table.copy_(self.layout.encode(self.ranks))  # in place: compiled code holds on to it
+
+    @property
+    def table(self) -> core.UnitTable:
+        """The native table of the live ranks."""
+        return native_table(self.rank_table)
 
     def _gates(self, value: float) -> torch.Tensor:
         gates = torch.zeros(len(self.gated))
@@ -105,23 +112,6 @@ class LoraLinear(nn.Module):
         if self.capacity == "fixed":
             return self.layout.rows([self.max_rank] * self.layout.units)
         return capacity_of(a_rows), capacity_of(b_rows)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> LoraLinear:
-        """Copy everything but the native table, which is rebuilt."""
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        for key, value in self.__dict__.items():
-            if key != "table":
-                clone.__dict__[key] = copy.deepcopy(value, memo)
-        clone.set_ranks(self.ranks)
-        return clone
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "table"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.set_ranks(self.ranks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraLinear:
         """Follow `.to(...)`, but keep gates in float32, the type the kernels read, bit for bit."""
@@ -216,9 +206,9 @@ class LoraLinear(nn.Module):
             merged: torch.Tensor = self.base_layer(x)
             return merged
         # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
-        seed = int(torch.randint(2**62, ())) if self.training and self.lora_dropout > 0.0 else None
-        dropout = ops.NO_DROPOUT if seed is None else (self.lora_dropout, seed)
-        adapter = self.lora_A, self.lora_B, self.gate, self.table, self.scaling, dropout
+        masked = self.training and self.lora_dropout > 0.0
+        dropout = (self.lora_dropout, torch.randint(2**62, ())) if masked else ops.NO_DROPOUT
+        adapter = self.lora_A, self.lora_B, self.gate, self.rank_table, self.scaling, dropout
         dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
         if dense is not None and dense[0].dtype == x.dtype:
             weight, bias = dense

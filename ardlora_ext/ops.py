@@ -1,6 +1,9 @@
-"""Autograd over the native core: the LoRA linear with its base matmul, and the adapter alone.
+"""The LoRA linear as operators of torch: `ardlora_ext::lora_linear` (base matmul and adapter, one autograd node),
+`ardlora_ext::lora_accumulate` (the adapter alone) and the backward of both.
 
-Both save x by reference and H [M, hidden] float32; nothing of the size of x is created.
+Eager code reaches the autograd nodes directly; compiled code reaches the same nodes through torch's dispatcher. Ranks
+arrive as a tensor (`UnitLayout.encode`), so a rank change is data to a compiled graph, not a reason to compile again.
+x is saved by reference with H [M, rows] float32; nothing of the size of x is created.
 """
 
 from __future__ import annotations
@@ -11,9 +14,20 @@ import torch
 from torch.nn import functional as F
 
 from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, core, matrix, threads
+from ardlora_ext.units import native_table
 
-Dropout = tuple[float, int]  # probability, seed
-NO_DROPOUT: Dropout = (0.0, 0)
+Dropout = tuple[float, torch.Tensor | None]  # probability, seed: int64 scalar on the CPU
+NO_DROPOUT: Dropout = (0.0, None)
+
+_ADAPTER = "Tensor lora_A, Tensor lora_B, Tensor? gate, Tensor rank_table, float scaling, float p, Tensor? seed"
+_library = torch.library.Library("ardlora_ext", "DEF")
+_library.define(f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}) -> (Tensor y, Tensor h)")
+_library.define(f"lora_accumulate(Tensor y, Tensor x, {_ADAPTER}) -> (Tensor y, Tensor h)")
+_library.define(
+    f"lora_backward(Tensor dy, Tensor x, Tensor h, {_ADAPTER}, Tensor? weight, bool need_dx, bool need_dgate)"
+    " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)"
+)
+_ops = torch.ops.ardlora_ext
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -23,7 +37,12 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return flat if rows_fit else flat.clone(memory_format=torch.contiguous_format)
 
 
-def _check_cpu(op: str, *tensors: torch.Tensor) -> None:
+def _hidden_rows(lora_A: torch.Tensor, lora_B: torch.Tensor) -> int:
+    """Columns of H: room for every rank that the factors can hold, so that no shape depends on the ranks."""
+    return min(lora_A.shape[0], lora_B.shape[0])
+
+
+def _check(op: str, *tensors: torch.Tensor) -> None:
     for t in tensors:
         if t.device.type != "cpu":
             raise NotImplementedError(
@@ -33,60 +52,108 @@ def _check_cpu(op: str, *tensors: torch.Tensor) -> None:
             raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, got {t.dtype}")
 
 
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dropout(p: float, seed: torch.Tensor | None) -> tuple[float, int]:
+    return (0.0, 0) if seed is None else (p, int(seed))
+
+
 def _adapter_forward(
     x: torch.Tensor,
     y: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     gate: torch.Tensor | None,
-    table: core.UnitTable,
+    rank_table: torch.Tensor,
     scaling: float,
-    dropout: Dropout,
+    p: float,
+    seed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Accumulate the adapter into y [M, N] in place and return H [M, hidden]."""
-    h = torch.empty(x.shape[0], table.hidden, dtype=torch.float32)
+    """Accumulate the adapter into y [M, N] in place and return H."""
+    h = torch.empty(x.shape[0], _hidden_rows(lora_A, lora_B), dtype=torch.float32)
     core.lora_forward(
-        table,
+        native_table(rank_table),
         matrix(x),
         matrix(lora_A),
         matrix(lora_B),
-        0 if gate is None else gate.data_ptr(),
+        _address(gate),
         scaling,
         matrix(h),
         matrix(y),
         threads(),
-        *dropout,
+        *_dropout(p, seed),
     )
     return h
 
 
-def _adapter_backward(
-    ctx: Any, dy: torch.Tensor, dx: torch.Tensor | None, gate_needs_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Accumulate the adapter's part of dx in place and return (dA, dB, dgate) in float32."""
-    x, lora_A, lora_B, gate, h = ctx.saved_tensors
+def _linear_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *adapter: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check("lora_linear", x, weight, adapter[0], adapter[1])
+    if x.dtype != weight.dtype:
+        raise ValueError(f"lora_linear: x must have the dtype of weight ({weight.dtype}), got {x.dtype}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"lora_linear: x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
+    x2 = _rows(x)
+    y = F.linear(x2, weight, bias)
+    h = _adapter_forward(x2, y, *adapter)
+    return y.view(*x.shape[:-1], y.shape[-1]), h
+
+
+def _accumulate_kernel(y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _check("lora_accumulate", x, y, adapter[0], adapter[1])
+    if x.dtype != y.dtype:
+        raise ValueError(f"lora_accumulate: x must have the dtype of y ({y.dtype}), got {x.dtype}")
+    # A copy: the base, its hooks or its backward may still need what it returned.
+    out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
+    h = _adapter_forward(_rows(x), out.view(-1, out.shape[-1]), *adapter)
+    return out, h
+
+
+def _backward_kernel(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    rank_table: torch.Tensor,
+    scaling: float,
+    p: float,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    need_dx: bool,
+    need_dgate: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx starts as dy W (zeros without a weight) and the adapter's part is accumulated into it in place."""
+    dy2, x2 = _rows(dy), _rows(x)
+    dx = dy.new_empty(0)
+    if need_dx:
+        dx = dy2.new_zeros(x2.shape) if weight is None else dy2 @ weight
+    d_h = torch.empty_like(h)
     d_a = torch.empty(lora_A.shape, dtype=torch.float32)
     d_b = torch.empty(lora_B.shape, dtype=torch.float32)
-    d_h = torch.empty_like(h)
-    d_gate = torch.zeros_like(gate) if gate_needs_grad else None
+    d_gate = torch.zeros_like(gate) if need_dgate and gate is not None else h.new_empty(0)
     core.lora_backward(
-        ctx.table,
-        matrix(x),
+        native_table(rank_table),
+        matrix(x2),
         matrix(lora_A),
         matrix(lora_B),
-        0 if gate is None else gate.data_ptr(),
-        ctx.scaling,
+        _address(gate),
+        scaling,
         matrix(h),
-        matrix(dy),
+        matrix(dy2),
         matrix(d_h),
-        NO_MATRIX if dx is None else matrix(dx),
+        matrix(dx) if need_dx else NO_MATRIX,
         matrix(d_a),
         matrix(d_b),
-        0 if d_gate is None else d_gate.data_ptr(),
+        _address(d_gate) if need_dgate else 0,
         threads(),
-        *ctx.dropout,
+        *_dropout(p, seed),
     )
-    return d_a, d_b, d_gate
+    return dx.view(x.shape) if need_dx else dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_gate
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -94,59 +161,97 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        gate: torch.Tensor | None,
-        table: core.UnitTable,
-        scaling: float,
-        dropout: Dropout,
-    ) -> torch.Tensor:
-        x2 = _rows(x)
-        y = F.linear(x2, weight, bias)
-        h = _adapter_forward(x2, y, lora_A, lora_B, gate, table, scaling, dropout)
-        ctx.save_for_backward(x2, lora_A, lora_B, gate, h)
-        ctx.weight, ctx.table, ctx.scaling, ctx.dropout, ctx.shape = weight, table, scaling, dropout, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *adapter: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h = _ops.lora_linear.default(x, weight, bias, *adapter)
+        _save(ctx, x, h, adapter, weight)
+        return y, h
 
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dy = _rows(grad[0])
-        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
-        grads = _adapter_backward(ctx, dy, dx, ctx.needs_input_grad[5])
-        return (None if dx is None else dx.view(ctx.shape), None, None, *grads, None, None, None)
+        dx, d_a, d_b, d_gate = _backward(ctx, grad[0], ctx.needs_input_grad[0], ctx.needs_input_grad[5])
+        return dx, None, None, d_a, d_b, d_gate, None, None, None, None
 
 
 class _LoraAccumulate(torch.autograd.Function):
     """y + scaling * (g o (x A^T)) B for a y that any module made."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        gate: torch.Tensor | None,
-        table: core.UnitTable,
-        scaling: float,
-        dropout: Dropout,
-    ) -> torch.Tensor:
-        x2, y2 = _rows(x), _rows(y).clone()  # the base, its hooks or its backward may still need what it returned
-        h = _adapter_forward(x2, y2, lora_A, lora_B, gate, table, scaling, dropout)
-        ctx.save_for_backward(x2, lora_A, lora_B, gate, h)
-        ctx.table, ctx.scaling, ctx.dropout, ctx.shape = table, scaling, dropout, x.shape
-        return y2.view(y.shape)
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, h = _ops.lora_accumulate.default(y, x, *adapter)
+        _save(ctx, x, h, adapter, None)
+        return out, h
 
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dy = _rows(grad[0])
-        dx = dy.new_zeros(dy.shape[0], ctx.shape[-1]) if ctx.needs_input_grad[1] else None
-        grads = _adapter_backward(ctx, dy, dx, ctx.needs_input_grad[4])
-        return (grad[0], None if dx is None else dx.view(ctx.shape), *grads, None, None, None)
+        dx, d_a, d_b, d_gate = _backward(ctx, grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+        return grad[0], dx, d_a, d_b, d_gate, None, None, None, None
+
+
+def _save(ctx: Any, x: torch.Tensor, h: torch.Tensor, adapter: tuple[Any, ...], weight: torch.Tensor | None) -> None:
+    lora_A, lora_B, gate, rank_table, ctx.scaling, ctx.p, seed = adapter
+    ctx.save_for_backward(x, h, lora_A, lora_B, gate, rank_table, seed, weight)
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # none for h
+
+
+def _backward(
+    ctx: Any, dy: torch.Tensor | None, need_dx: bool, need_dgate: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    if dy is None:
+        return None, None, None, None
+    x, h, lora_A, lora_B, gate, rank_table, seed, weight = ctx.saved_tensors
+    adapter = lora_A, lora_B, gate, rank_table, ctx.scaling, ctx.p, seed
+    dx, d_a, d_b, d_gate = _ops.lora_backward.default(dy, x, h, *adapter, weight, need_dx, need_dgate)
+    return dx if need_dx else None, d_a, d_b, d_gate if need_dgate else None
+
+
+def _hidden_shape(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.numel() // x.shape[-1], _hidden_rows(lora_A, lora_B), dtype=torch.float32)
+
+
+def _linear_shapes(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *adapter: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden_shape(x, *adapter[:2])
+
+
+def _accumulate_shapes(y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return y.new_empty(y.shape), _hidden_shape(x, *adapter[:2])
+
+
+def _backward_shapes(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    rank_table: torch.Tensor,
+    scaling: float,
+    p: float,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    need_dx: bool,
+    need_dgate: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = x.new_empty(x.shape) if need_dx else dy.new_empty(0)
+    d_gate = gate.new_empty(gate.shape) if need_dgate and gate is not None else h.new_empty(0)
+    return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape), d_gate
+
+
+_KERNELS = {
+    "lora_linear": (_linear_kernel, _linear_shapes),
+    "lora_accumulate": (_accumulate_kernel, _accumulate_shapes),
+    "lora_backward": (_backward_kernel, _backward_shapes),
+}
+for _name, (_kernel, _shapes) in _KERNELS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ardlora_ext::{_name}", _shapes, lib=_library)
+_library.impl("lora_linear", _LoraLinear.apply, "Autograd")
+_library.impl("lora_accumulate", _LoraAccumulate.apply, "Autograd")
 
 
 def lora_linear(
@@ -156,7 +261,7 @@ def lora_linear(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     gate: torch.Tensor | None,
-    table: core.UnitTable,
+    rank_table: torch.Tensor,
     scaling: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
@@ -169,10 +274,10 @@ def lora_linear(
         lora_A: [>= a_rows, a_width] float32, or the dtype of x. Contiguous.
         lora_B: [>= b_rows, b_width], rank-major, same dtype as lora_A. Contiguous.
         gate: float32, at least one entry per live row of the gated factor, or None for 1; may require a gradient.
-        table: units of the matrix at their present ranks.
+        rank_table: `UnitLayout.encode(ranks)`, int64 on the CPU. Must not change between forward and backward.
         scaling: the constant in front of the update.
-        dropout: (p, seed) of the adapter's input; the mask is `reference.dropout_factors(p, seed, M, K)`, computed
-            again in backward.
+        dropout: (p, seed) of the adapter's input, the seed an int64 scalar tensor on the CPU; the mask is
+            `reference.dropout_factors(p, seed, M, K)`, computed again in backward. (0, None) for none.
 
     Returns:
         y [..., N] in the dtype of x; sums are kept in float32 and rounded once.
@@ -181,14 +286,8 @@ def lora_linear(
         NotImplementedError: a tensor is not on the CPU.
         ValueError: shapes or dtypes do not fit.
     """
-    _check_cpu("lora_linear", x, weight, lora_A, lora_B)
-    if x.dtype != weight.dtype:
-        raise ValueError(f"lora_linear: x must have the dtype of weight ({weight.dtype}), got {x.dtype}")
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"lora_linear: x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
-    out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, lora_A, lora_B, gate, table, scaling, dropout
-    )
+    node = _ops.lora_linear.default if torch.compiler.is_compiling() else _LoraLinear.apply
+    out: torch.Tensor = node(x, weight, bias, lora_A, lora_B, gate, rank_table, scaling, *dropout)[0]
     return out
 
 
@@ -198,7 +297,7 @@ def lora_accumulate(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     gate: torch.Tensor | None,
-    table: core.UnitTable,
+    rank_table: torch.Tensor,
     scaling: float,
     dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
@@ -206,10 +305,6 @@ def lora_accumulate(
 
     For a base of any kind (quantised, autocast, another library's): y is what it returned.
     """
-    _check_cpu("lora_accumulate", x, y, lora_A, lora_B)
-    if x.dtype != y.dtype:
-        raise ValueError(f"lora_accumulate: x must have the dtype of y ({y.dtype}), got {x.dtype}")
-    out: torch.Tensor = _LoraAccumulate.apply(  # type: ignore[no-untyped-call]
-        y, x, lora_A, lora_B, gate, table, scaling, dropout
-    )
+    node = _ops.lora_accumulate.default if torch.compiler.is_compiling() else _LoraAccumulate.apply
+    out: torch.Tensor = node(y, x, lora_A, lora_B, gate, rank_table, scaling, *dropout)[0]
     return out

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ardlora_ext import ops, reference
-from ardlora_ext._native import core
 from ardlora_ext.layers import Conv1D, LoraLinear
 from ardlora_ext.units import UnitLayout
 
@@ -82,6 +81,7 @@ class PissaLinear(LoraLinear):
             )
         super().__init__(base_layer, *args, **kwargs)
         self.initial_ranks = list(self.ranks)
+        self.initial_table = self.layout.encode(self.initial_ranks)
         a_rows, b_rows = self.layout.rows(self.ranks)
         with torch.no_grad():
             self._start(weight.detach().T if isinstance(base_layer, Conv1D) else weight.detach())
@@ -104,17 +104,12 @@ class PissaLinear(LoraLinear):
     def extras(self) -> dict[str, torch.Tensor]:
         return {"initial_A": self.initial_A, "initial_B": self.initial_B}
 
-    @property
-    def _initial_table(self) -> core.UnitTable:
-        return self.layout.table(self.initial_ranks)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         if self.undo_merge is not None:
             return y
-        return ops.lora_accumulate(  # a clone: y is a view that autograd does not let us write to
-            y.clone(), x.to(y.dtype), self.initial_A, self.initial_B, None, self._initial_table, -self.scaling
-        )
+        initial = self.initial_A, self.initial_B, None, self.initial_table, -self.scaling
+        return ops.lora_accumulate(y, x.to(y.dtype), *initial)
 
     @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:
@@ -127,7 +122,7 @@ class PissaLinear(LoraLinear):
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return plain factors of B A - B0 A0: the two products side by side, of the sum of their ranks."""
         a, b = super().fold()
-        hidden, own = self._initial_table.hidden, 0
+        hidden, own = self.layout.table(self.initial_ranks).hidden, 0
         a0, b0 = torch.zeros(hidden, a.shape[1]), torch.zeros(hidden, b.shape[0])
         slices = reference.unit_slices(self.layout, self.initial_ranks)
         for (a_rows, b_rows, cols, out), r in zip(slices, self.initial_ranks, strict=True):

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
+
+import torch
 
 from ardlora_ext._native import core
 
@@ -82,8 +85,22 @@ class UnitLayout:
         a_rows, b_rows = self.rows(ranks)
         return a_rows * self.a_width + b_rows * self.b_width
 
+    def encode(self, ranks: Sequence[int]) -> torch.Tensor:
+        """Return layout and ranks as one int64 tensor [4 + units] on the CPU: what the ops read."""
+        kind, factoring = _KIND_CODES[self.kind], _FACTORING_CODES[self.factoring]
+        return torch.tensor([kind, factoring, self.in_features, self.out_features, *ranks], dtype=torch.int64)
+
     def table(self, ranks: Sequence[int]) -> core.UnitTable:
-        """Build the native table of these ranks."""
-        return core.UnitTable(
-            _KIND_CODES[self.kind], _FACTORING_CODES[self.factoring], self.in_features, self.out_features, list(ranks)
-        )
+        """Return the native table of these ranks."""
+        return native_table(self.encode(ranks))
+
+
+@lru_cache(maxsize=1 << 14)
+def _table(words: bytes) -> core.UnitTable:
+    kind, factoring, in_features, out_features, *ranks = memoryview(words).cast("q")
+    return core.UnitTable(kind, factoring, in_features, out_features, ranks)
+
+
+def native_table(encoded: torch.Tensor) -> core.UnitTable:
+    """Return the native table of what `UnitLayout.encode` made; tables are immutable and equal ones are shared."""
+    return _table(encoded.numpy().tobytes())

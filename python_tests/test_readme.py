@@ -21,7 +21,7 @@ def test_equivalent_formula_is_what_the_layer_computes() -> None:
     formula = scope["lora_linear"]
     assert callable(formula)
     x, w, bias, a, b, gate = (torch.randn(*s) for s in ((5, 12), (9, 12), (9,), (3, 12), (3, 9), (3,)))
-    table = UnitLayout("matrix", "shared", 1, 12, 9).table([3])
+    table = UnitLayout("matrix", "shared", 1, 12, 9).encode([3])
     torch.testing.assert_close(
         ops.lora_linear(x, w, bias, a, b, gate, table, 0.5), formula(x, w, bias, a, b, gate, 0.5)
     )

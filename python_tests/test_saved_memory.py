@@ -55,7 +55,7 @@ def autocast(enabled: bool) -> AbstractContextManager[object]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_h_is_saved_beyond_the_input(dtype: torch.dtype, dropout: float, path: str) -> None:
     layer = make_layer(dtype, dropout, path)
-    own = [*layer.parameters(), *layer.buffers()]
+    own = [*layer.parameters(), *layer.buffers(), layer.rank_table]
     x = torch.randn(M, K).to(dtype).requires_grad_()
     base = saved_bytes(layer.base_layer, x, own)
     assert saved_bytes(layer, x, own) - base == 4 * M * layer.table.hidden
@@ -64,7 +64,7 @@ def test_only_h_is_saved_beyond_the_input(dtype: torch.dtype, dropout: float, pa
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_autocast_saves_the_input_once_in_bfloat16(dropout: float) -> None:
     layer = make_layer(torch.float32, dropout)
-    own = [*layer.parameters(), *layer.buffers()]
+    own = [*layer.parameters(), *layer.buffers(), layer.rank_table]
     x = torch.randn(M, K, requires_grad=True)
     with autocast(enabled=True):
         base = saved_bytes(layer.base_layer, x, own)
@@ -76,7 +76,7 @@ def test_autocast_saves_the_input_once_in_bfloat16(dropout: float) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_checkpointing_saves_nothing(dropout: float, use_reentrant: bool) -> None:
     layer = make_layer(torch.float32, dropout)
-    own = [*layer.parameters(), *layer.buffers()]
+    own = [*layer.parameters(), *layer.buffers(), layer.rank_table]
     x = torch.randn(M, K, requires_grad=True)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
