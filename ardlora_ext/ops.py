@@ -3,7 +3,7 @@
 
 Eager code reaches the autograd nodes directly; compiled code reaches the same nodes through torch's dispatcher. Ranks
 arrive as a tensor (`UnitLayout.encode`), so a rank change is data to a compiled graph, not a reason to compile again.
-x is saved by reference with H [M, rows] float32; nothing of the size of x is created.
+x is saved by reference with H [M, rank capacity] float32; nothing of the size of x is created.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Dropout = tuple[float, torch.Tensor | None]  # probability, seed: int64 scalar o
 NO_DROPOUT: Dropout = (0.0, None)
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B, Tensor? gate, Tensor rank_table, float scaling, float p, Tensor? seed"
-_library = torch.library.Library("ardlora_ext", "DEF")
+_library: Any = torch.library.Library("ardlora_ext", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}) -> (Tensor y, Tensor h)")
 _library.define(f"lora_accumulate(Tensor y, Tensor x, {_ADAPTER}) -> (Tensor y, Tensor h)")
 _library.define(
     f"lora_backward(Tensor dy, Tensor x, Tensor h, {_ADAPTER}, Tensor? weight, bool need_dx, bool need_dgate)"
     " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)"
 )
-_ops = torch.ops.ardlora_ext
+_ops: Any = torch.ops.ardlora_ext
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -242,7 +242,7 @@ def _backward_shapes(
     return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape), d_gate
 
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Any, Any]] = {
     "lora_linear": (_linear_kernel, _linear_shapes),
     "lora_accumulate": (_accumulate_kernel, _accumulate_shapes),
     "lora_backward": (_backward_kernel, _backward_shapes),
@@ -286,7 +286,7 @@ def lora_linear(
         NotImplementedError: a tensor is not on the CPU.
         ValueError: shapes or dtypes do not fit.
     """
-    node = _ops.lora_linear.default if torch.compiler.is_compiling() else _LoraLinear.apply
+    node: Any = _ops.lora_linear.default if torch.compiler.is_compiling() else _LoraLinear.apply
     out: torch.Tensor = node(x, weight, bias, lora_A, lora_B, gate, rank_table, scaling, *dropout)[0]
     return out
 
@@ -305,6 +305,6 @@ def lora_accumulate(
 
     For a base of any kind (quantised, autocast, another library's): y is what it returned.
     """
-    node = _ops.lora_accumulate.default if torch.compiler.is_compiling() else _LoraAccumulate.apply
+    node: Any = _ops.lora_accumulate.default if torch.compiler.is_compiling() else _LoraAccumulate.apply
     out: torch.Tensor = node(y, x, lora_A, lora_B, gate, rank_table, scaling, *dropout)[0]
     return out

@@ -58,7 +58,8 @@ def test_only_h_is_saved_beyond_the_input(dtype: torch.dtype, dropout: float, pa
     own = [*layer.parameters(), *layer.buffers(), layer.rank_table]
     x = torch.randn(M, K).to(dtype).requires_grad_()
     base = saved_bytes(layer.base_layer, x, own)
-    assert saved_bytes(layer, x, own) - base == 4 * M * layer.table.hidden
+    seed = 8 if dropout else 0
+    assert saved_bytes(layer, x, own) - base == 4 * M * layer.table.hidden + seed
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -69,7 +70,7 @@ def test_autocast_saves_the_input_once_in_bfloat16(dropout: float) -> None:
     with autocast(enabled=True):
         base = saved_bytes(layer.base_layer, x, own)
         ours = saved_bytes(layer, x, own)
-    assert ours - base <= 2 * M * K + 4 * M * layer.table.hidden
+    assert ours - base <= 2 * M * K + 4 * M * layer.table.hidden + 8  # a seed
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
