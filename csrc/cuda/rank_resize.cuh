@@ -1,23 +1,14 @@
 // Rows of many buffers move in one launch. A thread owns one word of every row of a buffer, a column that no other
 // thread touches, and walks the buffer's steps in order: nothing needs a barrier or scratch memory, a cycle's row waits
-// in a register. Compiles for the host too, where the tests run it thread by thread.
+// in a register.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/ptx.h"
 #include "cuda/resize_table.h"
 
-#ifdef __CUDACC__
-#define ARDLORA_DEVICE __device__ __forceinline__
-#else
-#define ARDLORA_DEVICE inline
-#endif
-
 namespace ardlora::cuda {
-
-struct alignas(16) Word16 {
-  std::uint32_t part[4];
-};
 
 template <typename Word>
 ARDLORA_DEVICE void move_column(const ResizeJob& job, const RowStep* steps, std::int64_t column) {
@@ -39,27 +30,22 @@ ARDLORA_DEVICE void move_column(const ResizeJob& job, const RowStep* steps, std:
   }
 }
 
-ARDLORA_DEVICE void resize_thread(const std::int64_t* table, std::int64_t jobs, std::int64_t block, int thread) {
+__global__ void __launch_bounds__(kResizeThreads)
+    rank_resize_kernel(const std::int64_t* __restrict__ table, std::int64_t jobs) {
   const ResizeJob* all = reinterpret_cast<const ResizeJob*>(table);
   const RowStep* steps = reinterpret_cast<const RowStep*>(all + jobs);
+  const std::int64_t block = blockIdx.x;
   std::int64_t low = 0;
   for (std::int64_t high = jobs; high - low > 1;) {  // the last job that begins at or before this block
     const std::int64_t middle = (low + high) / 2;
     (all[middle].first_block <= block ? low : high) = middle;
   }
   const ResizeJob job = all[low];
-  const std::int64_t column = (block - job.first_block) * kResizeThreads + thread;
+  const std::int64_t column = (block - job.first_block) * kResizeThreads + threadIdx.x;
   if (job.word == 16) return move_column<Word16>(job, steps, column);
   if (job.word == 4) return move_column<std::uint32_t>(job, steps, column);
   if (job.word == 2) return move_column<std::uint16_t>(job, steps, column);
   move_column<std::uint8_t>(job, steps, column);
 }
-
-#ifdef __CUDACC__
-__global__ void __launch_bounds__(kResizeThreads)
-    rank_resize_kernel(const std::int64_t* __restrict__ table, std::int64_t jobs) {
-  resize_thread(table, jobs, blockIdx.x, static_cast<int>(threadIdx.x));
-}
-#endif
 
 }  // namespace ardlora::cuda

@@ -1,0 +1,46 @@
+"""The CUDA kernels on the host: each through its launcher, in several block orders, against plain loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simt import MODES, build, run
+
+PTX = ("testing/ptx_main.cpp",)
+RESIZE = ("testing/rank_resize_main.cpp", "cuda/launch.cu", "cuda/resize_table.cpp", "core/rank_resize.cpp")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("simt")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrappers_and_what_the_shim_reports(folder: Path, mode: str) -> None:
+    program = build(folder, mode, PTX)
+    done = run(program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    faults = {
+        "leave_before_barrier": "deadlock: 31 of 32 threads wait, one at __syncthreads",
+        "split_warp": "lanes of warp 0 meet at different instructions: shfl.idx and shfl.bfly",
+        "copy_past_shared": "cp.async: shared address 512 is out of 512 bytes",
+        "read_before_wait": "NaN",
+        "exchange_without_barrier": "data race" if mode == "tsan" else "NaN",
+        "exchange_without_syncwarp": "data race" if mode == "tsan" else "NaN",
+    }
+    if mode == "asan":
+        faults["past_shared"] = "heap-buffer-overflow"
+    if mode == "tsan":
+        faults["two_blocks_on_one_address"] = "data race"
+    for fault, report in faults.items():
+        done = run(program, fault)
+        assert done.returncode != 0, fault
+        assert report in done.stdout + done.stderr, fault
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rank_resize(folder: Path, mode: str) -> None:
+    done = run(build(folder, mode, RESIZE), *([] if mode == "plain" else ["small"]))
+    assert done.returncode == 0, done.stdout + done.stderr
