@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,56 @@ def active_isa() -> str: ...
 def available_isas() -> list[str]: ...
 def built_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
+def bench_kernel(
+    table: UnitTable,
+    op: str,
+    is_a: bool,
+    rows: int,
+    activation: int,
+    adapter: int,
+    threads: int,
+    repeats: int,
+    dropout: float = 0.0,
+    cold: bool = False,
+) -> dict[str, Any]:
+    """Time one operation of the active instruction set in C++, on random data of its own.
+
+    Args:
+        table: units, features and ranks.
+        op: `shrink`, `expand` or `outer` of one factor; `forward` or `backward` of the whole adapter.
+        is_a: the factor a primitive works on: lora_A (with x [rows, in_features]) or lora_B (with y or dy
+            [rows, out_features]).
+        rows: M, rows of the activations.
+        activation: dtype code of x, y, dy and dx (`_native.DTYPE_CODES`).
+        adapter: dtype code of the factors: float32 or that of the activations.
+        threads: upper limit; small work stays on one thread.
+        repeats: timed calls, after one that is not timed.
+        dropout: p of the adapter's input, `forward` and `backward` only.
+        cold: sweep the caches before each timed call; else the data stay where the call before left them.
+
+    Returns:
+        `seconds` [repeats], `flops` of one call (a multiply-add counts as two), `read_bytes` that one call must read
+        and `update_bytes` that it must read and write (both count; h and gradients, only written, count once). A call
+        cannot take less than max(flops / peak, read_bytes / read + update_bytes / update) of `bench_roofline`, with
+        `bytes` = the bytes it touches for warm caches, or much more than the caches hold for `cold`.
+
+    Raises:
+        ValueError: the op is unknown, or a size or dtype does not fit.
+    """
+
+def bench_roofline(bytes: int, threads: int) -> dict[str, float]:
+    """Measure what the machine can do at best under the active instruction set; takes about half a second.
+
+    Args:
+        bytes: working set of all threads together: what fits a cache is measured in it.
+        threads: how many run at once.
+
+    Returns:
+        `read_gbs` of a pass that sums, `update_gbs` of a pass that adds in place (bytes read and written both count),
+        `float32_gflops` and `bfloat16_gflops` of multiply-adds in registers (the latter with bf16 products where
+        the instruction set has them, else the same as float32).
+    """
+
 def cuda_built() -> bool: ...
 def cuda_available() -> bool: ...
 def cuda_resize_table(

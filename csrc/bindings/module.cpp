@@ -10,6 +10,7 @@
 #include "ardlora/lora_linear.h"
 #include "ardlora/rank_resize.h"
 #include "ardlora/regularizer.h"
+#include "bindings/bench.h"
 #include "bindings/cuda.h"
 #include "cpu/kernel_table.h"
 
@@ -206,5 +207,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &cpu::available_isas);
   m.def("built_isas", &cpu::built_isas);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  bind_bench(m);
   bind_cuda(m);
 }

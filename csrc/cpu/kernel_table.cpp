@@ -7,6 +7,11 @@
 
 namespace ardlora::cpu {
 
+#ifdef ARDLORA_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+extern const KernelTable kTable;
+}
+#endif
 #ifdef ARDLORA_HAVE_AVX512
 namespace avx512 {
 extern const KernelTable kTable;
@@ -25,6 +30,9 @@ namespace {
 
 const std::vector<const KernelTable*>& built() {
   static const std::vector<const KernelTable*> tables = {
+#ifdef ARDLORA_HAVE_AVX512_BF16
+      &avx512_bf16::kTable,
+#endif
 #ifdef ARDLORA_HAVE_AVX512
       &avx512::kTable,
 #endif

@@ -43,6 +43,12 @@ using DropoutAddFn = void (*)(const Dropout&, const float* src, std::int64_t src
                               std::int64_t m_begin, std::int64_t m_end, std::int64_t cols);
 using RowDotFn = float (*)(const void* a, const void* b, std::int64_t n);
 
+// The roofline's loops: kPeakChains independent multiply-adds of whole vectors per step; passes over memory.
+inline constexpr std::int64_t kPeakChains = 12;
+using PeakLoopFn = float (*)(std::int64_t steps);
+using StreamReadFn = float (*)(const float* p, std::int64_t n);
+using StreamUpdateFn = void (*)(float* p, std::int64_t n);
+
 struct KernelTable {
   const char* name;
   std::uint32_t needs;                        // Feature mask
@@ -52,6 +58,11 @@ struct KernelTable {
   DropoutCopyFn dropout_copy[kDTypeCount];
   DropoutAddFn dropout_add[kDTypeCount];
   RowDotFn row_dot[kDTypeCount][kDTypeCount];  // [a][b]: of one type, or b float
+  std::int64_t lanes;                          // floats of a vector
+  PeakLoopFn fma_loop;
+  PeakLoopFn pair_loop;  // of bf16 pairs; null where the instruction set has none
+  StreamReadFn stream_read;
+  StreamUpdateFn stream_update;
 };
 
 const KernelTable& active();

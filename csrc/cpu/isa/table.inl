@@ -12,4 +12,5 @@ extern const KernelTable kTable;
 const KernelTable kTable = {
     ARDLORA_ISA_NAME,    ARDLORA_ISA_NEEDS,          ARDLORA_PAIRS(shrink),     ARDLORA_PAIRS(expand),
     ARDLORA_EACH(outer), ARDLORA_EACH(dropout_copy), ARDLORA_EACH(dropout_add), ARDLORA_PAIRS(row_dot),
+    Vec::kWidth,         fma_loop,                   pair_loop,                  stream_read,              stream_update,
 };

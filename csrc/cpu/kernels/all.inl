@@ -4,5 +4,6 @@
 #include "cpu/kernels/dropout.inl"
 #include "cpu/kernels/expand.inl"
 #include "cpu/kernels/outer.inl"
+#include "cpu/kernels/roofline.inl"
 #include "cpu/kernels/row_dot.inl"
 #include "cpu/kernels/shrink.inl"

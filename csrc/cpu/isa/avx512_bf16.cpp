@@ -1,0 +1,20 @@
+#include <immintrin.h>
+#include "cpu/cpu_features.h"
+#include "cpu/kernel_table.h"
+
+#define ARDLORA_ISA_NAME "avx512_bf16"
+#define ARDLORA_ISA_NEEDS (kAvx512 | kAvx512Bf16)
+#define ARDLORA_ISA_HAS_PAIRS
+
+namespace ardlora::cpu::avx512_bf16 {
+// Unnamed: a copy merged by the linker would carry these instructions into code that runs everywhere.
+namespace {
+#include "cpu/vec_avx512.h"
+
+#include "cpu/vec_avx512_bf16.h"
+
+#include "cpu/kernels/all.inl"
+
+}  // namespace
+#include "cpu/isa/table.inl"
+}  // namespace ardlora::cpu::avx512_bf16

@@ -1,0 +1,54 @@
+"""The micro-benchmarks of the core: their arithmetic of the work, and times that the roofline allows."""
+
+from __future__ import annotations
+
+import pytest
+
+from ardlora_ext._native import core
+from ardlora_ext.units import UnitLayout
+
+
+def test_work_of_each_op_is_counted(isa: str) -> None:
+    rows, k, n, ranks = 24, 32, 64, [3, 0, 5, 1]
+    table = UnitLayout("out_heads", "shared", 4, k, n).table(ranks)
+    flops_a, flops_b = 2 * rows * 5 * k, 2 * rows * sum(ranks) * (n // 4)
+    a_bytes, b_bytes, h_bytes = 4 * 5 * k, 4 * 9 * (n // 4), 4 * rows * 5
+    x_bytes, y_bytes = 2 * rows * k, 2 * rows * n
+    expected = {
+        ("shrink", True): (flops_a, x_bytes + a_bytes, h_bytes),
+        ("shrink", False): (flops_b, y_bytes + b_bytes, h_bytes),
+        ("expand", True): (flops_a, h_bytes + a_bytes, 2 * x_bytes),
+        ("outer", False): (flops_b, y_bytes + h_bytes, b_bytes),
+        ("forward", True): (flops_a + flops_b, x_bytes + a_bytes + b_bytes, 2 * y_bytes + h_bytes),
+        ("backward", True): (
+            2 * (flops_a + flops_b),
+            x_bytes + y_bytes + h_bytes + a_bytes + b_bytes,
+            2 * x_bytes + a_bytes + b_bytes,
+        ),
+    }
+    for (op, is_a), cost in expected.items():
+        found = core.bench_kernel(table, op, is_a, rows, 1, 0, 1, 3, dropout=0.1 if op == "forward" else 0.0)
+        assert (found["flops"], found["read_bytes"], found["update_bytes"]) == cost, op
+        assert len(found["seconds"]) == 3
+        assert min(found["seconds"]) > 0.0
+
+
+def test_no_kernel_beats_the_roofline(isa: str) -> None:
+    table = UnitLayout("matrix", "shared", 1, 256, 256).table([16])
+    limits = core.bench_roofline(1 << 18, 1)
+    assert all(value > 0.0 for value in limits.values())
+    for op in ("shrink", "expand", "outer"):
+        found = core.bench_kernel(table, op, True, 64, 0, 0, 1, 5)
+        assert found["flops"] / min(found["seconds"]) <= 1.5e9 * limits["float32_gflops"], op
+
+
+def test_errors_name_the_argument() -> None:
+    table = UnitLayout("matrix", "shared", 1, 8, 8).table([2])
+    with pytest.raises(
+        ValueError, match="bench_kernel: op must be shrink, expand, outer, forward or backward, got sum"
+    ):
+        core.bench_kernel(table, "sum", True, 4, 0, 0, 1, 1)
+    with pytest.raises(ValueError, match="bench_kernel: repeats must be at least 1, got 0"):
+        core.bench_kernel(table, "shrink", True, 4, 0, 0, 1, 0)
+    with pytest.raises(ValueError, match="bench_roofline: bytes must be at least 4096 per thread, got 64"):
+        core.bench_roofline(64, 1)
