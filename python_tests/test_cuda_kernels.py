@@ -9,6 +9,12 @@ import pytest
 from simt import MODES, build, run
 
 PTX = ("testing/ptx_main.cpp",)
+CONTROLLER = (
+    "testing/controller_main.cpp",
+    "cuda/controller.cu",
+    "cuda/row_table.cpp",
+    "core/regularizer.cpp",
+)
 RESIZE = ("testing/rank_resize_main.cpp", "cuda/launch.cu", "cuda/resize_table.cpp", "core/rank_resize.cpp")
 
 
@@ -41,6 +47,7 @@ def test_wrappers_and_what_the_shim_reports(folder: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rank_resize(folder: Path, mode: str) -> None:
-    done = run(build(folder, mode, RESIZE), *([] if mode == "plain" else ["small"]))
+@pytest.mark.parametrize("sources", [RESIZE, CONTROLLER], ids=["resize", "controller"])
+def test_kernels_equal_plain_loops(folder: Path, mode: str, sources: tuple[str, ...]) -> None:
+    done = run(build(folder, mode, sources), *([] if mode == "plain" else ["small"]))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ardlora/regularizer.h"
+
 namespace ardlora::cuda {
 
 bool built();      // this build has kernels
@@ -16,5 +18,30 @@ struct Stream {
 
 // `table` is a ResizeTable's words in device memory, at an address divisible by 8.
 void rank_resize(const std::int64_t* table, std::int64_t jobs, std::int64_t blocks, Stream stream);
+
+// A RowTable's words in device memory, at an address divisible by 8.
+struct DeviceRows {
+  const std::int64_t* table;
+  std::int64_t jobs;
+  std::int64_t rows;
+};
+
+// out [rows] = <weight_i, grad_i>
+void row_dots(const DeviceRows& rows, float* out, Stream stream);
+
+// One step of the running means of every entry (AdaLoRA's sensitivity and uncertainty), and each row's mean score. All
+// or nothing: where an entry of weight * grad is not finite, means and scores stay.
+struct ImportanceParams {
+  double beta1;
+  double beta2;
+  float* workspace;  // [rows + 1]; the last one tells afterwards: 1 done, 0 not finite
+  float* score;      // [rows] mean over the row of sensitivity * uncertainty
+};
+
+void importance(const DeviceRows& rows, const ImportanceParams& p, Stream stream);
+
+// As in ardlora/regularizer.h, every pointer to device memory.
+void prox_step(const ProxParams& p, Stream stream);
+void set_gates(const GateBlock* blocks, std::int64_t units, const double* rho, const GateParams& p, Stream stream);
 
 }  // namespace ardlora::cuda

@@ -1,12 +1,11 @@
 // The wrappers of cuda/ptx.h and the shim's own checks. `ptx_main` compares each wrapper with a plain loop;
 // `ptx_main <fault>` commits one of the faults the shim must report.
-#include <cstdio>
 #include <functional>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "testing/cases.h"
 #include "testing/ptx_kernels.cuh"
 
 namespace {
@@ -14,23 +13,7 @@ namespace {
 using namespace ardlora;
 using namespace ardlora::cuda;
 using namespace ardlora::cuda::testing;
-
-std::mt19937 rng(3);
-
-float random_float() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(rng); }
-
-template <typename T>
-std::vector<T> random_values(std::size_t n) {
-  std::vector<T> values(n);
-  for (T& v : values) v = from_float<T>(random_float());
-  return values;
-}
-
-void expect(bool right, const char* what) {
-  if (right) return;
-  std::printf("%s differs\n", what);
-  std::exit(1);
-}
+using namespace ardlora::testing;
 
 struct alignas(16) Bytes2k {
   unsigned char data[4096];
@@ -212,10 +195,8 @@ int commit(const std::string& name) {
 
 int main(int argc, char** argv) {
   if (argc > 1) return commit(argv[1]);
-  const std::pair<simt::Order, unsigned> orders[] = {
-      {simt::Order::kForward, 0}, {simt::Order::kReverse, 0}, {simt::Order::kSeeded, 1}, {simt::Order::kSeeded, 2}};
-  for (const auto& [order, seed] : orders) {
-    simt::set_order(order, seed);
+  for (unsigned i = 0; i < 4; ++i) {
+    set_order(i);
     test_copies();
     test_ldmatrix<4, false>();
     test_ldmatrix<4, true>();

@@ -9,7 +9,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/resize_table.h"
-#include "testing/simt.h"
+#include "testing/cases.h"
 
 namespace {
 
@@ -84,12 +84,12 @@ bool run(std::mt19937& rng, int buffers, std::int64_t max_rows) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  const bool few = testing::small(argc, argv);
   std::mt19937 rng(7);
-  const int cases = small ? 20 : 200;
+  const int cases = few ? 20 : 200;
   for (int i = 0; i < cases; ++i) {
-    simt::set_order(simt::Order(i % 3), static_cast<std::uint32_t>(i));
-    if (!run(rng, small ? 3 : 6, small ? 9 : 40)) return 1;
+    testing::set_order(static_cast<unsigned>(i));
+    if (!run(rng, few ? 3 : 6, few ? 9 : 40)) return 1;
   }
   std::printf("%d cases\n", cases);
   return 0;

@@ -71,7 +71,7 @@ void swap(Registers* from, Registers* to) { swapcontext(from, to); }
 
 constexpr std::size_t kPage = 4096, kStack = 128 * 1024;
 constexpr unsigned kMaxThreads = 1024;
-constexpr std::size_t kMaxTsanFibers = 6000;    // of the 8128 that TSan can hold
+constexpr std::size_t kMaxTsanFibers = 4096;    // of the 8128 that TSan can hold
 constexpr std::size_t kMaxShared = 227 * 1024;  // of one block of sm_90
 
 struct Stack {
@@ -81,6 +81,7 @@ struct Stack {
     bottom = static_cast<unsigned char*>(p) + kPage;
   }
   unsigned char* bottom;  // a page below it faults
+  void* tsan = __tsan_create_fiber == nullptr ? nullptr : __tsan_create_fiber(0);
 };
 
 // Everything a fiber touches has a fixed size: TSan would see memory allocated by one and freed by another as a race.
@@ -116,7 +117,8 @@ struct Engine {
   Fiber main{};
   Fiber fibers[kMaxThreads];
   Warp warps[kMaxThreads / kWarp];
-  std::unique_ptr<Stack> stacks[kMaxThreads];
+  std::vector<std::unique_ptr<Stack>> stacks;
+  std::size_t next_stack = 0;
   Fiber* ready[kMaxThreads];  // a ring
   unsigned first_ready = 0, ready_count = 0;
   unsigned threads = 0, alive = 0, arrived = 0;
@@ -124,8 +126,7 @@ struct Engine {
   void* arguments = nullptr;
   Order order = Order::kForward;
   std::uint32_t random = 1;
-  std::vector<void*> old_shared, tsan_fibers;
-  std::size_t next_tsan = 0;
+  std::vector<void*> old_shared;
 };
 
 Engine& engine() {
@@ -241,42 +242,41 @@ void entry() {
   switch_to(self, --e.alive == 0 ? &e.main : pop_ready(), true);
 }
 
-// Every thread of a launch gets its own, so that TSan tells blocks apart; the next launch uses them again.
-void* tsan_fiber() {
+// A thread of a launch has a stack, and a TSan fiber, that no other thread of the launch had: TSan tells them apart.
+const Stack& next_stack() {
   Engine& e = engine();
-  if (__tsan_create_fiber == nullptr) return nullptr;
-  if (e.next_tsan == e.tsan_fibers.size()) e.tsan_fibers.push_back(__tsan_create_fiber(0));
-  return e.tsan_fibers[e.next_tsan++];
+  if (e.next_stack == e.stacks.size()) e.stacks.push_back(std::make_unique<Stack>());
+  return *e.stacks[e.next_stack++];
 }
 
 void start_thread(unsigned i, dim3 block, const Thread& shape) {
   Engine& e = engine();
   Fiber& f = e.fibers[i];
-  if (e.stacks[i] == nullptr) e.stacks[i] = std::make_unique<Stack>();
+  const Stack& stack = next_stack();
   f = Fiber{};
   f.thread = shape;
   f.thread.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
   f.thread.lane = i % kWarp;
-  f.bottom = e.stacks[i]->bottom;
+  f.bottom = stack.bottom;
   f.size = kStack;
-  f.tsan = tsan_fiber();
-  prepare(&f.registers, e.stacks[i]->bottom, kStack, entry);
+  f.tsan = stack.tsan;
+  prepare(&f.registers, stack.bottom, kStack, entry);
   push_ready(&f);
 }
 
-// TSan would take a later block's use of the same address for a race, so what blocks used stays until the launch ends,
-// or until there is too much of it.
+// Without TSan after each block. TSan would take a later block's use of the same address for a race, so there what
+// blocks used stays until the launch ends, or until there is too much of it.
 void forget_blocks() {
   Engine& e = engine();
   acquire(&e.alive);
   for (void* p : e.old_shared) std::free(p);
   e.old_shared.clear();
-  e.next_tsan = 0;
+  e.next_stack = 0;
 }
 
 void run_block(Thread shape) {
   Engine& e = engine();
-  if (__tsan_create_fiber == nullptr || e.next_tsan + e.threads > kMaxTsanFibers) forget_blocks();
+  if (__tsan_create_fiber == nullptr || e.next_stack + e.threads > kMaxTsanFibers) forget_blocks();
   // The end is exact, so that AddressSanitizer sees the first byte past it.
   void* shared = nullptr;
   if (posix_memalign(&shared, 128, std::max<std::size_t>(shape.shared_bytes, 1)) != 0) fail("no shared memory");
