@@ -1,0 +1,222 @@
+// shrink  H[M, R] = scale * sum over the group's segments of X[:, columns] (gate o W)^T
+//
+// A block makes 128 rows x up to 64 columns of H of one group of segments, and one share of the summed dimension. X goes
+// to shared memory by cp.async, three stages deep; W, mostly in L2, comes through registers one step ahead, where it is
+// multiplied with its gates and rounded to X's type. With one share the block writes H; with more it writes partial sums,
+// which `sum_shares_kernel` adds in order.
+#pragma once
+
+#include "cuda/dropout.cuh"
+#include "cuda/mma_tile.cuh"
+#include "cuda/segment_table.h"
+
+namespace ardlora::cuda {
+
+inline constexpr int kShrinkRows = 128;
+inline constexpr int kShrinkThreads = 128;
+inline constexpr int kShrinkStages = 3;
+inline constexpr int kRankTile = 64;
+
+struct ShrinkParams {
+  const Word16* table;
+  int factor;
+  int width;  // columns of a segment
+  Activations x;
+  Operand w;
+  const float* gate;  // of W's rows, or null
+  float scale;        // with dropout: times its keep_scale
+  float* h;
+  std::int64_t h_stride;
+  float* partial;  // [shares, M, partial_stride], or null for one share
+  std::int64_t partial_stride;
+  int share;       // steps of kPanel columns
+  int rank_tiles;  // grid.y = groups * rank_tiles
+  int w_rows;      // of W's tile: a multiple of 16
+  Dropout dropout;
+};
+
+constexpr std::size_t shrink_shared(int w_rows) {
+  return static_cast<std::size_t>((kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes);
+}
+
+template <typename Record>
+ARDLORA_DEVICE Record load_record(const Word16* at) {
+  static_assert(sizeof(Record) == sizeof(Word16));
+  const Word16 word = load16(at);
+  const auto part = [&](int i) { return static_cast<std::int32_t>(word.part[i]); };
+  return {part(0), part(1), part(2), part(3)};
+}
+
+// Walks the steps of a group: segment after segment, `kPanel` columns at a time.
+struct StepWalk {
+  const Word16* next_segment;
+  DeviceSegment segment;
+  int column;  // in the segment
+
+  ARDLORA_DEVICE StepWalk(const Word16* segments, int step, int steps_per_segment, int columns)
+      : next_segment(segments + step / steps_per_segment + 1),
+        segment(load_record<DeviceSegment>(next_segment - 1)),
+        column(step % steps_per_segment * columns) {}
+
+  ARDLORA_DEVICE void advance(int columns, int width, bool more) {
+    column += columns;
+    if (column < width || !more) return;
+    column = 0;
+    segment = load_record<DeviceSegment>(next_segment++);
+  }
+};
+
+// Two neighbouring floats, of which `count` exist.
+ARDLORA_DEVICE void store_pair(float* to, float first, float second, int count) {
+  struct alignas(8) Pair {
+    float part[2];
+  };
+  if (count >= 2 && reinterpret_cast<std::uintptr_t>(to) % sizeof(Pair) == 0) {
+    *reinterpret_cast<Pair*>(to) = {{first, second}};
+    return;
+  }
+  if (count >= 1) to[0] = first;
+  if (count >= 2) to[1] = second;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkParams p) {
+  constexpr int kColumns = Tile<T>::kPanel, kLogColumns = sizeof(T) == 2 ? 6 : 5;
+  constexpr int kPairs = kRankTile / 16;
+  ARDLORA_SHARED(shared);
+  const FactorIndex index = load_record<FactorIndex>(p.table + p.factor);
+  const int group_number = static_cast<int>(blockIdx.y) / p.rank_tiles;
+  if (group_number >= index.groups) return;
+  const SegmentGroup group = load_record<SegmentGroup>(p.table + index.first_group + group_number);
+  const int first_rank = static_cast<int>(blockIdx.y) % p.rank_tiles * kRankTile;
+  if (first_rank >= group.rank) return;
+  const int ranks = group.rank - first_rank < kRankTile ? group.rank - first_rank : kRankTile;
+  const int row = static_cast<int>(blockIdx.x) * kShrinkRows;
+
+  const int per_segment = (p.width + kColumns - 1) / kColumns;
+  const int begin = static_cast<int>(blockIdx.z) * p.share;
+  const int all = group.segments * per_segment, end = begin + p.share < all ? begin + p.share : all;
+  const int tile_rows = ranks + 15 & ~15;
+
+  const auto x_tile = [&](int step) {
+    return Tile<T>{shared + step % kShrinkStages * (kShrinkRows * kPanelBytes), kShrinkRows};
+  };
+  const auto w_tile = [&](int step) {
+    return Tile<T>{shared + (kShrinkStages * kShrinkRows + step % 2 * p.w_rows) * kPanelBytes, p.w_rows};
+  };
+
+  float acc[2][2 * kPairs][4] = {};
+  if (begin < end) {
+    StepWalk x_walk(p.table + group.first_segment, begin, per_segment, kColumns), w_walk = x_walk;
+    Staged<T, kShrinkThreads, kRankTile * kColumns / kShrinkThreads> staged;
+
+    const auto copy_x = [&](int step) {
+      if (step < end) {
+        const int from = x_walk.segment.col_begin;
+        copy_async<T, kShrinkThreads, kColumns>(x_tile(step), p.x, row, from + x_walk.column, from + p.width);
+        x_walk.advance(kColumns, p.width, step + 1 < all);
+      }
+      cp_async_commit();
+    };
+    const auto valid_ranks = [&] { return w_walk.segment.rank - first_rank; };
+    const auto fetch_w = [&] {
+      staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, tile_rows, kLogColumns, valid_ranks(),
+                   p.width - w_walk.column);
+    };
+    const auto store_w = [&](int step) {
+      const float* gate = p.gate == nullptr ? nullptr : p.gate + w_walk.segment.w_begin + first_rank;
+      staged.store(w_tile(step), p.w, tile_rows, kLogColumns, valid_ranks(), gate);
+      w_walk.advance(kColumns, p.width, step + 1 < all);
+    };
+
+    for (int s = 0; s < kShrinkStages - 1; ++s) copy_x(begin + s);
+    fetch_w();
+    store_w(begin);
+    for (int step = begin; step < end; ++step) {
+      cp_async_wait<kShrinkStages - 2>();
+      __syncthreads();
+      copy_x(step + kShrinkStages - 1);
+      if (step + 1 < end) fetch_w();
+      const Tile<T> x = x_tile(step), w = w_tile(step);
+      if (p.dropout.threshold > 0) {
+        const StepWalk walk(p.table + group.first_segment, step, per_segment, kColumns);
+        drop<T, kShrinkThreads, kColumns>(x, p.dropout, row, walk.segment.col_begin + walk.column);
+        __syncthreads();
+      }
+#pragma unroll
+      for (int k = 0; k < kColumns; k += Tile<T>::kStep) {
+        std::uint32_t a[2][4];
+        for (int i = 0; i < 2; ++i) load_a(a[i], x, warp_id() * 32 + i * 16, k);
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+          if (j * 16 >= ranks) break;
+          std::uint32_t b[4];
+          load_b(b, w, j * 16, k);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            multiply_add<T>(acc[i][2 * j], a[i], b);
+            multiply_add<T>(acc[i][2 * j + 1], a[i], b + 2);
+          }
+        }
+      }
+      if (step + 1 < end) store_w(step + 1);
+    }
+    cp_async_wait<0>();
+  }
+
+  const bool whole = p.partial == nullptr;
+  float* const out = whole ? p.h : p.partial + blockIdx.z * p.x.rows * p.partial_stride;
+  const std::int64_t stride = whole ? p.h_stride : p.partial_stride;
+  const float scale = whole ? p.scale : 1.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int m = row + warp_id() * 32 + i * 8 + lane_id() / 4;
+    if (m >= p.x.rows) continue;
+#pragma unroll
+    for (int j = 0; j < 2 * kPairs; ++j) {
+      const int r = j * 8 + lane_id() % 4 * 2;
+      const float* v = acc[i / 2][j] + i % 2 * 2;
+      store_pair(out + m * stride + group.h_begin + first_rank + r, scale * v[0], scale * v[1], ranks - r);
+    }
+  }
+}
+
+inline constexpr int kSumThreads = 128;
+
+struct SumSharesParams {
+  const float* partial;  // [shares, rows, partial_stride]
+  std::int64_t partial_stride;
+  int shares;
+  int rows;
+  int columns;
+  float scale;
+  float* h;
+  std::int64_t h_stride;
+};
+
+// H = scale * the sum of the shares, always in the same order; a thread makes four columns of a row.
+__global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumSharesParams p) {
+  const int per_row = (p.columns + 3) / 4;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (i >= static_cast<std::int64_t>(p.rows) * per_row) return;
+  const std::int64_t m = i / per_row;
+  const int column = static_cast<int>(i % per_row) * 4;
+  float sum[4] = {};
+#pragma unroll 8
+  for (int s = 0; s < p.shares; ++s) {
+    const float* const from = p.partial + (s * static_cast<std::int64_t>(p.rows) + m) * p.partial_stride + column;
+    if (column + 4 <= p.columns) {
+      const Word16 v = load16(from);
+      for (int e = 0; e < 4; ++e) sum[e] += as_float(v.part[e]);
+    } else {
+      for (int e = 0; e < 3; ++e) {
+        if (column + e < p.columns) sum[e] += from[e];
+      }
+    }
+  }
+  float* const to = p.h + m * p.h_stride + column;
+  store_pair(to, p.scale * sum[0], p.scale * sum[1], p.columns - column);
+  store_pair(to + 2, p.scale * sum[2], p.scale * sum[3], p.columns - column - 2);
+}
+
+}  // namespace ardlora::cuda
