@@ -1,6 +1,6 @@
-// Dropout (ardlora/philox.h) on tiles: one call of Philox gives the 16 bits of eight elements of a row that lie 16 columns
-// apart. A thread takes a row and a chunk's worth of such calls and has the mask of every (16 / chunk)-th chunk of the
-// row's block of 128 columns.
+// Dropout (ardlora/philox.h) on tiles: one call of Philox gives the 16 bits of eight elements of a row that lie 16
+// columns apart. A thread takes a row and a chunk's worth of such calls and has the mask of every (16 / chunk)-th chunk
+// of the row's block of 128 columns.
 #pragma once
 
 #include "ardlora/philox.h"
@@ -37,10 +37,19 @@ ARDLORA_DEVICE bool kept(const Dropout& d, int row, int column) {
   const int block = column / kPhiloxColumns, in_block = column % kPhiloxColumns;
   const PhiloxWords w = philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + column % kPhiloxLanes),
                                static_cast<std::uint32_t>(row));
-  std::uint32_t bits = w.word[0];
-#pragma unroll
-  for (int i = 1; i < 4; ++i) bits = in_block / 32 == i ? w.word[i] : bits;
+  const bool odd = (in_block & 32) != 0, upper = (in_block & 64) != 0;
+  const std::uint32_t low = odd ? w.word[1] : w.word[0], high = odd ? w.word[3] : w.word[2];
+  const std::uint32_t bits = upper ? high : low;
   return (in_block / kPhiloxLanes % 2 == 0 ? bits & 0xffffu : bits >> 16) >= d.threshold;
+}
+
+// Bit e is set where the element at column + e is kept.
+template <int kCount>
+ARDLORA_DEVICE std::uint32_t kept_bits(const Dropout& d, int row, int column) {
+  std::uint32_t bits = 0;
+#pragma unroll 1
+  for (int e = 0; e < kCount; ++e) bits |= static_cast<std::uint32_t>(kept(d, row, column + e)) << e;
+  return bits;
 }
 
 // The masks of chunks [slot * kChunk + 16 i, kChunk columns) for i = 0..7 of a block: bit e of byte i of `low` (i < 4)
@@ -70,11 +79,18 @@ ARDLORA_DEVICE ChunkMasks chunk_masks(const Dropout& d, int row, int block, int 
   return out;
 }
 
-// Zeroes what is dropped of a tile [tile.rows, kColumns] that starts at `row` and `column`, a multiple of the chunk.
-// The tile must be complete before and needs a barrier after.
+// Zeroes what is dropped of a tile [tile.rows, kColumns] that starts at `row` and `column`; `chunked` where chunks of
+// the tile are chunks of X. The tile must be complete before and needs a barrier after.
 template <typename T, int kThreads, int kColumns>
-ARDLORA_DEVICE void drop(const Tile<T>& tile, const Dropout& d, int row, int column) {
+ARDLORA_DEVICE void drop(const Tile<T>& tile, const Dropout& d, int row, int column, bool chunked) {
   constexpr int kChunk = Tile<T>::kChunk, kSlots = kPhiloxLanes / kChunk;
+  if (!chunked) {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < tile.rows * kColumns; i += kThreads) {
+      if (!kept(d, row + i / kColumns, column + i % kColumns)) *tile.at(i / kColumns, i % kColumns) = narrow<T>(0.0f);
+    }
+    return;
+  }
   for (int unit = static_cast<int>(threadIdx.x); unit < tile.rows * kSlots; unit += kThreads) {
     const int r = unit / kSlots, slot = unit % kSlots;
     for (int block = column / kPhiloxColumns; block * kPhiloxColumns < column + kColumns; ++block) {

@@ -4,8 +4,9 @@
 // c ^ key(r). Every access below is free of bank conflicts: copies of whole rows, ldmatrix over eight rows, and the
 // single floats that stand in for ldmatrix.trans, which knows 16-bit elements alone.
 //
-// One step of the product takes 32 bytes of the summed dimension: 16 elements of 16 bits in one instruction, or 8 floats
-// in three, each factor cut into two tf32 (a_hi b_hi + a_hi b_lo + a_lo b_hi; what is left out is below 2^-21 of |a b|).
+// One step of the product takes 32 bytes of the summed dimension: 16 elements of 16 bits in one instruction, or 8
+// floats in three, each factor cut into two tf32 (a_hi b_hi + a_hi b_lo + a_lo b_hi; what is left out is below 2^-21 of
+// |a b|).
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,7 @@ struct Tile {
 };
 
 template <typename T>
-constexpr int tile_bytes(int rows, int columns) {
+__host__ __device__ constexpr int tile_bytes(int rows, int columns) {
   return (columns + Tile<T>::kPanel - 1) / Tile<T>::kPanel * rows * kPanelBytes;
 }
 
@@ -60,7 +61,8 @@ ARDLORA_DEVICE void load_b(std::uint32_t* b, const Tile<T>& t, int row, int step
 }
 
 template <typename T>
-ARDLORA_DEVICE void load_a_trans(std::uint32_t* a, const Tile<T>& t, int step, int column) {  // A = t[step + k, column + i]
+ARDLORA_DEVICE void load_a_trans(std::uint32_t* a, const Tile<T>& t, int step,
+                                 int column) {  // A = t[step + k, column + i]
   if constexpr (sizeof(T) == 2) {
     const int matrix = lane_id() / 8, r = lane_id() % 8;
     ldmatrix<4, true>(a, t.address(step + r + matrix / 2 * 8, column + matrix % 2 * 8));
@@ -73,7 +75,8 @@ ARDLORA_DEVICE void load_a_trans(std::uint32_t* a, const Tile<T>& t, int step, i
 }
 
 template <typename T>
-ARDLORA_DEVICE void load_b_trans(std::uint32_t* b, const Tile<T>& t, int step, int column) {  // B = t[step + k, column + j]
+ARDLORA_DEVICE void load_b_trans(std::uint32_t* b, const Tile<T>& t, int step,
+                                 int column) {  // B = t[step + k, column + j]
   if constexpr (sizeof(T) == 2) {
     const int matrix = lane_id() / 8, r = lane_id() % 8;
     ldmatrix<4, true>(b, t.address(step + r + matrix % 2 * 8, column + matrix / 2 * 8));
@@ -131,8 +134,8 @@ ARDLORA_DEVICE void multiply_add(float* c, const std::uint32_t* a, const std::ui
 
 // ---- global to shared
 
-// A matrix of T in global memory, as a kernel argument. `vector`: every 16-byte chunk lies at a multiple of 16 bytes and
-// wholly inside or wholly outside the matrix.
+// A matrix of T in global memory, as a kernel argument. `vector`: every 16-byte chunk lies at a multiple of 16 bytes
+// and wholly inside or wholly outside the matrix.
 struct Activations {
   void* data;
   std::int64_t stride;
@@ -140,8 +143,8 @@ struct Activations {
   bool vector;
 };
 
-// Starts copying rows [row, row + tile.rows) and columns [column, column + kColumns), of which columns before `end` exist;
-// the rest becomes zero. Complete after the thread's cp_async_wait and a barrier.
+// Starts copying rows [row, row + tile.rows) and columns [column, column + kColumns), of which columns before `end`
+// exist; the rest becomes zero. Complete after the thread's cp_async_wait and a barrier.
 template <typename T, int kThreads, int kColumns>
 ARDLORA_DEVICE void copy_async(const Tile<T>& tile, const Activations& x, int row, int column, int end) {
   constexpr int kPerRow = kColumns / Tile<T>::kChunk;
@@ -178,14 +181,15 @@ struct Staged {
   static constexpr int kChunk = Tile<T>::kChunk;
   std::uint32_t raw[kElements];
 
-  // The tile has `rows` x 2^log_columns elements, at most kThreads * kElements.
+  // Elements [first, first + kThreads * kElements) of a tile of `rows` x 2^log_columns.
   ARDLORA_DEVICE void fetch(const Operand& from, std::int64_t row, std::int64_t column, int rows, int log_columns,
-                            int valid_rows, int valid_columns) {
+                            int valid_rows, int valid_columns, int first = 0) {
     const int count = rows << log_columns, mask = (1 << log_columns) - 1;
     if (from.vector) {
 #pragma unroll
       for (int q = 0; q < kElements / kChunk; ++q) {
-        const int i = (static_cast<int>(threadIdx.x) + q * kThreads) * kChunk, r = i >> log_columns, c = i & mask;
+        const int i = first + (static_cast<int>(threadIdx.x) + q * kThreads) * kChunk, r = i >> log_columns,
+                  c = i & mask;
         if (i >= count) break;
         const std::int64_t at = (row + r) * from.stride + column + c;
 #pragma unroll
@@ -205,7 +209,7 @@ struct Staged {
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int i = static_cast<int>(threadIdx.x) + e * kThreads, r = i >> log_columns, c = i & mask;
+        const int i = first + static_cast<int>(threadIdx.x) + e * kThreads, r = i >> log_columns, c = i & mask;
         if (i >= count) break;
         raw[e] = 0;
         if (r >= valid_rows || c >= valid_columns) continue;
@@ -222,13 +226,14 @@ struct Staged {
   }
 
   ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int rows, int log_columns, int valid_rows,
-                            const float* scale) const {
+                            const float* scale, int first = 0) const {
     const int count = rows << log_columns, mask = (1 << log_columns) - 1;
     const auto factor = [&](int r) { return scale != nullptr && r < valid_rows ? scale[r] : 1.0f; };
     if (from.vector) {
 #pragma unroll
       for (int q = 0; q < kElements / kChunk; ++q) {
-        const int i = (static_cast<int>(threadIdx.x) + q * kThreads) * kChunk, r = i >> log_columns, c = i & mask;
+        const int i = first + (static_cast<int>(threadIdx.x) + q * kThreads) * kChunk, r = i >> log_columns,
+                  c = i & mask;
         if (i >= count) break;
         const std::uint32_t* v = raw + q * kChunk;
         Word16 out{{v[0], v[1], v[2], v[3]}};
@@ -251,7 +256,7 @@ struct Staged {
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int i = static_cast<int>(threadIdx.x) + e * kThreads, r = i >> log_columns, c = i & mask;
+        const int i = first + static_cast<int>(threadIdx.x) + e * kThreads, r = i >> log_columns, c = i & mask;
         if (i >= count) break;
         float v = as_float(raw[e]);
         if constexpr (sizeof(T) == 2) {
@@ -262,5 +267,51 @@ struct Staged {
     }
   }
 };
+
+// All of a tile at once.
+template <typename T, int kThreads>
+ARDLORA_DEVICE void stage(const Tile<T>& tile, const Operand& from, std::int64_t row, std::int64_t column, int rows,
+                          int log_columns, int valid_rows, int valid_columns, const float* scale) {
+  constexpr int kElements = 2 * Tile<T>::kChunk;
+  Staged<T, kThreads, kElements> part;
+#pragma unroll 1
+  for (int first = 0; first < rows << log_columns; first += kThreads * kElements) {
+    part.fetch(from, row, column, rows, log_columns, valid_rows, valid_columns, first);
+    part.store(tile, from, rows, log_columns, valid_rows, scale, first);
+  }
+}
+
+// ---- small accesses to global memory
+
+template <typename Record>
+ARDLORA_DEVICE Record load_record(const Word16* at) {
+  static_assert(sizeof(Record) == sizeof(Word16));
+  const Word16 word = load16(at);
+  const auto part = [&](int i) { return static_cast<std::int32_t>(word.part[i]); };
+  return {part(0), part(1), part(2), part(3)};
+}
+
+// Two neighbouring floats, of which `count` exist.
+ARDLORA_DEVICE void store_pair(float* to, float first, float second, int count) {
+  struct alignas(8) Pair {
+    float part[2];
+  };
+  if (count >= 2 && reinterpret_cast<std::uintptr_t>(to) % sizeof(Pair) == 0) {
+    *reinterpret_cast<Pair*>(to) = {{first, second}};
+    return;
+  }
+  if (count >= 1) to[0] = first;
+  if (count >= 2) to[1] = second;
+}
+
+// Up to four neighbouring floats, of which `count` exist.
+ARDLORA_DEVICE void store_few(float* to, const float* v, int count) {
+  if (count >= 4 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
+    store16(to, {{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])}});
+    return;
+  }
+  store_pair(to, v[0], v[1], count);
+  store_pair(to + 2, v[2], v[3], count - 2);
+}
 
 }  // namespace ardlora::cuda

@@ -1,5 +1,5 @@
-// What the GEMM kernels read of a UnitTable: its two factors' segments, in one run of 16-byte words that the caller copies
-// to the device, at an address divisible by 16. Kernels take counts and ranks from here, never from the host.
+// What the GEMM kernels read of a UnitTable: its two factors' segments, in one run of 16-byte words that the caller
+// copies to the device, at an address divisible by 16. Kernels take counts and ranks from here, never from the host.
 #pragma once
 
 #include <cstdint>

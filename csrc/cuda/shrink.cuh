@@ -1,9 +1,9 @@
 // shrink  H[M, R] = scale * sum over the group's segments of X[:, columns] (gate o W)^T
 //
-// A block makes 128 rows x up to 64 columns of H of one group of segments, and one share of the summed dimension. X goes
-// to shared memory by cp.async, three stages deep; W, mostly in L2, comes through registers one step ahead, where it is
-// multiplied with its gates and rounded to X's type. With one share the block writes H; with more it writes partial sums,
-// which `sum_shares_kernel` adds in order.
+// A block makes 128 rows x up to 64 columns of H of one group of segments, and one share of the summed dimension. X
+// goes to shared memory by cp.async, three stages deep; W, mostly in L2, comes through registers one step ahead, where
+// it is multiplied with its gates and rounded to X's type. With one share the block writes H; with more it writes
+// partial sums, which `sum_shares_kernel` (sum_shares.cuh) adds in order.
 #pragma once
 
 #include "cuda/dropout.cuh"
@@ -39,14 +39,6 @@ constexpr std::size_t shrink_shared(int w_rows) {
   return static_cast<std::size_t>((kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes);
 }
 
-template <typename Record>
-ARDLORA_DEVICE Record load_record(const Word16* at) {
-  static_assert(sizeof(Record) == sizeof(Word16));
-  const Word16 word = load16(at);
-  const auto part = [&](int i) { return static_cast<std::int32_t>(word.part[i]); };
-  return {part(0), part(1), part(2), part(3)};
-}
-
 // Walks the steps of a group: segment after segment, `kPanel` columns at a time.
 struct StepWalk {
   const Word16* next_segment;
@@ -65,19 +57,6 @@ struct StepWalk {
     segment = load_record<DeviceSegment>(next_segment++);
   }
 };
-
-// Two neighbouring floats, of which `count` exist.
-ARDLORA_DEVICE void store_pair(float* to, float first, float second, int count) {
-  struct alignas(8) Pair {
-    float part[2];
-  };
-  if (count >= 2 && reinterpret_cast<std::uintptr_t>(to) % sizeof(Pair) == 0) {
-    *reinterpret_cast<Pair*>(to) = {{first, second}};
-    return;
-  }
-  if (count >= 1) to[0] = first;
-  if (count >= 2) to[1] = second;
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkParams p) {
@@ -140,7 +119,7 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkPara
       const Tile<T> x = x_tile(step), w = w_tile(step);
       if (p.dropout.threshold > 0) {
         const StepWalk walk(p.table + group.first_segment, step, per_segment, kColumns);
-        drop<T, kShrinkThreads, kColumns>(x, p.dropout, row, walk.segment.col_begin + walk.column);
+        drop<T, kShrinkThreads, kColumns>(x, p.dropout, row, walk.segment.col_begin + walk.column, p.x.vector);
         __syncthreads();
       }
 #pragma unroll
@@ -179,44 +158,6 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkPara
       store_pair(out + m * stride + group.h_begin + first_rank + r, scale * v[0], scale * v[1], ranks - r);
     }
   }
-}
-
-inline constexpr int kSumThreads = 128;
-
-struct SumSharesParams {
-  const float* partial;  // [shares, rows, partial_stride]
-  std::int64_t partial_stride;
-  int shares;
-  int rows;
-  int columns;
-  float scale;
-  float* h;
-  std::int64_t h_stride;
-};
-
-// H = scale * the sum of the shares, always in the same order; a thread makes four columns of a row.
-__global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumSharesParams p) {
-  const int per_row = (p.columns + 3) / 4;
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (i >= static_cast<std::int64_t>(p.rows) * per_row) return;
-  const std::int64_t m = i / per_row;
-  const int column = static_cast<int>(i % per_row) * 4;
-  float sum[4] = {};
-#pragma unroll 8
-  for (int s = 0; s < p.shares; ++s) {
-    const float* const from = p.partial + (s * static_cast<std::int64_t>(p.rows) + m) * p.partial_stride + column;
-    if (column + 4 <= p.columns) {
-      const Word16 v = load16(from);
-      for (int e = 0; e < 4; ++e) sum[e] += as_float(v.part[e]);
-    } else {
-      for (int e = 0; e < 3; ++e) {
-        if (column + e < p.columns) sum[e] += from[e];
-      }
-    }
-  }
-  float* const to = p.h + m * p.h_stride + column;
-  store_pair(to, p.scale * sum[0], p.scale * sum[1], p.columns - column);
-  store_pair(to + 2, p.scale * sum[2], p.scale * sum[3], p.columns - column - 2);
 }
 
 }  // namespace ardlora::cuda

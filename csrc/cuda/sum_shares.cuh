@@ -1,0 +1,59 @@
+// The second stage of a divided sum: shares are added in order, so that two runs are bitwise equal.
+#pragma once
+
+#include "cuda/mma_tile.cuh"
+
+namespace ardlora::cuda {
+
+inline constexpr int kSumThreads = 128;
+
+struct ShareSum {
+  const float* partial;  // [shares, rows, stride], stride a multiple of 4
+  std::int64_t stride;
+  int shares;  // 0: what `out` has before, rows past `rows` become zero
+  int rows;
+  int columns;
+  float scale;
+  const float* gate;  // [rows], or null for 1
+  float* out;         // [out_rows, out_stride]; rows from `rows` on become zero
+  std::int64_t out_stride;
+  int out_rows;
+  int first_block;
+};
+
+struct SumSharesParams {
+  ShareSum sum[2];
+};
+
+__host__ __device__ constexpr std::int64_t sum_blocks(const ShareSum& s) {
+  return (static_cast<std::int64_t>(s.out_rows) * ((s.columns + 3) / 4) + kSumThreads - 1) / kSumThreads;
+}
+
+// out = scale * gate o (the sum of the shares). A thread makes four columns of a row.
+__global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumSharesParams p) {
+  const int block = static_cast<int>(blockIdx.x);
+  const ShareSum s = block >= p.sum[1].first_block ? p.sum[1] : p.sum[0];
+  const int per_row = (s.columns + 3) / 4;
+  const std::int64_t i = static_cast<std::int64_t>(block - s.first_block) * kSumThreads + threadIdx.x;
+  const std::int64_t row = i / per_row;
+  if (row >= s.out_rows || (s.shares == 0 && row < s.rows)) return;
+  const int column = static_cast<int>(i % per_row) * 4, left = s.columns - column;
+  float sum[4] = {};
+  if (row < s.rows) {
+    const float* from = s.partial + row * s.stride + column;
+#pragma unroll 8
+    for (int share = 0; share < s.shares; ++share, from += s.rows * s.stride) {
+      if (left >= 4) {
+        const Word16 v = load16(from);
+        for (int e = 0; e < 4; ++e) sum[e] += as_float(v.part[e]);
+      } else {
+        for (int e = 0; e < left; ++e) sum[e] += from[e];
+      }
+    }
+    const float scale = s.gate == nullptr ? s.scale : s.scale * s.gate[row];
+    for (float& v : sum) v *= scale;
+  }
+  store_few(s.out + row * s.out_stride + column, sum, left);
+}
+
+}  // namespace ardlora::cuda
