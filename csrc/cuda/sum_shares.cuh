@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumShares
         const Word16 v = load16(from);
         for (int e = 0; e < 4; ++e) sum[e] += as_float(v.part[e]);
       } else {
-        for (int e = 0; e < left; ++e) sum[e] += from[e];
+        for (int e = 0; e < 3; ++e) sum[e] += e < left ? from[e] : 0.0f;
       }
     }
     const float scale = s.gate == nullptr ? s.scale : s.scale * s.gate[row];
