@@ -29,6 +29,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("quality", "ardlora_ext.bench.quality", "compare rank-allocation methods at equal parameters"),
     Command("step", "ardlora_ext.bench.step", "time a whole training step against the frozen base and PEFT"),
+    Command("cuda-static", "ardlora_ext.bench.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"),
 )
 
 _EXTRAS = ("matplotlib", "rich")

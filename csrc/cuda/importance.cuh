@@ -77,10 +77,10 @@ ARDLORA_DEVICE float row_sum(const T* weight, const T* grad, std::int64_t cols, 
 // the sum of Ibar Ubar.
 template <typename T, int kCount>
 ARDLORA_DEVICE float update_row(const RowBuffers& b, std::int64_t row, const ImportanceStep& p, int lane) {
-  const T* weight = static_cast<const T*>(b.weight) + row * b.cols;
-  const T* grad = static_cast<const T*>(b.grad) + row * b.cols;
-  float* sensitivity = b.sensitivity + row * b.cols;
-  float* uncertainty = b.uncertainty + row * b.cols;
+  const T* weight = as_global(static_cast<const T*>(b.weight)) + row * b.cols;
+  const T* grad = as_global(static_cast<const T*>(b.grad)) + row * b.cols;
+  float* sensitivity = as_global(b.sensitivity) + row * b.cols;
+  float* uncertainty = as_global(b.uncertainty) + row * b.cols;
   float sum = 0.0f;
   for (std::int64_t c = lane * kCount; c < b.cols; c += 32 * kCount) {
     float w[kCount], g[kCount], i[kCount], u[kCount];
@@ -132,9 +132,9 @@ struct SumOfRow {
   template <typename T, int kCount>
   ARDLORA_DEVICE void operator()(const RowBuffers& b, std::int64_t own, std::int64_t row) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const std::int64_t at = own * b.cols;
-    const float sum = row_sum<T, kCount, kMagnitude>(static_cast<const T*>(b.weight) + at,
-                                                     static_cast<const T*>(b.grad) + at, b.cols, lane);
+    const T* weight = as_global(static_cast<const T*>(b.weight)) + own * b.cols;
+    const T* grad = as_global(static_cast<const T*>(b.grad)) + own * b.cols;
+    const float sum = row_sum<T, kCount, kMagnitude>(weight, grad, b.cols, lane);
     if (lane == 0) out[row] = sum;
   }
 };

@@ -27,6 +27,15 @@ struct alignas(16) Word16 {
 
 // ---- global memory, 16 bytes at an address divisible by 16
 
+// What a pointer that was itself read from memory needs, so that the compiler knows what it points to.
+template <typename T>
+ARDLORA_DEVICE T* as_global(T* p) {
+#ifdef __CUDACC__
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 ARDLORA_DEVICE Word16 load16(const void* from) {
 #ifdef __CUDACC__
   const uint4 v = *static_cast<const uint4*>(from);

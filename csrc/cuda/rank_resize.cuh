@@ -21,11 +21,11 @@ ARDLORA_DEVICE void move_column(const ResizeJob& job, const RowStep* steps, std:
     const RowStep step = steps[job.first_step + i];
     Word value = held;
     if (step.from == kZeroRow) value = Word{};
-    if (step.from >= 0) value = src[step.from * stride];
+    if (step.from >= 0) value = *as_global(src + step.from * stride);
     if (step.to == kHeldRow) {
       held = value;
     } else {
-      dst[step.to * stride] = value;
+      *as_global(dst + step.to * stride) = value;
     }
   }
 }

@@ -21,9 +21,10 @@ __global__ void __launch_bounds__(kUnitThreads) prox_kernel(ProxParams p, double
 __global__ void __launch_bounds__(kUnitThreads)
     gates_kernel(const GateBlock* __restrict__ blocks, const double* __restrict__ rho, GateParams p) {
   const GateBlock unit = blocks[blockIdx.x];
+  float* gate = as_global(unit.gate);
   const double soft_rank = rho[blockIdx.x];
   for (std::int64_t j = threadIdx.x; j < unit.count; j += kUnitThreads) {
-    unit.gate[j] = static_cast<float>(gate_formula(p, soft_rank, j));
+    gate[j] = static_cast<float>(gate_formula(p, soft_rank, j));
   }
 }
 
