@@ -13,7 +13,7 @@ alone; PEFT's, when it is above 0, also on the part of W x that the magnitude re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,8 @@ class DoraLinear(LoraLinear):
         self._cached = self._squares = None
         return self
 
-    @property
-    def live_parameters(self) -> int:
-        return super().live_parameters + self.layout.out_features
+    def parameters_at(self, ranks: Sequence[int]) -> int:
+        return super().parameters_at(ranks) + self.layout.out_features
 
     @property
     def extras(self) -> dict[str, torch.Tensor]:

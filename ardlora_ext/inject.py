@@ -47,7 +47,7 @@ class ParametersReport:
     """Parameter counts of a wrapped model.
 
     Attributes:
-        live: adapter parameters in use.
+        live: adapter parameters in use: factors, trained gates (lambda of ElaLoRA and AdaLoRA), DoRA's magnitudes.
         allocated: adapter parameters held, with the slack of their capacity.
         trainable: everything that gets a gradient: live adapters and `modules_to_save`.
         total: the whole model with its live adapters.

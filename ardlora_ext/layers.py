@@ -158,10 +158,14 @@ class LoraLinear(nn.Module):
             self.lora_gate = self._gates(0.0)
         return ""
 
+    def parameters_at(self, ranks: Sequence[int]) -> int:
+        """Return the trained parameters of the adapter at these ranks: factors and, where they are trained, gates."""
+        return self.layout.parameters(ranks) + (0 if self.lora_E is None else sum(ranks))
+
     @property
     def live_parameters(self) -> int:
         """Adapter parameters in use."""
-        return self.layout.parameters(self.ranks)
+        return self.parameters_at(self.ranks)
 
     @property
     def gate(self) -> torch.Tensor | None:

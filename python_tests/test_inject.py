@@ -219,6 +219,17 @@ def test_parameters_report(factoring: Any, live: int, allocated: int) -> None:
     assert str(report).startswith(f"trainable params: {report.trainable:,} || all params: {report.total:,} ||")
 
 
+@pytest.mark.parametrize("make", [ard.ElaConfig, ard.AdaConfig])
+def test_parameters_report_counts_trained_gates(make: Any) -> None:
+    model = ard.wrap(Attention(), make())
+    report = ard.parameters_report(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    slack = report.allocated - report.live
+    gates = sum(sum(layer.ranks) for layer in ard.adapters(model).values())
+    factors = sum(layer.layout.parameters(layer.ranks) for layer in ard.adapters(model).values())
+    assert report.live == report.trainable == factors + gates == trained - slack
+
+
 @pytest.mark.parametrize(
     ("head_dim", "expected"),
     [

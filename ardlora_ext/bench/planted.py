@@ -196,7 +196,7 @@ class PlantedTask:
         loss = float((self.truth.updates - updates).square().sum()) / units
         layers = list(ard.adapters(self.model).values())
         learned = [r for layer in layers for r in _per_head(layer.ranks, self.heads)]
-        best = self._best(sum(layer.live_parameters for layer in layers))[0]
+        best = self._best(sum(layer.layout.parameters(layer.ranks) for layer in layers))[0]
         found = {"loss": loss, "regret": loss - best, "oracle": best, "spearman": spearman(learned, self.truth.ranks)}
         return found | {"planted": self.truth.ranks, "learned": learned}
 

@@ -112,7 +112,7 @@ def compare(
 
 def _run_method(found: Comparison, method: Method, effort: Effort, tick: Tick) -> None:
     def trial(lr: float, seed: int, split: str) -> Row:
-        row = {**run_trial(found.bed, method, lr, seed), "split": split}
+        row = {**run_trial(found.bed, method, lr, seed, tuning=split == "tune"), "split": split}
         found.rows.append(row)
         tick(found)
         return row

@@ -6,7 +6,7 @@ The score is accuracy, or for numbers Spearman's correlation with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import ardlora_ext as ard
-from ardlora_ext.batches import Batch, Collator, Features, batches, encode
+from ardlora_ext.batches import Batch, Collator, Features, encode
 from ardlora_ext.bench.methods import Ranks
 from ardlora_ext.bench.stats import spearman
 from ardlora_ext.bench.tasks import Data, Sample, load
@@ -95,7 +96,7 @@ class RealTask:
         self.heads = head_modules(self.model)
         self.base: Mapping[str, Any] = {"modules_to_save": self.heads}
         self.collate = Collator(texts.tokenizer)
-        self.order = batches(len(texts.parts["train"]), bed.batch, seed)
+        self.order = _like_lengths([len(f["input_ids"]) for f in texts.parts["train"]], bed.batch, seed)
 
     def oracle(self, budget: int) -> Ranks | None:
         return None  # nobody knows
@@ -139,3 +140,12 @@ class RealTask:
         else:
             score = spearman(logits[:, 0].tolist(), targets.tolist())
         return {"score": score}
+
+
+def _like_lengths(lengths: list[int], size: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of texts of like length for ever, which have half the padding; a fresh seeded order each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = get_length_grouped_indices(lengths, size, generator=generator)
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        yield from (chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist())

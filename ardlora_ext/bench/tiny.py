@@ -176,7 +176,7 @@ class TinyTask:
     def test(self) -> Row:
         loss = float(cross_entropy(self.model, self.tested))
         layers = ard.adapters(self.model)
-        hindsight = self.oracle(sum(layer.live_parameters for layer in layers.values()))
+        hindsight = self.oracle(sum(layer.layout.parameters(layer.ranks) for layer in layers.values()))
         mean_ranks = {name: float(np.mean(layer.ranks)) for name, layer in layers.items()}
         return {
             "loss": loss,

@@ -151,8 +151,10 @@ def check_budget(model: nn.Module, method: Method, plan: Plan) -> None:
         raise InputError(f"{method.label}: must end within {allowed:,} {what}, got {spent:,}")
 
 
-def run_trial(bed: Bed, method: Method, lr: float, seed: int) -> Row:
+def run_trial(bed: Bed, method: Method, lr: float, seed: int, tuning: bool = False) -> Row:
     """Train once and return a row; a run that diverges has an infinite validation loss.
+
+    A run that only tunes the learning rate stops at the validation loss: the test set stays unseen.
 
     Raises:
         MethodUnavailable: the build or the bed lacks something the method needs.
@@ -171,20 +173,20 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int) -> Row:
         raise InputError(f"{method.label}: {error}") from error
     track = RankTrack(task.model, controller)
     started = time.process_time()
-    half = _train(task, optimizer, bed.steps, track)
+    half = _train(task, optimizer, bed.steps, track, tuning)
     controller.finalize()
     method.recipe.after(task.model, plan)
     seconds = time.process_time() - started
     check_budget(task.model, method, plan)
     row = {"bed": bed.name, "method": method.label, "seed": seed, "lr": lr}
-    result = _scores(task, bed.measure.key) if half is not None else {"valid": math.inf, bed.measure.key: math.nan}
+    result = _scores(task, bed.measure.key, tuning) if half is not None else _diverged(bed.measure.key)
     sizes = {"params": ard.parameters_report(task.model).live, "budget": plan.budget, "peak_params": track.peak}
     return {
         **row,
         "regret": None,
         "spearman": None,
         **result,
-        "valid_half": half,
+        "valid_half": None if tuning else half,
         **sizes,
         "moves": track.moves,
         "flips": track.flips,
@@ -193,8 +195,11 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int) -> Row:
     }
 
 
-def _train(task: Task, optimizer: torch.optim.Optimizer, steps: int, track: RankTrack) -> float | None:
-    """Take all steps and return the validation loss at half of them; None when the loss is no longer a number."""
+def _train(task: Task, optimizer: torch.optim.Optimizer, steps: int, track: RankTrack, tuning: bool) -> float | None:
+    """Take all steps and return the validation loss at half of them; None when the loss is no longer a number.
+
+    While tuning nobody asks for it: NaN.
+    """
     warmup = max(1, round(_WARMUP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -203,7 +208,7 @@ def _train(task: Task, optimizer: torch.optim.Optimizer, steps: int, track: Rank
     half = math.nan
     task.model.train()
     for step in range(steps):
-        if step == steps // 2:
+        if step == steps // 2 and not tuning:
             half = _valid(task)
         loss = task.loss()
         if not math.isfinite(loss.item()):
@@ -226,10 +231,15 @@ def _valid(task: Task) -> float:
     return value
 
 
+def _diverged(key: str) -> Row:
+    return {"valid": math.inf, key: math.nan}
+
+
 @torch.no_grad()
-def _scores(task: Task, key: str) -> Row:
+def _scores(task: Task, key: str, tuning: bool) -> Row:
     task.model.eval()
-    found = {"valid": task.valid(), **task.test()}
-    if not math.isfinite(found["valid"]) or not math.isfinite(found[key]):
-        return {"valid": math.inf, key: math.nan}
-    return found
+    valid = task.valid()
+    found: Row = {key: None} if tuning else task.test()
+    if not math.isfinite(valid) or not (tuning or math.isfinite(found[key])):
+        return _diverged(key)
+    return {"valid": valid, **found}

@@ -1,11 +1,10 @@
-"""Parameters, prices and whole ranks of many units: pure functions on arrays.
+"""Parameters and prices of many units: pure functions on arrays.
 
 Units that share a full-width factor pay for it together: its rows are as many as the largest of their ranks.
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,46 +45,3 @@ class Costs:
         total = np.bincount(self.module_of, weight, minlength=len(self.common))
         shared: Floats = self.common[self.module_of] * weight / total[self.module_of]
         return self.own + shared
-
-
-def whole_ranks(soft: Floats, limit: Ints, group: Ints, costs: Costs, budget: float | None) -> Ints:
-    """Turn soft ranks into whole ones, at least 1 each.
-
-    Without a budget r_u = max(1, round(rho_u)) (paper, A2). With one, components are taken in the order of their margin
-    rho_u - j as long as they fit, so the budget is met to within one component.
-
-    Args:
-        soft: [groups] soft ranks rho.
-        limit: [units] largest rank of each unit.
-        group: [units] index into `soft`; units of a group have one rank.
-        costs: what components cost.
-        budget: parameters allowed, or None.
-
-    Returns:
-        [units] ranks.
-    """
-    if budget is None:
-        rounded = np.maximum(1, np.floor(soft + 0.5)).astype(np.int64)
-        return np.minimum(rounded[group], limit)
-    ranks = np.minimum(1, limit)
-    members = [np.flatnonzero(group == g) for g in range(len(soft))]
-    largest = np.zeros(len(costs.common), dtype=np.int64)
-    np.maximum.at(largest, costs.module_of, ranks)
-    left = budget - costs.parameters(ranks)
-    queue = [(1.0 - rho, g, 1) for g, rho in enumerate(soft)]
-    heapq.heapify(queue)
-    while queue:
-        margin, g, j = heapq.heappop(queue)
-        units = members[g][limit[members[g]] > j]
-        if margin >= 1.0 or not len(units):  # components the gate never opened are not bought
-            continue
-        modules = costs.module_of[units]
-        new_rows = np.unique(modules[largest[modules] <= j])
-        price = float(costs.own[units].sum() + costs.common[new_rows].sum())
-        if price > left:
-            continue  # the group stops here, cheaper ones may still fit
-        left -= price
-        ranks[units] = j + 1
-        largest[new_rows] = j + 1
-        heapq.heappush(queue, (j + 1.0 - soft[g], g, j + 1))
-    return ranks

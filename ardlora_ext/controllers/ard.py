@@ -18,8 +18,9 @@ from torch import nn
 
 from ardlora_ext._native import core
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.controllers.allocate import Floats, Ints, whole_ranks
+from ardlora_ext.controllers.allocate import Floats, Ints
 from ardlora_ext.controllers.base import Controller
+from ardlora_ext.controllers.knapsack import whole_ranks
 from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots, training_gradients
 from ardlora_ext.controllers.variation import alpha_step
 from ardlora_ext.resize import RankUpdate, UnitUpdate
@@ -181,9 +182,12 @@ class ArdController(Controller[ArdConfig]):
                 self._record_ranks()
                 update = self._allocate()
         if self.target is None and self._must_harden():
-            self._decide()
+            self._decide(self.units.limit)
+            update = self._allocate()
         if self.phase == "harden":
-            update = self._harden() or update
+            self._open_gates()
+            if self._hardened == 1.0:
+                update = self._harden()
         elif self.phase == "adapt":
             self._write_gates(self._unit_rho())
         return update
@@ -191,6 +195,8 @@ class ArdController(Controller[ArdConfig]):
     def applied(self) -> None:
         if self.target is None:
             self._write_gates(self._unit_rho())
+        elif self.harden_from is not None:
+            self._open_gates()
 
     def _move_alpha(self) -> None:
         """Take the dual step on the price and the regularised step on alpha."""
@@ -227,11 +233,16 @@ class ArdController(Controller[ArdConfig]):
         self.previous, self.alpha = self.alpha, moved
 
     def _allocate(self) -> RankUpdate | None:
-        """Give each unit its boundary and look-ahead component; take back those whose gate is closed."""
+        """Give each unit its boundary and look-ahead component; take back those whose gate is closed.
+
+        Once final ranks are known, no unit has less: what the budget had left to give trains from now on.
+        """
         rho, live = self._unit_rho(), self.units.live()
         wanted = np.minimum(np.ceil(rho).astype(np.int64) + 1, self.units.limit)
         kept = np.minimum(np.ceil(rho + self.config.hysteresis).astype(np.int64) + 1, self.units.limit)
         ranks = np.where(live < wanted, wanted, np.where(live > kept, wanted, live))
+        if self.target is not None:
+            ranks = np.maximum(ranks, self.target)
         return self._resize_to(ranks, reorder=self.config.reorder and self.config.gate == "ramp")
 
     def _resize_to(self, ranks: Ints, reorder: bool = False) -> RankUpdate | None:
@@ -262,31 +273,33 @@ class ArdController(Controller[ArdConfig]):
         useful = sum(own[b : b + still] for b in begins[:-1]) * common[:still]
         return [*torch.argsort(useful, descending=True, stable=True).tolist(), *range(still, live)]
 
-    def _decide(self) -> None:
+    def _decide(self, limit: Ints) -> None:
         """Fix the final ranks; gates then slide there."""
-        limit = np.minimum(self.units.limit, self.units.live())
         self.target = whole_ranks(self.rho, limit, self.group, self.units.costs, self.budget)
         self._record_ranks(self.target)
         self.harden_from, self.harden_at = self._unit_rho(), self.step
 
-    def _harden(self) -> RankUpdate | None:
-        """Slide gates from their soft values to open or closed; drop the closed components at the end."""
-        assert self.target is not None
+    @property
+    def _hardened(self) -> float:
+        """Share of the way that gates have gone from their soft values to open or closed."""
+        return min(1.0, (self.step - self.harden_at + 1) / max(self._at(self.config.harden_ratio), 1))
+
+    def _open_gates(self) -> None:
         assert self.harden_from is not None
-        length = self._at(self.config.harden_ratio)
-        progress = min(1.0, (self.step - self.harden_at + 1) / max(length, 1))
-        self._write_gates(self.harden_from, progress)
-        if progress < 1.0:
-            return None
+        self._write_gates(self.harden_from, self._hardened)
+
+    def _harden(self) -> RankUpdate | None:
+        """Drop the components whose gates have closed."""
+        assert self.target is not None
         self.harden_from = None
         return self._resize_to(self.target)
 
     @torch.no_grad()
     def finalize(self) -> None:
         if self.target is None:
-            self._decide()
+            self._decide(np.minimum(self.units.limit, self.units.live()))
         if self.harden_from is not None:
-            self.harden_at = -(10**9)  # no time to slide
+            self._write_gates(self.harden_from, 1.0)  # no time to slide
             update = self._harden()
             if update is not None and self.apply is not None:
                 self.apply(update)
