@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ardlora_ext import data
 from ardlora_ext.data import TREC, DatasetUnavailable, InputError, Wheel, cache_dir, fetch
 
-_TEST, _VALID, _TRAIN = 2000, 400, 1000
+_TEST, _VALID, _TRAIN = 1000, 400, 1000
 _TEST_SHARE = 0.4  # of a small data set
 _NEUTRAL = 0.5  # film sentences closer to zero have no clear polarity
 
