@@ -1,7 +1,8 @@
 """Optimizer state that follows a parameter whose rows change.
 
 A moment is any state tensor with the parameter's shape; scalars such as `step` stay as they are. That covers torch's
-Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop and SGD with momentum, single, foreach and fused alike.
+Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop and SGD with momentum, single, foreach and fused alike. 8-bit
+moments move as whole blocks (bitsandbytes: `state1` uint8, `absmax1` of each 256 values, `qmap1` what the codes mean).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ State = MutableMapping[str, Any]
 # Their state is not one row per component: factored (Adafactor), flat over all parameters (LBFGS), sparse.
 _REFUSED = ("Adafactor", "LBFGS", "SparseAdam")
 
+_BLOCK = 256  # values that share a scale in an 8-bit moment
+
 
 def unwrapped(optimizer: Any) -> Optimizer:
     """Return the torch optimizer inside wrappers such as Accelerate's.
@@ -35,14 +38,37 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return seen
 
 
+def _absmax_rows(key: str, value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """View the scales of an 8-bit moment as [rows, blocks of a row].
+
+    Raises:
+        ValueError: a block spans rows, so that none of them can move alone.
+    """
+    rows, width = parameter.shape
+    per_row, rest = divmod(value.numel(), max(rows, 1))
+    if rest or width % _BLOCK or per_row == 0 or width // per_row % _BLOCK:
+        raise ValueError(
+            f"rank change: 8-bit optimizer state '{key}' must have whole blocks of {_BLOCK} values in each row, got "
+            f"rows of {width} values and {value.numel()} blocks for {rows} rows; keep such adapters in 32-bit state"
+        )
+    return value.view(rows, per_row)
+
+
 def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return the state tensors of `parameter` that have its rows.
+    """Return the state tensors of `parameter` that have its rows; scales of 8-bit moments as [rows, blocks of a row].
 
     Raises:
         ValueError: some state is neither a scalar nor shaped like the parameter, so it cannot follow a rank change.
     """
     found = {}
-    for key, value in optimizer.state.get(parameter, {}).items():
+    state = optimizer.state.get(parameter, {})
+    eight_bit = {key[-1] for key, value in state.items() if getattr(value, "dtype", None) == torch.uint8}
+    for key, value in state.items():
+        if key in {f"qmap{n}" for n in eight_bit}:
+            continue
+        if key in {f"absmax{n}" for n in eight_bit}:
+            found[key] = _absmax_rows(key, value, parameter)
+            continue
         if not isinstance(value, torch.Tensor) or (value.numel() <= 1 and value.shape != parameter.shape):
             if value is None or isinstance(value, (int, float, bool, torch.Tensor)):
                 continue

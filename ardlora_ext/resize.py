@@ -194,7 +194,8 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
         if optimizer is not None:
             for (owner, key), buffer in change.buffers.items():
                 if owner == factor and key not in ("", "grad"):
-                    optimizer.state[parameter][key] = buffer.new
+                    flat = optimizer.state[parameter][key].ndim == 1
+                    optimizer.state[parameter][key] = buffer.new.view(-1) if flat else buffer.new
     change.layer.set_ranks([u.rank for u in change.units])
 
 
