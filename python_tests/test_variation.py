@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import lsq_linear
 
 import ardlora_ext as ard
 from ardlora_ext.controllers.allocate import Floats
-from ardlora_ext.controllers.variation import Variation, alpha_step, flatten_chain, smooth_chain
+from ardlora_ext.controllers.variation import Variation, alpha_step, solve_chain
 
 from conftest import Attention, trainable
 
@@ -33,11 +34,15 @@ def problem(seed: int) -> tuple[Floats, Floats, Floats]:
 
 @pytest.mark.parametrize("mode", VARIATIONS)
 @pytest.mark.parametrize("seed", range(4))
-def test_prox_is_the_minimiser(mode: Variation, seed: int) -> None:
+@pytest.mark.parametrize("bounded", [False, True])
+def test_prox_is_the_minimiser(mode: Variation, seed: int, bounded: bool) -> None:
     alpha, grad, weight = problem(seed)
     step, price, tv = 0.3, 0.7, 0.9
     wide = np.full(5, 1e-3), np.full(5, 50.0)
+    if bounded:  # some bounds are active, and differ
+        wide = np.array([1e-3, 2.2, 1e-3, 1e-3, 2.5]), np.array([1.5, 3.0, 2.0, 0.5, 50.0])
     ours = alpha_step(alpha, alpha, grad, weight, wide, step, price, tv, mode, False, CHAINS)
+    assert ((wide[0] <= ours) & (ours <= wide[1])).all()
 
     def objective(a: Floats) -> float:
         smooth = grad @ a + price * weight @ np.abs(a) + ((a - alpha) ** 2).sum() / (2 * step)
@@ -49,8 +54,6 @@ def test_prox_is_the_minimiser(mode: Variation, seed: int) -> None:
         for _ in range(200):
             other = np.clip(ours + scale * rng.normal(size=5) * (rng.random(5) < 0.6), *wide)
             assert objective(other) >= best - 1e-12
-    narrow = alpha_step(alpha, alpha, grad, weight, (wide[0], np.full(5, 0.5)), step, price, tv, mode, False, CHAINS)
-    assert narrow.max() <= 0.5
 
 
 @pytest.mark.parametrize("mode", VARIATIONS)
@@ -75,14 +78,53 @@ def test_temporal_prox_is_a_smaller_step() -> None:
     np.testing.assert_allclose(damped, smaller, rtol=1e-14)
 
 
-@pytest.mark.parametrize("solve", [smooth_chain, flatten_chain])
-def test_chains_of_any_length(solve: Callable[[Floats, float], Floats]) -> None:
-    rng = np.random.default_rng(0)
-    for length in range(1, 12):
-        z = rng.normal(size=length)
-        np.testing.assert_allclose(solve(z, 0.0), z, atol=1e-12)
-        np.testing.assert_allclose(solve(z, 1e9), np.full(length, z.mean()), atol=1e-5)
-        np.testing.assert_allclose(solve(z, 0.3).sum(), z.sum(), atol=1e-10)
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[Floats, Floats, Floats, float]:
+    """Targets, bounds (some equal, many active) and a strength."""
+    n = draw(st.integers(1, 9))
+    grid = st.one_of(st.floats(-4, 4), st.integers(-4, 4).map(float))  # ties on purpose
+    z, a, b = (np.array(draw(st.lists(grid, min_size=n, max_size=n))) for _ in range(3))
+    strength = draw(st.one_of(st.floats(1e-3, 20), st.sampled_from([0.0, 0.5, 1.0, 1e4])))
+    return z, np.minimum(a, b), np.maximum(a, b), strength
+
+
+@settings(max_examples=200, deadline=None)
+@given(chains())
+def test_bounded_quadratic_chain_is_the_least_squares_solution(case: tuple[Floats, Floats, Floats, float]) -> None:
+    z, low, high, strength = case
+    ours = solve_chain(z, low, high, strength, square=True)
+    assert ((low <= ours) & (ours <= high)).all()
+    d = np.diff(ours, append=ours[-1], prepend=ours[0])
+    slope = ours - z + strength * (d[:-1] - d[1:])
+    slack = 1e-10 * (1 + strength)
+    assert (slope[ours < high] >= -slack).all(), "nothing is gained upwards"
+    assert (slope[ours > low] <= slack).all(), "nor downwards"
+    if (high - low).min() > 1e-3:  # what scipy accepts; an exact active-set method
+        rows = np.concatenate([np.eye(len(z)), np.sqrt(strength) * np.diff(np.eye(len(z)), axis=0)])
+        target = np.concatenate([z, np.zeros(len(z) - 1)])
+        slow = lsq_linear(rows, target, (low, high), method="bvls", tol=1e-14).x
+        np.testing.assert_allclose(ours, slow, atol=1e-8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(chains())
+def test_bounded_absolute_chain_meets_the_optimality_conditions(case: tuple[Floats, Floats, Floats, float]) -> None:
+    """a - z + D^T u + v = 0 with u_l in strength * sign(a_l - a_{l+1}), v pushing at active bounds only."""
+    z, low, high, strength = case
+    ours = solve_chain(z, low, high, strength, square=False)
+    assert ((low <= ours) & (ours <= high)).all()
+    least = most = 0.0  # what u_l may be, by the entries up to l
+    for entry, a in enumerate(ours):
+        least = least + z[entry] - a if a < high[entry] else -np.inf
+        most = most + z[entry] - a if a > low[entry] else np.inf
+        if entry == len(z) - 1:
+            allowed = 0.0, 0.0
+        elif abs(a - ours[entry + 1]) > 1e-12:
+            allowed = (strength * np.sign(a - ours[entry + 1]),) * 2
+        else:
+            allowed = -strength, strength
+        least, most = max(least, allowed[0]), min(most, allowed[1])
+        assert least <= most + 1e-10 * (1 + strength)
 
 
 MODES: list[dict[str, object]] = [

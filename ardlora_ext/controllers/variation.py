@@ -10,9 +10,9 @@
 | `layer_abs` | sum abs(a_l - a_{l+1}) | |
 | `none` | 0 | |
 
-`prox` solves it exactly (alpha >= 0 makes l1 linear; clipping last is exact too, but for `layer_sq`, where it ignores
-that neighbours feel an active bound); `explicit` adds the gradient of V at the present alpha, where the temporal forms
-look one step back: negative momentum.
+`prox` solves it exactly (alpha >= 0 makes l1 linear; without neighbours clipping last is exact, with them see
+`solve_chain`); `explicit` adds the gradient of V at the present alpha, where the temporal forms look one step back:
+negative momentum.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def alpha_step(
     else:
         out = moved
         for chain in chains:
-            smooth = smooth_chain if mode == "layer_sq" else flatten_chain
-            out[chain] = smooth(moved[chain], step * strength)
+            low, high = bounds[0][chain], bounds[1][chain]
+            out[chain] = solve_chain(moved[chain], low, high, step * strength, mode == "layer_sq")
     return np.asarray(np.clip(out, *bounds), dtype=np.float64)
 
 
@@ -91,40 +91,62 @@ def _slope(alpha: Floats, previous: Floats, mode: Variation, chains: Sequence[In
     return out
 
 
-def smooth_chain(z: Floats, strength: float) -> Floats:
-    """Return argmin_a |a - z|^2 / 2 + strength / 2 * sum (a_l - a_{l+1})^2, a tridiagonal solve."""
-    difference = np.diff(np.eye(len(z)), axis=0)
-    return np.asarray(np.linalg.solve(np.eye(len(z)) + strength * difference.T @ difference, z), dtype=np.float64)
+def solve_chain(z: Floats, low: Floats, high: Floats, strength: float, square: bool) -> Floats:
+    """Return argmin_a |a - z|^2 / 2 + strength * sum v(a_l - a_{l+1}), low <= a <= high, exactly.
 
+    v(d) = d^2 / 2 or |d|. Dynamic programming (Johnson 2013, for |d|): f_l(x) is the least cost of the first l entries
+    with a_l = x. Its derivative is a rising polyline, which every step maps to another: with the penalty, slopes are
+    bounded by the strength (square) or values are (abs); a bound cuts it off; the distance to z adds a line.
 
-def flatten_chain(z: Floats, strength: float) -> Floats:
-    """Return argmin_a |a - z|^2 / 2 + strength * sum |a_l - a_{l+1}|, exactly.
-
-    The dual is the shortest path through a tube of radius `strength` around the running sum of z; the path is found
-    by following it from each bend to the next one (the taut string).
+    Args:
+        z: [n], at least one.
+        low: [n] lowest values.
+        high: [n] highest values, at least the lowest.
+        strength: >= 0.
+        square: which v.
     """
-    n = len(z)
-    sums = np.concatenate([[0.0], np.cumsum(z)])
-    lower, upper = sums - strength, sums + strength
-    lower[[0, n]] = upper[[0, n]] = sums[[0, n]]
-    out = np.empty(n)
-    start, height = 0, 0.0
-    while start < n:
-        steps = np.arange(1, n - start + 1)
-        low = np.maximum.accumulate((lower[start + 1 :] - height) / steps)
-        high = np.minimum.accumulate((upper[start + 1 :] - height) / steps)
-        crossed = np.flatnonzero(low > high)
-        if not len(crossed):
-            end, slope = n, (sums[n] - height) / (n - start)
+    if strength == 0.0:
+        return np.asarray(np.clip(z, low, high), dtype=np.float64)
+    lines: list[tuple[Floats, Floats]] = []
+    for entry, (a, b) in enumerate(zip(low, high, strict=True)):
+        x, y = np.array([a, b]), np.zeros(2)
+        if entry > 0:
+            x, y = _between(*_penalised(*lines[-1], strength, square), strength if square else 0.0, a, b)
+        lines.append((x, y + x - z[entry]))
+    out = np.empty(len(z))
+    out[-1] = _crossing(*lines[-1], 0.0)
+    for entry in range(len(z) - 2, -1, -1):
+        x, y = lines[entry]
+        after = out[entry + 1]
+        if square:
+            out[entry] = _crossing(x, y + strength * (x - after), 0.0)
         else:
-            # The bound that could still be kept up to the crossing is where the string bends.
-            k = int(crossed[0])
-            rising = (lower[start + 1 + k] - height) / (k + 1) > high[k - 1] if k else False
-            slope = high[k - 1] if rising else low[k - 1]
-            bound = upper if rising else lower
-            reached = np.isclose((bound[start + 1 : start + 1 + k] - height) / steps[:k], slope, rtol=1e-12, atol=1e-14)
-            end = start + 1 + int(np.flatnonzero(reached)[-1])
-        out[start:end] = slope
-        height += slope * (end - start)
-        start = end
+            out[entry] = np.clip(after, _crossing(x, y, -strength), _crossing(x, y, strength))
     return out
+
+
+def _penalised(x: Floats, y: Floats, strength: float, square: bool) -> tuple[Floats, Floats]:
+    """Return the derivative of min_b f(b) + strength * v(. - b), for f' given with vertical ends.
+
+    Its own ends go on with slope `strength` (square) or flat.
+    """
+    if square:  # the inverses of derivatives add
+        return x + y / strength, y
+    inside = np.abs(y) < strength
+    first, last = _crossing(x, y, -strength), _crossing(x, y, strength)
+    return np.r_[first, x[inside], last], np.r_[-strength, y[inside], strength]
+
+
+def _between(x: Floats, y: Floats, slope: float, low: float, high: float) -> tuple[Floats, Floats]:
+    """Return the polyline (ends of this slope) between two x; where it climbs vertically at one, what lies within."""
+    before, after = max(x[0] - low, 0.0) + 1.0, max(high - x[-1], 0.0) + 1.0
+    x = np.r_[x[0] - before, x, x[-1] + after]
+    y = np.r_[y[0] - slope * before, y, y[-1] + slope * after]
+    i, j = int(np.searchsorted(x, low, "right")), int(np.searchsorted(x, high, "left"))
+    ends = [y[k - 1] + (y[k] - y[k - 1]) * (c - x[k - 1]) / (x[k] - x[k - 1]) for c, k in ((low, i), (high, j))]
+    return np.r_[low, x[i:j], high], np.r_[ends[0], y[i:j], max(ends)]
+
+
+def _crossing(x: Floats, y: Floats, level: float) -> float:
+    """Return where a rising polyline with vertical ends has the value `level`."""
+    return float(np.interp(level, y, x))
