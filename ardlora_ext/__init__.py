@@ -18,6 +18,7 @@ from ardlora_ext.attach import attach
 from ardlora_ext.compress import Compression, compress
 from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
 from ardlora_ext.controllers import AdaController, ArdController, Controller, ElaController
+from ardlora_ext.distributed import fully_shard, replicate
 from ardlora_ext.export import load_pretrained, save_pretrained
 from ardlora_ext.init import init_from_gradients
 from ardlora_ext.inject import ParametersReport, adapters, merge, parameters_report, unwrap, wrap
@@ -55,6 +56,7 @@ __all__ = [
     "adapters",
     "attach",
     "compress",
+    "fully_shard",
     "init_from_gradients",
     "load_peft",
     "load_pretrained",
@@ -63,6 +65,7 @@ __all__ = [
     "merge",
     "merge_adapter",
     "parameters_report",
+    "replicate",
     "save_pretrained",
     "save_state",
     "svd_prune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext import resize
+from ardlora_ext import resize, world
+from ardlora_ext.config import LoraConfig
 from ardlora_ext.controllers import Controller, make_controller
+from ardlora_ext.distributed import bare, check_placement, check_running
 from ardlora_ext.inject import adapters, check_unmerged, injection
 from ardlora_ext.optim import check_optimizer, settle_loss_scale, unwrapped
-
-_SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def attach(
@@ -29,7 +30,9 @@ def attach(
     any loop works: raw, Trainer, Accelerate, Lightning. A wrapped plain LoRA gets a controller that changes nothing.
 
     Args:
-        model: a model that `wrap` or `load_pretrained` prepared.
+        model: a model that `wrap` or `load_pretrained` prepared, also inside DistributedDataParallel, or after
+            `fully_shard` or `replicate`. With several processes each of them attaches, and every rank change is
+            compared before it is made.
         optimizer: a torch optimizer that holds all adapter parameters: Adam, AdamW, SGD or another with one moment per
             weight.
         total_steps: optimizer steps of the run, when the config does not say; ARD freezes ranks in the last part.
@@ -40,14 +43,11 @@ def attach(
         The controller: `ranks()`, `records`, `summary()`, `state_dict()`.
 
     Raises:
-        ValueError: the model is not wrapped or already attached, or the optimizer cannot follow rank changes.
+        ValueError: the model is not wrapped or already attached, inside a wrapper that cannot follow rank changes, or
+            the optimizer cannot.
         TypeError: not an optimizer.
     """
-    if type(model).__name__ in _SHARDED:
-        raise ValueError(
-            f"attach: model must not be inside {type(model).__name__}, which keeps its own view of the parameters; "
-            "pass the module before it was wrapped and train on one process"
-        )
+    wrapper, model = model, bare(model)
     record = injection(model)
     if record.controller is not None:
         raise ValueError("attach: model must not be attached already")
@@ -57,6 +57,7 @@ def attach(
             "ardlora_ext.init_from_gradients(model, batches, loss_fn)"
         )
     torch_optimizer = unwrapped(optimizer)
+    check_placement(model)
     layers = adapters(model)
     for name, layer in layers.items():
         check_unmerged("attach", name, layer)
@@ -67,14 +68,23 @@ def attach(
     if record.controller_state:
         controller.load_state_dict(record.controller_state)
 
-    def apply(update: resize.RankUpdate) -> None:
-        resize.apply(model, update, torch_optimizer)
-        controller.applied()
+    controller.processes = getattr(wrapper, "process_group", None) if record.sync is None else record.sync.group
+    device = next(iter(layers.values())).lora_A.device
+    moves = not isinstance(record.config, LoraConfig)
+
+    def apply(update: resize.RankUpdate | None) -> None:
+        if moves and world.initialised():  # compared even if there is none here: another process may have one
+            plan = json.dumps(None if update is None else update.to_json())
+            world.agree(f"rank change after step {controller.step}", plan, device, controller.processes)
+        if update is not None:
+            resize.apply(model, update, torch_optimizer)
+            controller.applied()
 
     skipped = False
 
     def observe(optimizer: Optimizer) -> None:
         nonlocal skipped
+        check_running(wrapper)
         skipped = settle_loss_scale(optimizer)
         if not skipped:
             controller.observe()
@@ -93,13 +103,9 @@ def attach(
         return ((args[0], observed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": observed})
 
     def after(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        update = None if skipped else controller.propose()
-        if update is not None:
-            apply(update)
+        apply(None if skipped else controller.propose())
 
-    first = controller.start()
-    if first is not None:
-        apply(first)
+    apply(controller.start())
     controller.applied()
     controller.apply = apply
     controller.handles = [

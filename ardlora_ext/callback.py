@@ -18,7 +18,6 @@ from transformers.trainer_callback import CallbackHandler, ExportableState, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ardlora_ext.attach import attach
-from ardlora_ext.config import LoraConfig
 from ardlora_ext.controllers import Controller
 from ardlora_ext.export import save_pretrained
 from ardlora_ext.files import write_set
@@ -56,12 +55,6 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Attach, or go on where the checkpoint was."""
-        config = injection(model).config
-        if args.world_size > 1 and not isinstance(config, LoraConfig):
-            raise ValueError(
-                f"RankCallback: training must run in one process for {type(config).__name__}, whose ranks move, got "
-                f"{args.world_size} processes"
-            )
         kept = state.stateful_callbacks.get(type(self).__name__)
         saved = self.restored or (kept["attributes"]["restored"] if isinstance(kept, dict) else None)
         self.restored = None

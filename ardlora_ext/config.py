@@ -54,7 +54,8 @@ class AdapterConfig:
         head_dim: head width for models without a transformers config, one number or one per name pattern (suffix).
             A value `("in", d)` cuts input columns (attention output), `d` or `("out", d)` output columns.
         capacity: `elastic` re-allocates when a rank leaves its size class, so memory follows the ranks; `fixed` keeps
-            room for `r_max` and never moves.
+            room for `r_max` and never moves, as DistributedDataParallel needs. `auto`: `fixed` in a run of several
+            processes, else `elastic`.
         adapter_dtype: `float32`, or `auto` for the dtype of the layer.
         seed: for the initial values of new components.
         init: where lora_A starts, with lora_B = 0: `default` (Kaiming uniform), `orthogonal` rows, or `gradient`, the
@@ -73,7 +74,7 @@ class AdapterConfig:
     granularity: Granularity = "matrix"
     factoring: Literal["shared", "independent"] = "shared"
     head_dim: int | Mapping[str, int | tuple[str, int]] | None = None
-    capacity: Literal["elastic", "fixed"] = "elastic"
+    capacity: Literal["auto", "elastic", "fixed"] = "auto"
     adapter_dtype: Literal["float32", "auto"] = "float32"
     seed: int = 0
     init: Literal["default", "orthogonal", "pissa", "gradient"] = "default"
@@ -83,7 +84,7 @@ class AdapterConfig:
         _choice(owner, "init", self.init, self.inits)
         _choice(owner, "granularity", self.granularity, ("head", "matrix", "layer"))
         _choice(owner, "factoring", self.factoring, ("shared", "independent"))
-        _choice(owner, "capacity", self.capacity, ("elastic", "fixed"))
+        _choice(owner, "capacity", self.capacity, ("auto", "elastic", "fixed"))
         _choice(owner, "adapter_dtype", self.adapter_dtype, ("float32", "auto"))
         _require(
             math.isfinite(self.lora_alpha) and self.lora_alpha > 0,
@@ -377,7 +378,7 @@ class ElaConfig(SvdConfig):
             _require(getattr(self, name) >= 1, f"ElaConfig: {name} must be >= 1, got {getattr(self, name)}")
         _require(self.r_max is None or self.r_max >= self.r, f"ElaConfig: r_max must be >= r, got {self.r_max}")
         _require(
-            self.capacity == "elastic" or self.r_max is not None,
+            self.capacity != "fixed" or self.r_max is not None,
             "ElaConfig: r_max must be given with capacity='fixed', got None",
         )
         _require(self.grace is None or self.grace >= 0, f"ElaConfig: grace must be >= 0, got {self.grace}")

@@ -13,6 +13,7 @@ from torch import nn
 from ardlora_ext.inject import adapters, injection
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.pissa import ROW_NORM, Block, blocks, spread
+from ardlora_ext.world import average
 
 _OVERSAMPLING = 8
 
@@ -101,7 +102,9 @@ def init_from_gradients(
     }
     for number in range(passes):
         _accumulate(model, layers, sketches, data, loss_fn or _model_loss)
-        for sketch in (s for several in sketches.values() for s in several):
+        every = [s for several in sketches.values() for s in several]
+        average([sketch.sum for sketch in every])  # over processes, which see other batches
+        for sketch in every:
             if not torch.isfinite(sketch.sum).all():
                 raise ValueError("init_from_gradients: gradients must be finite, got NaN or Inf")
             if number < passes - 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ardlora_ext import world
 from ardlora_ext._native import DTYPE_CODES
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.dora import DoraLinear
 from ardlora_ext.heads import unit_layout
-from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.layers import Capacity, Conv1D, LoraLinear
 from ardlora_ext.pissa import PissaLinear, start_orthogonal
 from ardlora_ext.start import start_svd
 from ardlora_ext.units import UnitLayout
@@ -35,11 +37,12 @@ class Injection:
     modules_to_save: tuple[str, ...]
     controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach
     controller: Any = None  # set by attach
+    sync: Any = None  # averages gradients over processes, set by replicate
     started: bool = False  # whether init="gradient" has its directions
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled model is not attached: its controller follows the original's optimizer."""
-        return {**self.__dict__, "controller": None}
+        """A copied or pickled model is neither attached nor replicated: hooks are on the original's parameters."""
+        return {**self.__dict__, "controller": None, "sync": None}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def injection(model: nn.Module) -> Injection:
     """
     found = getattr(model, _ATTRIBUTE, None)
     if not isinstance(found, Injection):
+        if hasattr(getattr(model, "module", None), _ATTRIBUTE):
+            raise ValueError(f"model must be given without {type(model).__name__} around it: use its .module")
         raise ValueError(f"{type(model).__name__} must be wrapped: call ardlora_ext.wrap(model, config) first")
     return found
 
@@ -176,9 +181,19 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
     return chosen
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Tell whether this process holds a part of `tensor` only (a DTensor)."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
 def _check_tensors(chosen: dict[str, nn.Module]) -> None:
     for name, module in chosen.items():
         for tensor in module.parameters(recurse=False):
+            if is_sharded(tensor):
+                raise ValueError(
+                    f"wrap: parameters must be whole, got '{name}' sharded already (DTensor); wrap first, then call "
+                    "ardlora_ext.fully_shard(model)"
+                )
             if tensor.device.type != "cpu":
                 raise ValueError(f"wrap: parameters must be on the CPU in this build, got '{name}' on {tensor.device}")
             if tensor.is_floating_point() and tensor.dtype not in DTYPE_CODES:
@@ -218,8 +233,11 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
             budget is out of range, parameters are not on the CPU. The model is unchanged then.
     """
     chosen, layouts, saved = plan_targets(model, config)
+    capacity = _capacity(config)
     generator = torch.Generator().manual_seed(config.seed)
-    wrapped = {id(module): _adapter(module, layouts[name], config, generator) for name, module in chosen.items()}
+    wrapped = {
+        id(module): _adapter(module, layouts[name], config, capacity, generator) for name, module in chosen.items()
+    }
     record = Injection(config, {n: p.requires_grad for n, p in model.named_parameters()}, saved)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_inside(name.rpartition(".")[0], saved))
@@ -258,7 +276,27 @@ def _replace(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
                 setattr(parent, key, replacement[id(child)])
 
 
-def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, generator: torch.Generator) -> LoraLinear:
+def _capacity(config: AdapterConfig) -> Capacity:
+    """Decide `auto`.
+
+    Raises:
+        ValueError: it would be `fixed` and ranks have no bound.
+    """
+    if config.capacity != "auto":
+        return config.capacity
+    if world.size() == 1:
+        return "elastic"
+    if config.max_rank == sys.maxsize:
+        raise ValueError(
+            f"wrap: r_max of {type(config).__name__} must be given with {world.size()} processes, where factors have "
+            "room for the largest rank from the start (capacity='auto' is 'fixed'), got None"
+        )
+    return "fixed"
+
+
+def _adapter(
+    module: nn.Module, layout: UnitLayout, config: AdapterConfig, capacity: Capacity, generator: torch.Generator
+) -> LoraLinear:
     weight = getattr(module, "weight", None)
     auto = config.adapter_dtype == "auto" and isinstance(weight, torch.Tensor) and weight.is_floating_point()
     kind = DoraLinear if isinstance(config, DoraConfig) else PissaLinear if config.init == "pissa" else LoraLinear
@@ -268,7 +306,7 @@ def _adapter(module: nn.Module, layout: UnitLayout, config: AdapterConfig, gener
         config.initial_rank,
         config.scaling,
         max_rank=config.max_rank,
-        capacity=config.capacity,
+        capacity=capacity,
         lora_dropout=config.lora_dropout,
         gate="controlled" if isinstance(config, ArdConfig) else "trained" if isinstance(config, SvdConfig) else "none",
         dtype=weight.dtype if auto and isinstance(weight, torch.Tensor) else torch.float32,
@@ -285,6 +323,8 @@ def _remove(model: Model, replacement: dict[int, nn.Module]) -> Model:
     record = injection(model)
     if record.controller is not None:
         record.controller.detach()
+    if record.sync is not None:
+        record.sync.detach()
     _replace(model, replacement)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, True))
@@ -327,6 +367,11 @@ def check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool = T
     """
     check_unmerged("merge", name, layer)
     weight = getattr(layer.base_layer, "weight", None)
+    if isinstance(weight, torch.Tensor) and is_sharded(weight):
+        raise ValueError(
+            f"merge: '{name}' must have a whole weight, got a shard of it (FSDP2); call "
+            "ardlora_ext.save_pretrained(model, ...) and merge in one process"
+        )
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise ValueError(f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}")
     if finite and not all(torch.isfinite(p).all() for p in layer.trained.values()):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ardlora_ext import ops, reference
+from ardlora_ext import ops, reference, world
 from ardlora_ext._native import core
 from ardlora_ext.units import UnitLayout, native_table
 
@@ -21,7 +21,7 @@ except ImportError:  # pragma: no cover - transformers is a dependency, its layo
         """Stands in where transformers has no Conv1D."""
 
 
-__all__ = ["Capacity", "Conv1D", "Gate", "LoraLinear", "capacity_of", "initial_rows"]
+__all__ = ["Capacity", "Conv1D", "Gate", "LoraLinear", "capacity_of", "fit_rows", "initial_rows"]
 
 Capacity = Literal["elastic", "fixed"]
 Gate = Literal["none", "controlled", "trained"]
@@ -131,15 +131,19 @@ class LoraLinear(nn.Module):
         """Do nothing: the ranks are needed, and taken over, before the factors are."""
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """Take over the ranks and buffer sizes of the state, then load it; `lists` ends with the error messages."""
+        """Take over the ranks of the state, then load it; `lists` ends with the error messages."""
         ranks = state_dict.get(prefix + "_extra_state")
         if isinstance(ranks, torch.Tensor):
             rows = {name: len(state_dict.get(prefix + name, value)) for name, value in self.factors.items()}
             problem = self._take_sizes(ranks.tolist(), rows)
             if problem:
                 lists[-1].append(f"ranks of '{prefix.removesuffix('.')}' must {problem}, got {ranks.tolist()}")
+            else:  # a state of another capacity differs in the rows past the live ones
+                sizes = {name: len(value) for name, value in self.factors.items()} | {"lora_gate": len(self.gated)}
+                found = {prefix + name: size for name, size in sizes.items() if prefix + name in state_dict}
+                state_dict.update({name: fit_rows(state_dict[name], size) for name, size in found.items()})
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @torch.no_grad()
@@ -149,10 +153,12 @@ class LoraLinear(nn.Module):
             return f"be {self.layout.units} numbers from 0 to {self.max_rank}"
         if any(rows[name] < live for name, live in zip(("lora_A", "lora_B"), self.layout.rows(ranks), strict=True)):
             return f"fit the factors of {rows['lora_A']} and {rows['lora_B']} rows"
+        a_rows, b_rows = self.capacities(*self.layout.rows(ranks))
+        sizes = {"lora_A": a_rows, "lora_B": b_rows, "lora_E": a_rows if self.layout.gate_on_a else b_rows}
         for name, parameter in self.factors.items():
-            if self.capacity == "elastic" and rows[name] != len(parameter):
+            if sizes[name] != len(parameter):
                 parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
-                parameter.set_(parameter.new_zeros(rows[name], parameter.shape[1]))  # type: ignore[call-overload]
+                parameter.set_(parameter.new_zeros(sizes[name], parameter.shape[1]))  # type: ignore[call-overload]
         self.set_ranks(ranks)
         if self.lora_gate is not None and len(self.lora_gate) != len(self.gated):
             self.lora_gate = self._gates(0.0)
@@ -210,8 +216,9 @@ class LoraLinear(nn.Module):
             merged: torch.Tensor = self.base_layer(x)
             return merged
         # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
+        # Processes that were seeded alike draw alike: their number makes the masks differ.
         masked = self.training and self.lora_dropout > 0.0
-        dropout = (self.lora_dropout, torch.randint(2**62, ())) if masked else ops.NO_DROPOUT
+        dropout = (self.lora_dropout, torch.randint(2**62, ()) ^ world.rank()) if masked else ops.NO_DROPOUT
         adapter = self.lora_A, self.lora_B, self.gate, self.rank_table, self.scaling, dropout
         dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
         if dense is not None and dense[0].dtype == x.dtype:
@@ -295,6 +302,13 @@ class LoraLinear(nn.Module):
         lay = self.layout
         ranks = self.ranks[0] if len(self.ranks) == 1 else self.ranks
         return f"in_features={lay.in_features}, out_features={lay.out_features}, kind={lay.kind}, ranks={ranks}"
+
+
+def fit_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return `tensor` cut to `rows` rows, or with rows of zeros up to there."""
+    if len(tensor) >= rows:
+        return tensor[:rows]
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
 def initial_rows(rows: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:

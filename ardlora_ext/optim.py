@@ -23,19 +23,33 @@ _REFUSED = ("Adafactor", "LBFGS", "SparseAdam")
 
 _BLOCK = 256  # values that share a scale in an 8-bit moment
 
+# They step on parts or copies of the parameters, or let processes differ.
+_DISTRIBUTED = {
+    "ZeroRedundancyOptimizer": "it partitions its state over the processes; adapters are small, give each process all",
+    "PostLocalSGDOptimizer": "it lets the processes differ between averages, and so would their ranks",
+    "DeepSpeedOptimizer": "it (ZeRO-1, 2 and 3) steps on flat partitions of the parameters; use "
+    "DistributedDataParallel, or ardlora_ext.fully_shard(model) (FSDP2)",
+}
+
 
 def unwrapped(optimizer: Any) -> Optimizer:
     """Return the torch optimizer inside wrappers such as Accelerate's.
 
     Raises:
         TypeError: there is none.
+        ValueError: it is one that partitions parameters or state over processes.
     """
     seen = optimizer
-    while not isinstance(seen, Optimizer) or type(seen).__name__ == "AcceleratedOptimizer":
+    while True:
+        kinds = [kind.__name__.removesuffix("Wrapper") for kind in type(seen).__mro__]  # Accelerate's wrappers
+        name = next((kind for kind in kinds if kind in _DISTRIBUTED), None)
+        if name is not None:
+            raise ValueError(f"attach: optimizer must not be {name}: {_DISTRIBUTED[name]}")
+        if isinstance(seen, Optimizer) and type(seen).__name__ != "AcceleratedOptimizer":
+            return seen
         seen = getattr(seen, "optimizer", None)
         if seen is None:
             raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return seen
 
 
 def _absmax_rows(key: str, value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:

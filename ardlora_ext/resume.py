@@ -2,7 +2,7 @@
 
 Two files, tensors and JSON, never pickle: what is trained (with its ranks, exact buffer sizes and gates), the
 optimizer's state, the controller's, and the random generators of torch, numpy and Python. A crash while they are
-written leaves the old pair or the new one.
+written leaves the old pair or the new one. Several processes write one pair, which any number of them can read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.optim import Optimizer
 
+from ardlora_ext import world
 from ardlora_ext.config import config_to_dict
 from ardlora_ext.files import recover, write_set
 from ardlora_ext.inject import injection
+from ardlora_ext.layers import fit_rows
 from ardlora_ext.optim import unwrapped
 
 RESUME, RESUME_TENSORS = "ardlora_resume.json", "ardlora_resume.safetensors"
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had the generators of one process
 _PLAIN = (bool, int, float, str, type(None))
 Tensors = dict[str, torch.Tensor]
 
@@ -46,6 +48,8 @@ class Stateful(Protocol):
 def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others: Stateful) -> None:
     """Write all that `load_state` needs to go on bit for bit (on the CPU); call it between two optimizer steps.
 
+    With several processes each of them calls it, the first one writes, and all wait until the files are there.
+
     Args:
         model: a wrapped model. Its frozen weights are not written.
         optimizer: the one given to `attach`.
@@ -62,7 +66,11 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
     record = injection(model)
     groups, numbers, tensors = _pack_optimizer(unwrapped(optimizer))
     tensors |= {f"model.{name}": value.detach().clone().contiguous() for name, value in _moving(model).items()}
-    tensors["rng.torch"] = torch.get_rng_state()
+    generators = world.gather((torch.get_rng_state(), {"python": random.getstate(), "numpy": _numpy_state()}))
+    if world.rank() > 0:
+        world.wait()
+        return
+    tensors |= {f"rng.torch.{i}": state for i, (state, _) in enumerate(generators)}
     data = save_tensors(tensors)
     state = {
         "format": _FORMAT,
@@ -70,15 +78,18 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         "controller": record.controller_state if record.controller is None else record.controller.state_dict(),
         "optimizer": {"kind": type(unwrapped(optimizer)).__name__, "groups": groups, "numbers": numbers},
         "others": {name: _checked(name, other.state_dict()) for name, other in others.items()},
-        "rng": {"python": random.getstate(), "numpy": _numpy_state()},
+        "rng": [others for _, others in generators],
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     write_set(Path(directory), {RESUME_TENSORS: data, RESUME: json.dumps(state).encode()})
+    world.wait()
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others: Stateful) -> None:
     """Bring a model, its optimizer and `others` to where `save_state` left them.
+
+    The number of processes may be another one; those beyond the saved ones reuse their random generators.
 
     Make them first as the interrupted script did: `wrap`, the optimizer, and `attach` (before this call or after it).
 
@@ -101,6 +112,7 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         raise ValueError(f"load_state: others must be {sorted(state['others'])}, got {sorted(others)}")
 
     model.load_state_dict(values, strict=False)
+    _fit_moments(torch_optimizer, unpacked["state"])
     torch_optimizer.load_state_dict(unpacked)
     record.started = True
     if record.controller is None:
@@ -109,10 +121,11 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         record.controller.resume(state["controller"])
     for name, other in others.items():
         other.load_state_dict(state["others"][name])
-    torch.set_rng_state(tensors["rng.torch"])
-    version, words, gauss = state["rng"]["python"]
+    number = world.rank() % len(state["rng"])
+    torch.set_rng_state(tensors[f"rng.torch.{number}"])
+    version, words, gauss = state["rng"][number]["python"]
     random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(state["rng"]["numpy"]))
+    np.random.set_state(tuple(state["rng"][number]["numpy"]))
 
 
 def _moving(model: nn.Module) -> Tensors:
@@ -178,6 +191,16 @@ def _checked(name: str, value: Any) -> Any:
     if not _is_plain(value):
         raise ValueError(f"save_state: {name} must be plain numbers, strings, lists and dicts, got {value!r:.80}")
     return value
+
+
+def _fit_moments(optimizer: Optimizer, state: Mapping[int, dict[str, Any]]) -> None:
+    """Give moments the rows that their parameters have now: those past the live ones are zero."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entry in state.items():
+        rows, *width = parameters[index].shape or (0,)
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and list(value.shape[1:]) == width:
+                entry[key] = fit_rows(value, rows)
 
 
 def _is_plain(value: Any) -> bool:

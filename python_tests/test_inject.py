@@ -382,7 +382,7 @@ def test_only_wrapped_models_can_be_unwrapped(call: Callable[[nn.Module], object
         (ard.LoraConfig, {"target_modules": []}, "target_modules must name something, got nothing"),
         (ard.LoraConfig, {"granularity": "row"}, "granularity must be one of 'head', 'matrix', 'layer', got 'row'"),
         (ard.LoraConfig, {"factoring": "qr"}, "factoring must be one of 'shared', 'independent', got 'qr'"),
-        (ard.LoraConfig, {"capacity": "big"}, "capacity must be one of 'elastic', 'fixed', got 'big'"),
+        (ard.LoraConfig, {"capacity": "big"}, "capacity must be one of 'auto', 'elastic', 'fixed', got 'big'"),
         (ard.LoraConfig, {"adapter_dtype": "half"}, "adapter_dtype must be one of 'float32', 'auto', got 'half'"),
         (ard.ArdConfig, {"r0": 0}, "ArdConfig: r0 must be >= 1, got 0"),
         (ard.ArdConfig, {"r0": 4, "r_max": 3}, "r_max must be >= r0, got 3"),

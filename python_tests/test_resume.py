@@ -302,7 +302,7 @@ def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
         run.load(tmp_path)
     state = json.loads((tmp_path / RESUME).read_text())
     (tmp_path / RESUME).write_text(json.dumps({**state, "format": 9}))
-    with pytest.raises(ValueError, match=r"format of .* must be 1, got 9"):
+    with pytest.raises(ValueError, match=r"format of .* must be 2, got 9"):
         run.load(tmp_path)
     (tmp_path / RESUME).write_text("{")
     with pytest.raises(ValueError, match="must be one that save_state wrote"):

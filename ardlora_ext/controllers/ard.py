@@ -24,6 +24,7 @@ from ardlora_ext.controllers.knapsack import whole_ranks
 from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots, training_gradients
 from ardlora_ext.controllers.variation import alpha_step
 from ardlora_ext.resize import RankUpdate, UnitUpdate
+from ardlora_ext.world import average
 
 _OPEN_END_WARMUP = 2  # update intervals, when the length of the run is not known
 
@@ -164,8 +165,10 @@ class ArdController(Controller[ArdConfig]):
         """Return the gradients of a held-out batch (first-order bilevel); those of training stay where they are."""
         assert self.holdout is not None
         with torch.enable_grad():
-            found = torch.autograd.grad(self.holdout(), [g.gated for g in self.units.layers], allow_unused=True)
-        return {m: grad for m, grad in enumerate(found) if grad is not None}
+            gated = [layer.gated for layer in self.units.layers]
+            found = torch.autograd.grad(self.holdout(), gated, allow_unused=True, materialize_grads=True)
+        average(found, self.processes)
+        return dict(enumerate(found))
 
     # Decisions.
 

@@ -14,6 +14,7 @@ from ardlora_ext.controllers.allocate import Costs, Ints
 from ardlora_ext.inject import adapters
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.resize import RankUpdate
+from ardlora_ext.world import Group
 
 Config = TypeVar("Config", bound=AdapterConfig)
 
@@ -74,6 +75,7 @@ class Controller(Generic[Config]):
         self.records: list[dict[str, Any]] = []
         self.apply: Callable[[RankUpdate], None] | None = None  # set by attach
         self.handles: list[RemovableHandle] = []  # of the optimizer's hooks, set by attach
+        self.processes: Group = None  # processes that decide the same, set by attach
 
     def detach(self) -> None:
         """Stop following the optimizer."""

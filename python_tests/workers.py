@@ -1,0 +1,65 @@
+"""Run a function in several processes that share a gloo group, on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+# A server that has imported what tests need and started no thread: its forks are cheap and safe.
+_context = multiprocessing.get_context("forkserver")
+_models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "gpt2", "vit")]
+_context.set_forkserver_preload(["ardlora_ext", "torch.distributed.fsdp", "accelerate", "pytest", *_models])
+
+
+def run(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Return what `work(rank, *args)` returns in each of `size` processes.
+
+    Raises:
+        AssertionError: one of them raised; with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{Path(folder, 'store')}"
+        pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+        processes = [
+            _context.Process(target=_main, args=(pipe[1], store, rank, size, work, args), daemon=True)
+            for rank, pipe in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        for _, writer in pipes:
+            writer.close()
+        outcomes = [_receive(reader) for reader, _ in pipes]
+        for process in processes:
+            process.join()
+    failures = [text for ok, text in outcomes if not ok]
+    assert not failures, "\n".join(failures)
+    return [value for _, value in outcomes]
+
+
+def _receive(reader: Connection) -> tuple[bool, Any]:
+    try:
+        outcome: tuple[bool, Any] = pickle.loads(reader.recv_bytes())
+        return outcome
+    except EOFError:
+        return False, "a process died"
+
+
+def _main(writer: Connection, store: str, rank: int, size: int, work: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+        writer.send_bytes(pickle.dumps((True, work(rank, *args))))  # tensors by value: the process is about to end
+        dist.destroy_process_group()
+    except BaseException:
+        writer.send_bytes(pickle.dumps((False, f"process {rank}: {traceback.format_exc()}")))
