@@ -16,7 +16,7 @@ macro(ardlora_add_cuda_sources target)
       set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
     endif()
     enable_language(CUDA)
-    target_sources(${target} PRIVATE csrc/cuda/controller.cu csrc/cuda/launch.cu)
+    target_sources(${target} PRIVATE csrc/cuda/controller.cu csrc/cuda/launch.cu csrc/cuda/lora_linear.cu)
     # C++17: CMake 3.25 knows no later dialect of nvcc.
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
     set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")

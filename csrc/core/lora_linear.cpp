@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/lora_checks.h"
 #include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 
@@ -14,22 +15,6 @@ using cpu::KernelFactor;
 
 constexpr std::int64_t kRowBlock = 32;  // rows that go through shrink and expand together, while they are in cache
 constexpr std::int64_t kMaskedFloats = 1 << 16;  // floats of a block under dropout: a quarter of a typical L2
-
-void check_factor(const FactorView& w, const char* op, const char* name) {
-  check_view(w.weight, w.factor->width, op, name);
-  ARDLORA_CHECK(w.weight.rows >= w.factor->rows, op, ": ", name, " must have at least ", w.factor->rows, " rows, got ",
-                w.weight.rows);
-}
-
-void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, const char* op) {
-  ARDLORA_CHECK(h.dtype == DType::kFloat32, op, ": h must be float32, got ", dtype_name(h.dtype));
-  check_view(h, h.cols, op, "h");
-  ARDLORA_CHECK(h.rows == rows, op, ": h must have ", rows, " rows, got ", h.rows);
-  for (const Segment& s : w.factor->segments) {
-    ARDLORA_CHECK(s.h_begin + s.rank <= h.cols, op, ": h must have at least ", s.h_begin + s.rank, " columns, got ",
-                  h.cols);
-  }
-}
 
 KernelFactor kernel_factor(const FactorView& w) {
   return {w.factor->segments.data(),
@@ -66,11 +51,6 @@ void shrink_block(const Side& in, const MatrixView& h, std::int64_t begin, std::
 void expand_block(const Side& out, const MatrixView& h, std::int64_t begin, std::int64_t end, float* scratch) {
   cpu::active().expand[out.act][out.wt](out.kernel, static_cast<const float*>(h.data), h.row_stride,
                                         out.activations.data, out.activations.row_stride, begin, end, scratch);
-}
-
-void check_activations(const FactorView& w, const MatrixView& x, const char* op, const char* name) {
-  check_view(x, w.factor->features, op, name);
-  check_dtype_pair(x.dtype, w.weight.dtype, op);
 }
 
 // Activations of a block of rows under dropout: a float copy that lives in the caller's scratch.
@@ -178,12 +158,6 @@ void outer_pass(const std::vector<OuterJob>& jobs, int threads) {
   cpu::parallel_for(static_cast<std::int64_t>(tasks.size()), 1, cpu::useful_threads(threads, flops), run);
 }
 
-void check_gradient(const FactorView& w, const char* op, const char* name) {
-  check_factor(w, op, name);
-  ARDLORA_CHECK(w.weight.dtype == DType::kFloat32, op, ": ", name, " must be float32, got ",
-                dtype_name(w.weight.dtype));
-}
-
 // From the gradient of the factor with gates left out: dg_i = <dW_i, W_i>, then dW_i *= g_i. Right at g_i = 0 too.
 void gate_gradient(const FactorView& grad, const MatrixView& weight, const float* gate, float* dgate) {
   const cpu::RowDotFn dot = cpu::active().row_dot[static_cast<int>(weight.dtype)][static_cast<int>(DType::kFloat32)];
@@ -224,45 +198,24 @@ void outer(const FactorView& w, const MatrixView& h, const MatrixView& x, int th
 }
 
 void lora_forward(const LoraParams& p, const MatrixView& y) {
-  const bool on_a = p.table->gate_on_a();
-  const FactorView a{&p.table->a(), p.lora_A, on_a ? p.gate : nullptr, 1.0f};
-  const FactorView b{&p.table->b(), p.lora_B, on_a ? nullptr : p.gate, p.scaling};
-  check_factor(a, "lora_forward", "lora_A");
-  check_factor(b, "lora_forward", "lora_B");
-  check_activations(a, p.x, "lora_forward", "x");
-  check_activations(b, y, "lora_forward", "y");
-  check_hidden(p.h, a, p.x.rows, "lora_forward");
-  check_hidden(p.h, b, y.rows, "lora_forward");
+  check_forward(p, y);
+  const FactorView a = factor_a(p), b = factor_b(p);
   const Side out{b, y};
   row_pass(Side{a, p.x}, &out, p.h, p.threads, p.dropout, p.dropout.active() ? Masked::kIn : Masked::kNone);
 }
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                    const MatrixView& dA, const MatrixView& dB, float* dgate) {
-  const bool on_a = p.table->gate_on_a();
-  const FactorView a{&p.table->a(), p.lora_A, on_a ? p.gate : nullptr, 1.0f};
-  const FactorView b{&p.table->b(), p.lora_B, on_a ? nullptr : p.gate, p.scaling};
-  FactorView grad_a = a, grad_b = b;
-  grad_a.weight = dA;
-  grad_b.weight = dB;
-  ARDLORA_CHECK(dgate == nullptr || p.gate != nullptr, "lora_backward: dgate must come with a gate");
-  check_factor(a, "lora_backward", "lora_A");
-  check_factor(b, "lora_backward", "lora_B");
-  check_gradient(grad_a, "lora_backward", "dA");
-  check_gradient(grad_b, "lora_backward", "dB");
-  check_activations(a, p.x, "lora_backward", "x");
-  check_activations(b, dy, "lora_backward", "dy");
-  check_hidden(p.h, b, dy.rows, "lora_backward");
-  check_hidden(dh, b, dy.rows, "lora_backward");
-  check_hidden(dh, a, p.x.rows, "lora_backward");
+  check_backward(p, dy, dh, dx, dA, dB, dgate);
+  const FactorView a = factor_a(p), b = factor_b(p);
   if (dx.data == nullptr) {
     row_pass(Side{b, dy}, nullptr, dh, p.threads);
   } else {
-    check_activations(a, dx, "lora_backward", "dx");
-    ARDLORA_CHECK(dx.rows == dy.rows, "lora_backward: dx must have ", dy.rows, " rows, got ", dx.rows);
     const Side out{a, dx};
     row_pass(Side{b, dy}, &out, dh, p.threads, p.dropout, p.dropout.active() ? Masked::kOut : Masked::kNone);
   }
+  FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);
+  const bool on_a = p.table->gate_on_a();
   FactorView& gated = on_a ? grad_a : grad_b;
   if (dgate != nullptr) gated.row_scale = nullptr;
   outer_pass({{grad_b, &p.h, &dy}, {grad_a, &dh, &p.x, p.dropout}}, p.threads);

@@ -10,10 +10,6 @@
 
 namespace ardlora::cuda {
 
-inline constexpr int kExpandRows = 128;
-inline constexpr int kExpandColumns = 128;
-inline constexpr int kExpandThreads = 256;
-
 struct ExpandParams {
   const Word16* table;
   int factor;
@@ -27,12 +23,6 @@ struct ExpandParams {
   int rank_tile;     // 16, 32 or 64
   Dropout dropout;   // of what is added
 };
-
-template <typename T>
-constexpr std::size_t expand_shared(int rank_tile, bool dropout) {
-  return static_cast<std::size_t>(tile_bytes<T>(kExpandRows, rank_tile) + tile_bytes<T>(rank_tile, kExpandColumns) +
-                                  (dropout ? kExpandRows * 2 * kPhiloxColumns / 8 : 0));
-}
 
 // Products of neighbouring columns belong to the four lanes of a group, two columns each. After this lane l holds one
 // 16-byte chunk's columns of Y: 8 of 16 bits out of four products, or 4 floats out of two. `chunk_column` says which.

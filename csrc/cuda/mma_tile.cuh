@@ -12,11 +12,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/gemm_plan.h"
 #include "cuda/ptx.h"
 
 namespace ardlora::cuda {
-
-inline constexpr int kPanelBytes = 128;
 
 template <typename T>
 struct Tile {
@@ -39,8 +38,8 @@ struct Tile {
 };
 
 template <typename T>
-__host__ __device__ constexpr int tile_bytes(int rows, int columns) {
-  return (columns + Tile<T>::kPanel - 1) / Tile<T>::kPanel * rows * kPanelBytes;
+ARDLORA_HOST_DEVICE constexpr int tile_bytes(int rows, int columns) {
+  return tile_bytes(static_cast<int>(sizeof(T)), rows, columns);
 }
 
 ARDLORA_DEVICE int lane_id() { return static_cast<int>(threadIdx.x % 32); }

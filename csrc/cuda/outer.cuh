@@ -11,14 +11,6 @@
 
 namespace ardlora::cuda {
 
-inline constexpr int kOuterColumns = 128;
-inline constexpr int kOuterThreads = 128;
-inline constexpr int kOuterStages = 3;
-
-// Rows of X in one step: 16 KiB.
-template <typename T>
-inline constexpr int kOuterRows = 128 / static_cast<int>(sizeof(T));
-
 struct OuterParams {
   const Word16* table;
   int factor;
@@ -31,21 +23,15 @@ struct OuterParams {
   std::int64_t out_stride;
   std::int64_t share_stride;  // between shares
   bool partial;               // scale and gate are left to the second stage
-  int share;                  // steps of kOuterRows rows
+  int steps;                  // steps of kOuterRows rows
   int column_tiles;           // grid.x = segments * column_tiles
   int rank_tile;              // 16, 32 or 64; grid.y counts them
   Dropout dropout;            // of x
 };
 
 template <typename T>
-constexpr std::size_t outer_shared(int rank_tile) {
-  return static_cast<std::size_t>(kOuterStages * tile_bytes<T>(kOuterRows<T>, kOuterColumns) +
-                                  2 * tile_bytes<T>(kOuterRows<T>, rank_tile));
-}
-
-template <typename T>
 __global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams p) {
-  constexpr int kRows = kOuterRows<T>, kMaxRanks = 64;
+  constexpr int kRows = outer_rows(sizeof(T)), kMaxRanks = 64;
   constexpr int kStageBytes = tile_bytes<T>(kRows, kOuterColumns);
   ARDLORA_SHARED(shared);
   const FactorIndex index = load_record<FactorIndex>(p.table + p.factor);
@@ -59,8 +45,8 @@ __global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams 
   const int tile_column = static_cast<int>(blockIdx.x) % p.column_tiles * kOuterColumns;  // in the segment
   const int x_column = segment.col_begin + tile_column;
 
-  const int all = (p.x.rows + kRows - 1) / kRows, begin = static_cast<int>(blockIdx.z) * p.share;
-  const int end = begin + p.share < all ? begin + p.share : all;
+  const int all = (p.x.rows + kRows - 1) / kRows, begin = static_cast<int>(blockIdx.z) * p.steps;
+  const int end = begin + p.steps < all ? begin + p.steps : all;
   const auto x_tile = [&](int step) { return Tile<T>{shared + step % kOuterStages * kStageBytes, kRows}; };
   const auto h_tile = [&](int step) {
     return Tile<T>{shared + kOuterStages * kStageBytes + step % 2 * tile_bytes<T>(kRows, p.rank_tile), kRows};

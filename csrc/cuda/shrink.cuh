@@ -12,11 +12,6 @@
 
 namespace ardlora::cuda {
 
-inline constexpr int kShrinkRows = 128;
-inline constexpr int kShrinkThreads = 128;
-inline constexpr int kShrinkStages = 3;
-inline constexpr int kRankTile = 64;
-
 struct ShrinkParams {
   const Word16* table;
   int factor;
@@ -29,15 +24,11 @@ struct ShrinkParams {
   std::int64_t h_stride;
   float* partial;  // [shares, M, partial_stride], or null for one share
   std::int64_t partial_stride;
-  int share;       // steps of kPanel columns
+  int steps;       // of a share, kPanel columns each
   int rank_tiles;  // grid.y = groups * rank_tiles
-  int w_rows;      // of W's tile: a multiple of 16
+  int rank_tile;   // 16, 32 or 64
   Dropout dropout;
 };
-
-constexpr std::size_t shrink_shared(int w_rows) {
-  return static_cast<std::size_t>((kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes);
-}
 
 // Walks the steps of a group: segment after segment, `kPanel` columns at a time.
 struct StepWalk {
@@ -67,21 +58,21 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkPara
   const int group_number = static_cast<int>(blockIdx.y) / p.rank_tiles;
   if (group_number >= index.groups) return;
   const SegmentGroup group = load_record<SegmentGroup>(p.table + index.first_group + group_number);
-  const int first_rank = static_cast<int>(blockIdx.y) % p.rank_tiles * kRankTile;
+  const int first_rank = static_cast<int>(blockIdx.y) % p.rank_tiles * p.rank_tile;
   if (first_rank >= group.rank) return;
-  const int ranks = group.rank - first_rank < kRankTile ? group.rank - first_rank : kRankTile;
+  const int ranks = group.rank - first_rank < p.rank_tile ? group.rank - first_rank : p.rank_tile;
   const int row = static_cast<int>(blockIdx.x) * kShrinkRows;
 
   const int per_segment = (p.width + kColumns - 1) / kColumns;
-  const int begin = static_cast<int>(blockIdx.z) * p.share;
-  const int all = group.segments * per_segment, end = begin + p.share < all ? begin + p.share : all;
+  const int begin = static_cast<int>(blockIdx.z) * p.steps;
+  const int all = group.segments * per_segment, end = begin + p.steps < all ? begin + p.steps : all;
   const int tile_rows = ranks + 15 & ~15;
 
   const auto x_tile = [&](int step) {
     return Tile<T>{shared + step % kShrinkStages * (kShrinkRows * kPanelBytes), kShrinkRows};
   };
   const auto w_tile = [&](int step) {
-    return Tile<T>{shared + (kShrinkStages * kShrinkRows + step % 2 * p.w_rows) * kPanelBytes, p.w_rows};
+    return Tile<T>{shared + (kShrinkStages * kShrinkRows + step % 2 * p.rank_tile) * kPanelBytes, p.rank_tile};
   };
 
   float acc[2][2 * kPairs][4] = {};

@@ -1,0 +1,73 @@
+// Tile sizes of the GEMM kernels, and how a launch is cut: everything a launcher decides, in one printable value.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "ardlora/dtype.h"
+#include "ardlora/unit_table.h"
+#include "core/host_device.h"
+
+namespace ardlora::cuda {
+
+inline constexpr int kPanelBytes = 128;  // a tile's row in shared memory (mma_tile.cuh)
+inline constexpr int kRankTile = 64;     // ranks that a block holds at once
+
+inline constexpr int kShrinkRows = 128;
+inline constexpr int kShrinkThreads = 128;
+inline constexpr int kShrinkStages = 3;
+
+inline constexpr int kExpandRows = 128;
+inline constexpr int kExpandColumns = 128;
+inline constexpr int kExpandThreads = 256;
+inline constexpr int kExpandMaskBytes = kExpandRows * 2 * 128 / 8;  // dropout: two blocks of 128 columns
+
+inline constexpr int kOuterColumns = 128;
+inline constexpr int kOuterThreads = 128;
+inline constexpr int kOuterStages = 3;
+
+ARDLORA_HOST_DEVICE constexpr int outer_rows(int element_bytes) { return 128 / element_bytes; }  // of a step: 16 KiB
+
+ARDLORA_HOST_DEVICE constexpr int tile_bytes(int element_bytes, int rows, int columns) {
+  return (columns * element_bytes + kPanelBytes - 1) / kPanelBytes * rows * kPanelBytes;
+}
+
+// Bytes of dynamic shared memory.
+constexpr int shrink_shared(int w_rows) { return (kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes; }
+
+constexpr int expand_shared(int element_bytes, int rank_tile, bool dropout) {
+  return tile_bytes(element_bytes, kExpandRows, rank_tile) + tile_bytes(element_bytes, rank_tile, kExpandColumns) +
+         (dropout ? kExpandMaskBytes : 0);
+}
+
+constexpr int outer_shared(int element_bytes, int rank_tile) {
+  const int rows = outer_rows(element_bytes);
+  return kOuterStages * tile_bytes(element_bytes, rows, kOuterColumns) + 2 * tile_bytes(element_bytes, rows, rank_tile);
+}
+
+enum class Gemm { kShrink, kExpand, kOuter };
+
+struct GemmPlan {
+  Gemm kind;
+  unsigned blocks[3];  // one of them 0: nothing to do
+  unsigned threads;
+  int shared;                   // bytes
+  int rank_tile;                // ranks that a block holds at once: 16, 32 or 64
+  int tiles;                    // rank tiles of a group (shrink) or column tiles of a segment
+  int shares;                   // parts of the summed dimension; more than one: partial sums go to the workspace
+  int steps;                    // of a share
+  std::int64_t partial_rows;    // of a share
+  std::int64_t partial_stride;  // floats
+
+  std::int64_t workspace() const {  // floats
+    return shares > 1 ? shares * partial_rows * partial_stride : 0;
+  }
+};
+
+// `multiprocessors` of the device the launch is for. `hidden`: columns of H.
+GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations,
+                   bool dropout, int multiprocessors);
+
+std::string describe(const GemmPlan& plan);
+
+}  // namespace ardlora::cuda

@@ -1,0 +1,241 @@
+// Launchers of the LoRA linear: shrink then expand, as on the CPU (core/lora_linear.cpp), and the gradients.
+#include "cuda/lora_linear.h"
+
+#include <algorithm>
+
+#include "core/lora_checks.h"
+#include "cuda/expand.cuh"
+#include "cuda/gate_gradient.cuh"
+#include "cuda/gemm_plan.h"
+#include "cuda/launcher.h"
+#include "cuda/outer.cuh"
+#include "cuda/shrink.cuh"
+#include "cuda/sum_shares.cuh"
+
+namespace ardlora::cuda {
+namespace {
+
+// f(T{}) with the activations' type.
+template <typename F>
+void for_type(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  if (dtype == DType::kFloat16) return f(Float16{});
+  f(float{});
+}
+
+bool in_chunks(const MatrixView& m, std::int64_t width) {
+  const std::int64_t bytes = dtype_size(m.dtype);
+  return reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0 && m.row_stride * bytes % 16 == 0 && width * bytes % 16 == 0;
+}
+
+Activations activations(const MatrixView& x, const Factor& f) {
+  return {x.data, x.row_stride, static_cast<std::int32_t>(x.rows), in_chunks(x, f.width)};
+}
+
+Operand weight(const FactorView& w) {
+  return {w.weight.data, w.weight.row_stride, w.weight.dtype == DType::kFloat32, in_chunks(w.weight, w.factor->width)};
+}
+
+Operand hidden(const MatrixView& h, const Factor& f) {
+  bool vector = in_chunks(h, 4);
+  for (const Segment& s : f.segments) vector = vector && s.h_begin % 4 == 0 && s.rank % 4 == 0;
+  return {h.data, h.row_stride, true, vector};
+}
+
+// One call's context: where its launches go and which share of the workspace is left.
+class Launches {
+ public:
+  Launches(const char* op, const LoraParams& p, const DeviceCall& call)
+      : op_(op),
+        p_(p),
+        call_(call),
+        guard_(op, call.stream.device),
+        multiprocessors_(multiprocessors(call.stream.device)) {
+    ARDLORA_CHECK(call.table != nullptr && reinterpret_cast<std::uintptr_t>(call.table) % 16 == 0, op,
+                  ": table must be at an address divisible by 16");
+    ARDLORA_CHECK(reinterpret_cast<std::uintptr_t>(call.workspace) % 16 == 0, op,
+                  ": workspace must be at an address divisible by 16");
+    const std::int64_t needed =
+        lora_workspace(*p.table, p.x.rows, p.x.dtype, call.stream.device);
+    ARDLORA_CHECK(call.workspace_bytes >= needed, op, ": workspace must have ", needed, " bytes, got ",
+                  call.workspace_bytes);
+  }
+
+  void shrink(const FactorView& w, int factor, const MatrixView& x, const MatrixView& h, const Dropout& dropout) {
+    const GemmPlan plan = this->plan(Gemm::kShrink, w, h.cols, x, dropout);
+    float* const partial = take(plan.workspace());
+    float* const out = static_cast<float*>(h.data);
+    const float scale = w.scale * dropout.keep_scale;
+    const ShrinkParams params{table(),
+                              factor,
+                              static_cast<int>(w.factor->width),
+                              activations(x, *w.factor),
+                              weight(w),
+                              w.row_scale,
+                              scale,
+                              out,
+                              h.row_stride,
+                              partial,
+                              plan.partial_stride,
+                              plan.steps,
+                              plan.tiles,
+                              plan.rank_tile,
+                              dropout};
+    for_type(x.dtype, [&](auto t) { start(shrink_kernel<decltype(t)>, plan, params); });
+    if (plan.shares == 1) return;
+    ShareSum sum{partial, plan.partial_stride, plan.shares, static_cast<int>(x.rows), static_cast<int>(h.cols),
+                 scale,   nullptr,             out,         h.row_stride,             static_cast<int>(x.rows), 0};
+    add_shares(sum, {});
+    taken_ = 0;
+  }
+
+  void expand(const FactorView& w, int factor, const MatrixView& h, const MatrixView& y, const Dropout& dropout) {
+    const GemmPlan plan = this->plan(Gemm::kExpand, w, h.cols, y, dropout);
+    const ExpandParams params{table(),
+                              factor,
+                              static_cast<int>(w.factor->width),
+                              hidden(h, *w.factor),
+                              weight(w),
+                              w.row_scale,
+                              w.scale * dropout.keep_scale,
+                              activations(y, *w.factor),
+                              plan.tiles,
+                              plan.rank_tile,
+                              dropout};
+    for_type(y.dtype, [&](auto t) { start(expand_kernel<decltype(t)>, plan, params); });
+  }
+
+  // The second stage is left to `add_shares`.
+  ShareSum outer(const FactorView& w, int factor, const MatrixView& h, const MatrixView& x, const Dropout& dropout) {
+    const GemmPlan plan = this->plan(Gemm::kOuter, w, h.cols, x, dropout);
+    const bool divided = plan.shares > 1;
+    float* const partial = take(plan.workspace());
+    float* const dw = static_cast<float*>(w.weight.data);
+    const float scale = w.scale * dropout.keep_scale;
+    const OuterParams params{table(),
+                             factor,
+                             static_cast<int>(w.factor->width),
+                             hidden(h, *w.factor),
+                             activations(x, *w.factor),
+                             w.row_scale,
+                             scale,
+                             divided ? partial : dw,
+                             divided ? plan.partial_stride : w.weight.row_stride,
+                             plan.partial_rows * plan.partial_stride,
+                             divided,
+                             plan.steps,
+                             plan.tiles,
+                             plan.rank_tile,
+                             dropout};
+    for_type(x.dtype, [&](auto t) { start(outer_kernel<decltype(t)>, plan, params); });
+    return {partial,
+            plan.partial_stride,
+            divided ? plan.shares : 0,
+            x.rows == 0 ? 0 : static_cast<int>(w.factor->rows),
+            static_cast<int>(w.factor->width),
+            scale,
+            w.row_scale,
+            dw,
+            w.weight.row_stride,
+            static_cast<int>(w.weight.rows),
+            0};
+  }
+
+  // No launch where every row has its value already.
+  void add_shares(ShareSum first, ShareSum second) {
+    const auto blocks = [](const ShareSum& s) {
+      return s.shares > 0 || s.rows < s.out_rows ? sum_blocks(s) : std::int64_t{0};
+    };
+    const std::int64_t before = blocks(first), all = before + blocks(second);
+    ARDLORA_CHECK(all < (std::int64_t{1} << 31), op_, ": gradients must have less than 2^40 elements");
+    second.first_block = static_cast<int>(before);
+    launch(op_, sum_shares_kernel, {dim3{static_cast<unsigned>(all), 1, 1}, kSumThreads, 0}, call_.stream.handle,
+           SumSharesParams{{first, second}});
+  }
+
+  void gate_gradient(const FactorView& grad, const MatrixView& w, const float* gate, float* dgate) {
+    const GateGradientParams params{weight(with_weight(grad, w)),
+                                    static_cast<float*>(grad.weight.data),
+                                    grad.weight.row_stride,
+                                    static_cast<int>(grad.factor->width),
+                                    gate,
+                                    dgate};
+    const Grid grid{dim3{static_cast<unsigned>(grad.factor->rows), 1, 1}, kGateThreads, kGateShared};
+    for_type(p_.x.dtype, [&](auto t) {
+      launch(op_, gate_gradient_kernel<decltype(t)>, grid, call_.stream.handle, params);
+    });
+  }
+
+ private:
+  const Word16* table() const { return static_cast<const Word16*>(call_.table); }
+
+  GemmPlan plan(Gemm kind, const FactorView& w, std::int64_t columns, const MatrixView& x, const Dropout& d) const {
+    return plan_gemm(kind, *w.factor, columns, x.rows, x.dtype, d.active(), multiprocessors_);
+  }
+
+  float* take(std::int64_t floats) {
+    float* const at = static_cast<float*>(call_.workspace) + taken_;
+    taken_ += floats;
+    return floats == 0 ? nullptr : at;
+  }
+
+  template <typename Params>
+  void start(void (*kernel)(Params), const GemmPlan& plan, const Params& params) const {
+    const Grid grid{dim3{plan.blocks[0], plan.blocks[1], plan.blocks[2]}, plan.threads,
+                    static_cast<std::size_t>(plan.shared)};
+    launch(op_, kernel, grid, call_.stream.handle, params);
+  }
+
+  const char* op_;
+  const LoraParams& p_;
+  const DeviceCall& call_;
+  DeviceGuard guard_;
+  int multiprocessors_;
+  std::int64_t taken_ = 0;
+};
+
+}  // namespace
+
+#ifdef __CUDACC__
+int multiprocessors(int device) {
+  int count = 0;
+  check("multiprocessors", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+#else
+int multiprocessors(int) { return 8; }
+#endif
+
+std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType activations, int device) {
+  const int count = multiprocessors(device);
+  const auto floats = [&](Gemm kind, const Factor& f) {
+    return plan_gemm(kind, f, table.hidden(), rows, activations, false, count).workspace();
+  };
+  return 4 * std::max({floats(Gemm::kShrink, table.a()), floats(Gemm::kShrink, table.b()),
+                       floats(Gemm::kOuter, table.a()) + floats(Gemm::kOuter, table.b())});
+}
+
+void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call) {
+  check_forward(p, y);
+  Launches go("lora_forward", p, call);
+  go.shrink(factor_a(p), kFactorA, p.x, p.h, p.dropout);
+  go.expand(factor_b(p), kFactorB, p.h, y, {});
+}
+
+void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
+                   const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call) {
+  check_backward(p, dy, dh, dx, dA, dB, dgate);
+  Launches go("lora_backward", p, call);
+  const FactorView a = factor_a(p), b = factor_b(p);
+  go.shrink(b, kFactorB, dy, dh, {});
+  if (dx.data != nullptr) go.expand(a, kFactorA, dh, dx, p.dropout);
+  FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);
+  FactorView& gated = p.table->gate_on_a() ? grad_a : grad_b;
+  if (dgate != nullptr) gated.row_scale = nullptr;
+  const ShareSum sum_b = go.outer(grad_b, kFactorB, p.h, dy, {});
+  const ShareSum sum_a = go.outer(grad_a, kFactorA, dh, p.x, p.dropout);
+  go.add_shares(sum_b, sum_a);
+  if (dgate != nullptr) go.gate_gradient(gated, p.table->gate_on_a() ? p.lora_A : p.lora_B, p.gate, dgate);
+}
+
+}  // namespace ardlora::cuda

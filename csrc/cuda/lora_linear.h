@@ -1,0 +1,27 @@
+// The LoRA linear of ardlora/lora_linear.h on a CUDA device: same arguments and results, every pointer in device memory.
+// A call allocates nothing and waits for nothing; with unchanged arguments it may be captured in a graph.
+// Adapters and H are rounded to the activations' type on their way to the tensor cores, as autocast does; sums are float.
+#pragma once
+
+#include "ardlora/lora_linear.h"
+#include "cuda/launch.h"
+
+namespace ardlora::cuda {
+
+struct DeviceCall {
+  const void* table;  // segment_table(*p.table)'s words (segment_table.h), at an address divisible by 16
+  void* workspace;    // at an address divisible by 16; may be null where no bytes are needed
+  std::int64_t workspace_bytes;
+  Stream stream;
+};
+
+// Bytes that either call may need for `rows` rows of activations.
+std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType activations, int device);
+
+void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call);
+void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
+                   const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call);
+
+int multiprocessors(int device);
+
+}  // namespace ardlora::cuda
