@@ -349,11 +349,13 @@ def test_core_has_no_torch_headers() -> None:
     assert not included
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(("act", "adapter"), DTYPES)
 @pytest.mark.parametrize(("kind", "ranks"), [("matrix", [5]), ("out_heads", [2, 4]), ("in_heads", [3, 1])])
-def test_dropout_equals_a_plain_philox(isa: str, kind: UnitKind, ranks: list[int], act: torch.dtype) -> None:
+def test_dropout_equals_a_plain_philox(
+    isa: str, kind: UnitKind, ranks: list[int], act: torch.dtype, adapter: torch.dtype
+) -> None:
     layout = UnitLayout(kind, "shared", len(ranks), 150, 20)
-    v = make_inputs(layout, ranks, 11, act, torch.float32)
+    v = make_inputs(layout, ranks, 11, act, adapter)
     factors = reference.dropout_factors(0.3, 2**40 + 17, 11, 150)
     results = []
     for dtype in (torch.float64, act):

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkPara
   const int per_segment = (p.width + kColumns - 1) / kColumns;
   const int begin = static_cast<int>(blockIdx.z) * p.steps;
   const int all = group.segments * per_segment, end = begin + p.steps < all ? begin + p.steps : all;
-  const int tile_rows = ranks + 15 & ~15;
+  const int tile_rows = (ranks + 15) & ~15;
 
   const auto x_tile = [&](int step) {
     return Tile<T>{shared + step % kShrinkStages * (kShrinkRows * kPanelBytes), kShrinkRows};
