@@ -4,14 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <tuple>
-
 #include "ardlora/importance.h"
 #include "ardlora/lora_linear.h"
 #include "ardlora/rank_resize.h"
 #include "ardlora/regularizer.h"
 #include "bindings/bench.h"
 #include "bindings/cuda.h"
+#include "bindings/matrix_arg.h"
 #include "cpu/kernel_table.h"
 
 namespace py = pybind11;
@@ -19,15 +18,7 @@ using namespace ardlora;
 
 namespace {
 
-using MatrixArg = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, int>;
 using DoubleArray = py::array_t<double, py::array::c_style>;
-
-MatrixView view(const MatrixArg& arg, const char* op) {
-  const auto [data, rows, cols, stride, dtype] = arg;
-  return {reinterpret_cast<void*>(data), rows, cols, stride, dtype_from_code(dtype, op)};
-}
-
-const float* floats(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
 FactorView factor(const UnitTable& table, bool is_a, const MatrixView& weight, std::uintptr_t row_scale, float scale) {
   return {is_a ? &table.a() : &table.b(), weight, floats(row_scale), scale};

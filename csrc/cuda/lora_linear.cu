@@ -25,7 +25,8 @@ void for_type(DType dtype, F&& f) {
 
 bool in_chunks(const MatrixView& m, std::int64_t width) {
   const std::int64_t bytes = dtype_size(m.dtype);
-  return reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0 && m.row_stride * bytes % 16 == 0 && width * bytes % 16 == 0;
+  return reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0 && m.row_stride * bytes % 16 == 0 &&
+         width * bytes % 16 == 0;
 }
 
 Activations activations(const MatrixView& x, const Factor& f) {
@@ -55,8 +56,7 @@ class Launches {
                   ": table must be at an address divisible by 16");
     ARDLORA_CHECK(reinterpret_cast<std::uintptr_t>(call.workspace) % 16 == 0, op,
                   ": workspace must be at an address divisible by 16");
-    const std::int64_t needed =
-        lora_workspace(*p.table, p.x.rows, p.x.dtype, call.stream.device);
+    const std::int64_t needed = lora_workspace(*p.table, p.x.rows, p.x.dtype, call.stream.device);
     ARDLORA_CHECK(call.workspace_bytes >= needed, op, ": workspace must have ", needed, " bytes, got ",
                   call.workspace_bytes);
   }
@@ -83,8 +83,17 @@ class Launches {
                               dropout};
     for_type(x.dtype, [&](auto t) { start(shrink_kernel<decltype(t)>, plan, params); });
     if (plan.shares == 1) return;
-    ShareSum sum{partial, plan.partial_stride, plan.shares, static_cast<int>(x.rows), static_cast<int>(h.cols),
-                 scale,   nullptr,             out,         h.row_stride,             static_cast<int>(x.rows), 0};
+    ShareSum sum{partial,
+                 plan.partial_stride,
+                 plan.shares,
+                 static_cast<int>(x.rows),
+                 static_cast<int>(h.cols),
+                 scale,
+                 nullptr,
+                 out,
+                 h.row_stride,
+                 static_cast<int>(x.rows),
+                 0};
     add_shares(sum, {});
     taken_ = 0;
   }
@@ -161,9 +170,8 @@ class Launches {
                                     gate,
                                     dgate};
     const Grid grid{dim3{static_cast<unsigned>(grad.factor->rows), 1, 1}, kGateThreads, kGateShared};
-    for_type(p_.x.dtype, [&](auto t) {
-      launch(op_, gate_gradient_kernel<decltype(t)>, grid, call_.stream.handle, params);
-    });
+    for_type(p_.x.dtype,
+             [&](auto t) { launch(op_, gate_gradient_kernel<decltype(t)>, grid, call_.stream.handle, params); });
   }
 
  private:

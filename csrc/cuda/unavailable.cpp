@@ -1,5 +1,6 @@
 #include "ardlora/check.h"
 #include "cuda/launch.h"
+#include "cuda/lora_linear.h"
 
 namespace ardlora::cuda {
 namespace {
@@ -19,6 +20,13 @@ void importance(const DeviceRows&, const ImportanceParams&, Stream) { fail_unava
 void prox_step(const ProxParams&, Stream) { fail_unavailable("prox_step"); }
 void set_gates(const GateBlock*, std::int64_t, const double*, const GateParams&, Stream) {
   fail_unavailable("set_gates");
+}
+int multiprocessors(int) { fail_unavailable("multiprocessors"); }
+std::int64_t lora_workspace(const UnitTable&, std::int64_t, DType, int) { fail_unavailable("lora_workspace"); }
+void lora_forward(const LoraParams&, const MatrixView&, const DeviceCall&) { fail_unavailable("lora_forward"); }
+void lora_backward(const LoraParams&, const MatrixView&, const MatrixView&, const MatrixView&, const MatrixView&,
+                   const MatrixView&, float*, const DeviceCall&) {
+  fail_unavailable("lora_backward");
 }
 
 }  // namespace ardlora::cuda

@@ -1,0 +1,108 @@
+// The LoRA linear on a CUDA device. A call's last argument is (table, workspace, workspace bytes, device, stream): the
+// table is `cuda_segment_table`'s words in device memory.
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "ardlora/lora_linear.h"
+#include "bindings/cuda.h"
+#include "bindings/matrix_arg.h"
+#include "cuda/gemm_plan.h"
+#include "cuda/lora_linear.h"
+#include "cuda/segment_table.h"
+
+namespace py = pybind11;
+
+namespace ardlora {
+namespace {
+
+using CallArg = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, int, std::uintptr_t>;
+
+cuda::DeviceCall device_call(const CallArg& arg) {
+  const auto [table, workspace, bytes, device, stream] = arg;
+  return {reinterpret_cast<const void*>(table),
+          reinterpret_cast<void*>(workspace),
+          bytes,
+          {device, reinterpret_cast<void*>(stream)}};
+}
+
+cuda::Gemm gemm_kind(const std::string& name) {
+  if (name == "shrink") return cuda::Gemm::kShrink;
+  if (name == "expand") return cuda::Gemm::kExpand;
+  ARDLORA_CHECK(name == "outer", "gemm_plan: kind must be shrink, expand or outer, got ", name);
+  return cuda::Gemm::kOuter;
+}
+
+}  // namespace
+
+void bind_cuda_lora(py::module_& m) {
+  m.def(
+      "cuda_segment_table",
+      [](const UnitTable& table) {
+        const std::vector<std::int64_t> words = cuda::segment_table(table);
+        return py::array_t<std::int64_t>(static_cast<py::ssize_t>(words.size()), words.data());
+      },
+      py::arg("table"));
+  m.def(
+      "cuda_gemm_plan",
+      [](const UnitTable& table, bool is_a, const std::string& kind, std::int64_t rows, int dtype, bool dropout,
+         int multiprocessors) {
+        return describe(cuda::plan_gemm(gemm_kind(kind), is_a ? table.a() : table.b(), table.hidden(), rows,
+                                        dtype_from_code(dtype, "gemm_plan"), dropout, multiprocessors));
+      },
+      py::arg("table"), py::arg("is_a"), py::arg("kind"), py::arg("rows"), py::arg("dtype"), py::arg("dropout"),
+      py::arg("multiprocessors"));
+  m.def(
+      "cuda_lora_workspace",
+      [](const UnitTable& table, std::int64_t rows, int dtype, int device) {
+        return cuda::lora_workspace(table, rows, dtype_from_code(dtype, "lora_workspace"), device);
+      },
+      py::arg("table"), py::arg("rows"), py::arg("dtype"), py::arg("device"));
+  m.def(
+      "cuda_lora_forward",
+      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
+         float scaling, const MatrixArg& h, const MatrixArg& y, double dropout, std::uint64_t seed,
+         const CallArg& call) {
+        constexpr const char* op = "lora_forward";
+        const LoraParams p{&table,
+                           view(x, op),
+                           view(a, op),
+                           view(b, op),
+                           floats(gate),
+                           scaling,
+                           view(h, op),
+                           1,
+                           make_dropout(dropout, seed)};
+        const MatrixView yv = view(y, op);
+        py::gil_scoped_release release;
+        cuda::lora_forward(p, yv, device_call(call));
+      },
+      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
+      py::arg("h"), py::arg("y"), py::arg("dropout"), py::arg("seed"), py::arg("call"));
+  m.def(
+      "cuda_lora_backward",
+      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
+         float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh, const MatrixArg& dx,
+         const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, double dropout, std::uint64_t seed,
+         const CallArg& call) {
+        constexpr const char* op = "lora_backward";
+        const LoraParams p{&table,
+                           view(x, op),
+                           view(a, op),
+                           view(b, op),
+                           floats(gate),
+                           scaling,
+                           view(h, op),
+                           1,
+                           make_dropout(dropout, seed)};
+        const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
+                         dbv = view(db, op);
+        py::gil_scoped_release release;
+        cuda::lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate), device_call(call));
+      },
+      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
+      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"),
+      py::arg("dropout"), py::arg("seed"), py::arg("call"));
+}
+
+}  // namespace ardlora
