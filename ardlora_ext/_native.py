@@ -36,7 +36,8 @@ if core.__version__ != _VERSION:
 
 def matrix(t: torch.Tensor) -> Matrix:
     """Describe a 2-D tensor [rows, cols] whose rows are contiguous."""
-    return (t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), DTYPE_CODES[t.dtype])
+    rows, cols = t.shape
+    return (t.data_ptr(), rows, cols, t.stride(0), DTYPE_CODES[t.dtype])
 
 
 def threads() -> int:

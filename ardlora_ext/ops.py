@@ -28,12 +28,16 @@ _library.define(
     " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)"
 )
 _ops: Any = torch.ops.ardlora_ext
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
     """View [..., features] as [M, features] with contiguous rows; copies only when the layout allows no view."""
-    flat = t.reshape(-1, t.shape[-1])
-    rows_fit = flat.stride(1) == 1 and (flat.shape[0] <= 1 or flat.stride(0) >= flat.shape[1])
+    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    if flat.is_contiguous():
+        return flat
+    row, column = flat.stride()
+    rows_fit = column == 1 and (flat.shape[0] <= 1 or row >= flat.shape[1])
     return flat if rows_fit else flat.clone(memory_format=torch.contiguous_format)
 
 
@@ -44,7 +48,7 @@ def _hidden_rows(lora_A: torch.Tensor, lora_B: torch.Tensor) -> int:
 
 def _check(op: str, *tensors: torch.Tensor) -> None:
     for t in tensors:
-        if t.device.type != "cpu":
+        if not t.is_cpu:
             raise NotImplementedError(
                 f"{op}: tensors must be on the CPU, this build has no CUDA kernels, got {t.device}"
             )
@@ -99,7 +103,7 @@ def _linear_kernel(
     x2 = _rows(x)
     y = F.linear(x2, weight, bias)
     h = _adapter_forward(x2, y, *adapter)
-    return y.view(*x.shape[:-1], y.shape[-1]), h
+    return (y if x2 is x else y.view(*x.shape[:-1], y.shape[-1])), h
 
 
 def _accumulate_kernel(y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,9 +133,7 @@ def _backward_kernel(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx starts as dy W (zeros without a weight) and the adapter's part is accumulated into it in place."""
     dy2, x2 = _rows(dy), _rows(x)
-    dx = dy.new_empty(0)
-    if need_dx:
-        dx = dy2.new_zeros(x2.shape) if weight is None else dy2 @ weight
+    dx = dy2 @ weight if need_dx and weight is not None else dy2.new_zeros(x2.shape if need_dx else 0)
     d_h = torch.empty_like(h)
     d_a = torch.empty(lora_A.shape, dtype=torch.float32)
     d_b = torch.empty(lora_B.shape, dtype=torch.float32)
@@ -153,7 +155,19 @@ def _backward_kernel(
         threads(),
         *_dropout(p, seed),
     )
-    return dx.view(x.shape) if need_dx else dx, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_gate
+    if lora_A.dtype != torch.float32:
+        d_a, d_b = d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
+    return (dx.view(x.shape) if need_dx and x2 is not x else dx), d_a, d_b, d_gate
+
+
+def _run(kernel: Any, operator: Any, first: torch.Tensor, *rest: Any) -> Any:
+    """Run the kernel at once, or through the dispatcher where a tracer or a dispatch mode has to see the operator."""
+    if torch.is_grad_enabled():  # a backward with create_graph: torch tells that there is no second derivative
+        return operator(first, *rest)
+    if type(first) in _PLAIN and first.is_cpu and not torch._C._len_torch_dispatch_stack():
+        return kernel(first, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(first, *rest)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -163,8 +177,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *adapter: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h = _ops.lora_linear.default(x, weight, bias, *adapter)
+        y, h = _run(_linear_kernel, _ops.lora_linear.default, x, weight, bias, *adapter)
         _save(ctx, x, h, adapter, weight)
         return y, h
 
@@ -179,8 +192,7 @@ class _LoraAccumulate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, h = _ops.lora_accumulate.default(y, x, *adapter)
+        out, h = _run(_accumulate_kernel, _ops.lora_accumulate.default, y, x, *adapter)
         _save(ctx, x, h, adapter, None)
         return out, h
 
@@ -204,7 +216,8 @@ def _backward(
         return None, None, None, None
     x, h, lora_A, lora_B, gate, rank_table, seed, weight = ctx.saved_tensors
     adapter = lora_A, lora_B, gate, rank_table, ctx.scaling, ctx.p, seed
-    dx, d_a, d_b, d_gate = _ops.lora_backward.default(dy, x, h, *adapter, weight, need_dx, need_dgate)
+    rest = x, h, *adapter, weight, need_dx, need_dgate
+    dx, d_a, d_b, d_gate = _run(_backward_kernel, _ops.lora_backward.default, dy, *rest)
     return dx if need_dx else None, d_a, d_b, d_gate if need_dgate else None
 
 
