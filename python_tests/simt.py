@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
-MODES = {
+MODES = {  # "planted" is for test_cuda_planted_bugs.py: quick to compile
     "plain": ["-O2"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O1", "-fsanitize=thread"],
+    "planted": ["-O0"],
 }
 
 
-def build(folder: Path, mode: str, sources: Sequence[str], csrc: Path = CSRC) -> Path:
+def build(folder: Path, mode: str, sources: Sequence[str], csrc: Path = CSRC, *flags: str) -> Path:
     """Compile `sources` of `csrc` with the engine of the shim into one program; skip where that cannot be."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -29,15 +30,15 @@ def build(folder: Path, mode: str, sources: Sequence[str], csrc: Path = CSRC) ->
     engine, program = folder / "simt.o", folder / f"{Path(sources[0]).stem}_{mode}"
     if not engine.exists():  # never with a sanitizer
         _run([*command, "-O2", "-c", str(csrc / "testing/simt.cpp"), "-o", str(engine)])
-    objects = [str(engine)]
     files = [str(csrc / source) for source in sources]
-    _run([*command, *MODES[mode], *objects, "-x", "c++", *files, "-o", str(program)])
+    _run([*command, *MODES[mode], *flags, str(engine), "-x", "c++", *files, "-o", str(program)])
     return program
 
 
-def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program; the caller looks at its exit code."""
-    return subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)
+    env = {**os.environ, **environment}
+    return subprocess.run([str(program), *arguments], env=env, capture_output=True, text=True, check=False)
 
 
 def _run(command: Sequence[str]) -> None:

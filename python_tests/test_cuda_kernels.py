@@ -6,16 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from simt import MODES, build, run
+from simt import build, run
 
 PTX = ("testing/ptx_main.cpp",)
-CONTROLLER = (
-    "testing/controller_main.cpp",
-    "cuda/controller.cu",
-    "cuda/row_table.cpp",
-    "core/regularizer.cpp",
-)
-RESIZE = ("testing/rank_resize_main.cpp", "cuda/launch.cu", "cuda/resize_table.cpp", "core/rank_resize.cpp")
+PROGRAMS = {
+    "resize": ("testing/rank_resize_main.cpp", "cuda/launch.cu", "cuda/resize_table.cpp", "core/rank_resize.cpp"),
+    "controller": (
+        "testing/controller_main.cpp",
+        "cuda/controller.cu",
+        "cuda/row_table.cpp",
+        "core/regularizer.cpp",
+    ),
+    "lora": (
+        "testing/lora_main.cpp",
+        "cuda/lora_linear.cu",
+        "cuda/gemm_plan.cpp",
+        "cuda/segment_table.cpp",
+        "core/lora_checks.cpp",
+        "core/philox.cpp",
+        "core/unit_table.cpp",
+    ),
+}
+every_mode = pytest.mark.parametrize("mode", ["plain", "asan", "tsan"])
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("simt")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_wrappers_and_what_the_shim_reports(folder: Path, mode: str) -> None:
     program = build(folder, mode, PTX)
     done = run(program)
@@ -46,8 +58,8 @@ def test_wrappers_and_what_the_shim_reports(folder: Path, mode: str) -> None:
         assert report in done.stdout + done.stderr, fault
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sources", [RESIZE, CONTROLLER], ids=["resize", "controller"])
-def test_kernels_equal_plain_loops(folder: Path, mode: str, sources: tuple[str, ...]) -> None:
-    done = run(build(folder, mode, sources), *([] if mode == "plain" else ["small"]))
+@every_mode
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_equal_plain_loops(folder: Path, mode: str, name: str) -> None:
+    done = run(build(folder, mode, PROGRAMS[name]), *([] if mode == "plain" else ["small"]))
     assert done.returncode == 0, done.stdout + done.stderr

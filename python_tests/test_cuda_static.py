@@ -12,16 +12,26 @@ from ardlora_ext.bench import cuda_static
 from ardlora_ext.bench.cli import main
 from ardlora_ext.bench.machine import Json
 
-# Registers of a thread: what keeps enough warps on an SM to hide the latency of memory.
+# Registers of a thread, template arguments only where they matter. The GEMM kernels keep their sums in registers: with
+# 168 three blocks of 128 threads fit on an SM, with 128 two of 256.
 REGISTERS = {
-    "rank_resize_kernel": 40,  # 12 blocks of 128 threads
+    "shrink_kernel": 168,
+    "expand_kernel": 128,
+    "expand_kernel<float>": 192,
+    "outer_kernel": 168,
+    "outer_kernel<float>": 192,
+    "sum_shares_kernel": 40,
+    "gate_gradient_kernel": 40,
+    "rank_resize_kernel": 40,
     "row_sums_kernel": 40,
     "importance_kernel": 64,
     "all_finite_kernel": 32,
     "prox_kernel": 32,
     "gates_kernel": 40,
 }
-WIDE_LOADS = {"rank_resize_kernel", "row_sums_kernel", "importance_kernel"}
+WIDE_LOADS = {"rank_resize_kernel", "row_sums_kernel", "importance_kernel", "sum_shares_kernel", "expand_kernel"}
+GEMM = {"shrink_kernel", "expand_kernel", "outer_kernel"}
+ASYNC_COPIES = {"shrink_kernel", "outer_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +48,11 @@ def base(row: Json) -> str:
 
 
 def test_every_kernel_keeps_its_budget(rows: list[Json]) -> None:
-    assert {base(row) for row in rows} == set(REGISTERS)
+    assert {base(row) for row in rows} == {kernel.partition("<")[0] for kernel in REGISTERS}
     for row in rows:
         name = f"{row['kernel']} on {row['arch']}"
         assert row["spills"] == 0, name
-        assert row["registers"] <= REGISTERS[base(row)], name
+        assert row["registers"] <= REGISTERS.get(row["kernel"], REGISTERS[base(row)]), name
         assert row["occupancy"] > 0, name
 
 
@@ -50,7 +60,8 @@ def test_promised_instructions_are_there(rows: list[Json]) -> None:
     if rows[0]["hmma"] is None:
         pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
     for row in rows:
-        assert row["tensor_core"] == (row["hmma"] > 0)
+        assert row["tensor_core"] == (row["hmma"] > 0) == (base(row) in GEMM), row["kernel"]
+        assert (row["ldgsts"] > 0) == (base(row) in ASYNC_COPIES), row["kernel"]
         if base(row) in WIDE_LOADS:
             assert row["ldg128"] > 0, row["kernel"]
 

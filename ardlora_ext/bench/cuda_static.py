@@ -128,10 +128,10 @@ def _kernels(
     )
     for symbol, stack, stores, loads, registers, static in found:
         name = _readable(symbol)
-        kernel = name.partition("<")[0]
-        if kernel not in shapes:
-            raise InputError(f"cuda-static: testing/shapes_main.cpp must list every kernel, {kernel} is missing")
-        threads, dynamic = shapes[kernel]
+        shape = shapes.get(name) or shapes.get(name.partition("<")[0])
+        if shape is None:
+            raise InputError(f"cuda-static: testing/shapes_main.cpp must list every kernel, {name} is missing")
+        threads, dynamic = shape
         shared = int(static or 0) + dynamic
         counts = instructions.get(symbol, Counter()) if instructions is not None else None
         yield {

@@ -62,7 +62,7 @@ class Launches {
   }
 
   void shrink(const FactorView& w, int factor, const MatrixView& x, const MatrixView& h, const Dropout& dropout) {
-    const GemmPlan plan = this->plan(Gemm::kShrink, w, h.cols, x, dropout);
+    const GemmPlan plan = this->plan(Gemm::kShrink, w, p_.table->hidden(), x, dropout);
     float* const partial = take(plan.workspace());
     float* const out = static_cast<float*>(h.data);
     const float scale = w.scale * dropout.keep_scale;
@@ -87,7 +87,7 @@ class Launches {
                  plan.partial_stride,
                  plan.shares,
                  static_cast<int>(x.rows),
-                 static_cast<int>(h.cols),
+                 static_cast<int>(p_.table->hidden()),
                  scale,
                  nullptr,
                  out,

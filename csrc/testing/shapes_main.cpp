@@ -1,20 +1,33 @@
 // Prints threads and the most dynamic shared memory of a block for each kernel: what the compiler alone does not know.
 #include <cstdio>
 
+#include "cuda/gate_gradient.cuh"
+#include "cuda/gemm_plan.h"
 #include "cuda/importance.cuh"
 #include "cuda/rank_resize.cuh"
 #include "cuda/regularizer.cuh"
+#include "cuda/sum_shares.cuh"
 
 int main() {
   using namespace ardlora::cuda;
   const struct {
-    const char* kernel;  // without template arguments
+    const char* kernel;  // template arguments only where they matter
     int threads;
     std::size_t shared;
   } shapes[] = {
-      {"rank_resize_kernel", kResizeThreads, 0}, {"row_sums_kernel", kRowThreads, 0},
-      {"importance_kernel", kRowThreads, 0},     {"all_finite_kernel", kFiniteThreads, kFiniteShared},
-      {"prox_kernel", kUnitThreads, 0},          {"gates_kernel", kUnitThreads, 0},
+      {"shrink_kernel", kShrinkThreads, shrink_shared(kRankTile)},
+      {"expand_kernel", kExpandThreads, expand_shared(2, kRankTile, true)},
+      {"expand_kernel<float>", kExpandThreads, expand_shared(4, kRankTile, true)},
+      {"outer_kernel", kOuterThreads, outer_shared(2, kRankTile)},
+      {"outer_kernel<float>", kOuterThreads, outer_shared(4, kRankTile)},
+      {"sum_shares_kernel", kSumThreads, 0},
+      {"gate_gradient_kernel", kGateThreads, kGateShared},
+      {"rank_resize_kernel", kResizeThreads, 0},
+      {"row_sums_kernel", kRowThreads, 0},
+      {"importance_kernel", kRowThreads, 0},
+      {"all_finite_kernel", kFiniteThreads, kFiniteShared},
+      {"prox_kernel", kUnitThreads, 0},
+      {"gates_kernel", kUnitThreads, 0},
   };
   for (const auto& s : shapes) std::printf("%s %d %zu\n", s.kernel, s.threads, s.shared);
   return 0;

@@ -1,0 +1,226 @@
+// The LoRA linear's kernels through their launchers, forward and backward, against the equations in double.
+// Half of the cases have small whole numbers, for which every step is exact: results must be equal. The others have
+// random numbers and a bound that follows from the roundings.
+#include <cinttypes>
+
+#include "cuda/gemm_plan.h"
+#include "cuda/lora_linear.h"
+#include "cuda/segment_table.h"
+#include "testing/lora_reference.h"
+
+namespace {
+
+using namespace ardlora;
+using namespace ardlora::testing;
+using Ranks = std::vector<std::int64_t>;
+
+struct Shape {
+  std::int64_t rows, in_features, out_features;
+};
+
+struct Case {
+  UnitKind kind;
+  Factoring factoring;
+  Ranks ranks;
+  Shape shape;
+  DType activations, adapters;
+  std::int64_t padding = 0;  // elements between rows
+  std::int64_t shift = 0;    // elements before the first row
+  std::int64_t slack = 0;    // rows of the factors past the live ones
+  bool gates = false, dropout = false, dx = true, dgate = false, exact = true;
+  bool spoiled = false;  // NaN in row 0 of x and dy: no other row may see it
+};
+
+std::string describe(const Case& c) {
+  constexpr const char* kKinds[] = {"matrix", "out_heads", "in_heads"};
+  std::string ranks;
+  for (const std::int64_t r : c.ranks) ranks += std::to_string(r) + " ";
+  char text[400];
+  std::snprintf(text, sizeof text,
+                "%s %s, ranks %s, %" PRId64 " rows %" PRId64 " to %" PRId64 ", %s with %s adapters, padding %" PRId64
+                ", shift %" PRId64 ", slack %" PRId64
+                ", gates %d, dropout %d, dx %d, dgate %d, exact %d, "
+                "spoiled %d",
+                kKinds[static_cast<int>(c.kind)], c.factoring == Factoring::kShared ? "shared" : "independent",
+                ranks.c_str(), c.shape.rows, c.shape.in_features, c.shape.out_features, dtype_name(c.activations),
+                dtype_name(c.adapters), c.padding, c.shift, c.slack, c.gates, c.dropout, c.dx, c.dgate, c.exact,
+                c.spoiled);
+  return text;
+}
+
+// How far one rounding to the activations' type moves a value, relative; for float the three tf32 products.
+double rounding(DType dtype) {
+  return dtype == DType::kBFloat16 ? 0x1p-9 : (dtype == DType::kFloat16 ? 0x1p-12 : 0x1p-21);
+}
+
+class Run {
+ public:
+  explicit Run(const Case& c) : c_(c), table_(c.kind, c.factoring, c.shape.in_features, c.shape.out_features, c.ranks) {
+    const Factor &a = table_.a(), &b = table_.b();
+    x_ = make(c.shape.rows, c.shape.in_features);
+    y_ = make(c.shape.rows, c.shape.out_features);
+    dy_ = make(c.shape.rows, c.shape.out_features);
+    dx_ = make(c.shape.rows, c.shape.in_features);
+    a_ = Matrix(c.adapters, a.rows + c.slack, a.width);
+    b_ = Matrix(c.adapters, b.rows + c.slack, b.width);
+    // A whole class of columns more, as where the factors have room for more ranks.
+    h_ = Matrix(DType::kFloat32, c.shape.rows, table_.hidden() + c.slack);
+    dh_ = h_;
+    da_ = Matrix(DType::kFloat32, a_.rows, a_.cols);
+    db_ = Matrix(DType::kFloat32, b_.rows, b_.cols);
+    for (Matrix* m : {&x_, &y_, &dy_, &dx_, &a_, &b_}) m->fill([&] { return value(); });
+    for (std::int64_t j = 0; c.spoiled && c.shape.rows > 0 && j < 8; ++j) {
+      x_.set(0, j, std::nan(""));
+      dy_.set(0, j, std::nan(""));
+    }
+    const std::int64_t gated = table_.gate_on_a() ? a.rows : b.rows;
+    if (c.gates) {
+      for (std::int64_t i = 0; i < gated; ++i)
+        gate_.push_back(c.exact ? static_cast<float>(rng() % 4) - 1.0f : random_float());
+      if (!gate_.empty()) gate_[0] = 0.0f;
+    }
+    dgate_.assign(gate_.size(), std::nanf(""));
+    if (c.dropout) dropout_ = make_dropout(0.5, rng() | std::uint64_t{rng()} << 32);
+  }
+
+  void operator()() {
+    const Matrix y_before = y_, dx_before = dx_;
+    call();
+    const Side a{table_.a(), a_, table_.gate_on_a() ? gate() : nullptr, 1.0};
+    const Side b{table_.b(), b_, table_.gate_on_a() ? nullptr : gate(), kScaling};
+    const std::int64_t hidden = table_.hidden();
+    const Sums h = reference_shrink(a, x_, hidden, dropout_), dh = reference_shrink(b, dy_, hidden, {});
+    compare(h, h_, "H", 2);
+    compare(reference_expand(b, h, c_.shape.rows, {}), y_, "y", 5, &y_before);
+    compare(dh, dh_, "dH", 2);
+    if (c_.dx) compare(reference_expand(a, dh, c_.shape.rows, dropout_), dx_, "dx", 5, &dx_before);
+    if (!c_.spoiled) {
+      compare_gradient(a, reference_outer(a, dh, x_, dropout_), da_, "dA");
+      compare_gradient(b, reference_outer(b, h, dy_, {}), db_, "dB");
+    }
+    for (const Matrix* m : {&x_, &y_, &dy_, &dx_}) expect(m->padding_untouched(), "%s: padding", name().c_str());
+  }
+
+ private:
+  static constexpr double kScaling = 2.0;
+
+  Matrix make(std::int64_t rows, std::int64_t cols) const {
+    return Matrix(c_.activations, rows, cols, c_.padding, c_.shift);
+  }
+  double value() const { return c_.exact ? static_cast<double>(rng() % 3) - 1.0 : random_float(); }
+  const float* gate() const { return gate_.empty() ? nullptr : gate_.data(); }
+  std::string name() const { return describe(c_); }
+
+  void call() {
+    std::vector<std::int64_t> words = cuda::segment_table(table_);
+    const std::int64_t bytes = cuda::lora_workspace(table_, c_.shape.rows, c_.activations, 0);
+    std::vector<float> workspace(static_cast<std::size_t>(bytes / 4), std::nanf(""));
+    const cuda::DeviceCall call{words.data(), workspace.data(), bytes, {}};
+    const LoraParams p{&table_,   x_.view(), a_.view(), b_.view(), gate(), static_cast<float>(kScaling),
+                       h_.view(), 1,         dropout_};
+    cuda::lora_forward(p, y_.view(), call);
+    MatrixView dx = dx_.view();
+    if (!c_.dx) dx.data = nullptr;
+    cuda::lora_backward(p, dy_.view(), dh_.view(), dx, da_.view(), db_.view(),
+                        c_.dgate && gate() != nullptr ? dgate_.data() : nullptr, call);
+  }
+
+  // `roundings` to the activations' type lie on the way to a term; the sums themselves are float.
+  void expect_close(double want, double size, double got, double roundings, double of_result, const char* what,
+                    std::int64_t i, std::int64_t j) const {
+    const double terms = static_cast<double>(c_.shape.rows + c_.shape.in_features + c_.shape.out_features);
+    const double bound =
+        c_.exact ? 0.0
+                 : size * (roundings * rounding(c_.activations) + terms * 0x1p-24) + std::abs(want) * of_result + 1e-7;
+    expect(std::abs(got - want) <= bound, "%s: %s[%" PRId64 ", %" PRId64 "] = %.9g, expected %.9g +- %.3g",
+           name().c_str(), what, i, j, got, want, bound);
+  }
+
+  void compare(const Sums& want, const Matrix& got, const char* what, double roundings,
+               const Matrix* before = nullptr) {
+    const double of_result = got.dtype == DType::kFloat32 ? 0x1p-22 : rounding(got.dtype);
+    for (std::int64_t i = c_.spoiled ? 1 : 0; i < got.rows; ++i) {
+      for (std::int64_t j = 0; j < want.cols; ++j) {
+        const double base = before == nullptr ? 0.0 : before->at(i, j);
+        double value = base + want.value[want.index(i, j)];
+        if (c_.exact) value = got.rounded(value);
+        expect_close(value, std::abs(base) + want.size[want.index(i, j)], got.at(i, j), roundings, of_result, what, i,
+                     j);
+      }
+    }
+  }
+
+  // dW without its gates, and where a gate's gradient is asked for also <dW_i, W_i>; dead rows are zero.
+  void compare_gradient(const Side& w, const Sums& raw, const Matrix& got, const char* what) {
+    const bool gated = w.gate != nullptr;
+    for (std::int64_t i = 0; i < got.rows; ++i) {
+      const bool live = i < w.factor.rows;
+      const double gate = gated && live ? w.gate[i] : 1.0;
+      double dgate = 0.0, dgate_size = 0.0;
+      for (std::int64_t j = 0; j < got.cols; ++j) {
+        const double value = raw.value[raw.index(i, j)], size = raw.size[raw.index(i, j)];
+        expect_close(live ? gate * value : 0.0, std::abs(gate) * size, got.at(i, j), 5, 0x1p-22, what, i, j);
+        dgate += live ? value * w.weight.at(i, j) : 0.0;
+        dgate_size += live ? size * std::abs(w.weight.at(i, j)) : 0.0;
+      }
+      if (gated && live && c_.dgate) {
+        expect_close(dgate, dgate_size, dgate_[static_cast<std::size_t>(i)], 5, 0x1p-22, "dgate", i, 0);
+      }
+    }
+  }
+
+  Case c_;
+  UnitTable table_;
+  Matrix x_, y_, dy_, dx_, a_, b_, h_, dh_, da_, db_;
+  std::vector<float> gate_, dgate_;
+  Dropout dropout_;
+};
+
+template <typename T, std::size_t n>
+const T& pick(const T (&values)[n]) {
+  return values[rng() % n];
+}
+
+constexpr std::pair<DType, DType> kTypes[] = {{DType::kBFloat16, DType::kFloat32},
+                                              {DType::kBFloat16, DType::kBFloat16},
+                                              {DType::kFloat16, DType::kFloat32},
+                                              {DType::kFloat16, DType::kFloat16},
+                                              {DType::kFloat32, DType::kFloat32}};
+const Ranks kMatrixRanks[] = {{0}, {1}, {7}, {8}, {37}, {64}, {200}};
+const Ranks kHeadRanks[] = {{0, 0, 0, 0}, {8, 8, 8, 8}, {3, 0, 8, 5}, {0, 37, 1, 12}, {16, 64, 0, 4}};
+
+// Every option drawn from its list; `number` walks through types and ranks, so that each is met.
+Case draw(unsigned number, bool few) {
+  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 200}, features[] = {64, 72, 100, 136, 256};
+  constexpr std::int64_t padding[] = {0, 0, 8, 3}, shift[] = {0, 0, 8, 1}, slack[] = {0, 4};
+  Case c{};
+  c.kind = static_cast<UnitKind>(number % 3);
+  c.factoring = static_cast<Factoring>(number / 3 % 2);
+  c.ranks = c.kind == UnitKind::kMatrix ? kMatrixRanks[number / 3 % std::size(kMatrixRanks)]
+                                        : kHeadRanks[number / 3 % std::size(kHeadRanks)];
+  c.shape = few ? Shape{rows[number % 5], 72, 100} : Shape{pick(rows), pick(features), pick(features)};
+  std::tie(c.activations, c.adapters) = kTypes[number % std::size(kTypes)];
+  c.padding = pick(padding);
+  c.shift = pick(shift);
+  c.slack = pick(slack);
+  c.gates = rng() % 2 == 0;
+  c.dgate = rng() % 2 == 0;
+  c.dropout = rng() % 3 == 0;
+  c.dx = rng() % 4 != 0;
+  c.exact = rng() % 2 == 0;
+  c.spoiled = rng() % 5 == 0;
+  return c;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool few = small(argc, argv);
+  const unsigned cases = few ? 12 : 105;
+  for (unsigned i = 0; i < cases; ++i) {
+    set_order(i);
+    Run{draw(i, few)}();
+  }
+  std::printf("%u cases equal the equations\n", cases);
+  return 0;
+}

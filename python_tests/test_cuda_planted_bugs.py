@@ -1,0 +1,159 @@
+"""Bugs planted in a copy of the CUDA kernels: the project's own test programs must find each one.
+
+All are compiled into the programs at once; the environment variable PLANTED commits one of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_cuda_kernels import PROGRAMS
+
+from simt import CSRC, build, run
+
+HEADER = """
+#include <cstdlib>
+inline const int planted_bug = std::getenv("PLANTED") ? std::atoi(std::getenv("PLANTED")) : -1;
+"""
+
+
+class Bug(NamedTuple):
+    """`right`, found once in csrc/cuda/`file`, becomes `wrong` where PLANTED holds."""
+
+    name: str
+    program: str
+    file: str
+    right: str
+    wrong: str
+
+
+BUGS = (
+    Bug(
+        "dropped barrier",
+        "lora",
+        "shrink.cuh",
+        "cp_async_wait<kShrinkStages - 2>();\n      __syncthreads();",
+        "cp_async_wait<kShrinkStages - 2>();\n      if (!PLANTED) __syncthreads();",
+    ),
+    Bug(
+        "shared memory written again without a barrier",
+        "lora",
+        "expand.cuh",
+        "segment.rank > p.rank_tile) {\n        __syncthreads();",
+        "segment.rank > p.rank_tile) {\n        if (!PLANTED) __syncthreads();",
+    ),
+    Bug(
+        "wrong wait count",
+        "lora",
+        "outer.cuh",
+        "cp_async_wait<kOuterStages - 2>();",
+        "if (PLANTED) cp_async_wait<kOuterStages - 1>(); else cp_async_wait<kOuterStages - 2>();",
+    ),
+    Bug(
+        "last row off by one",
+        "lora",
+        "mma_tile.cuh",
+        "const bool valid = inside && row + r < x.rows;",
+        "const bool valid = inside && row + r < x.rows - PLANTED;",
+    ),
+    Bug("missing zero fill", "lora", "mma_tile.cuh", "valid ? 16 : 0);", "valid || PLANTED ? 16 : 0);"),
+    Bug(
+        "swapped fragment",
+        "lora",
+        "mma_tile.cuh",
+        "ldmatrix<4, true>(b, t.address(step + r + matrix % 2 * 8, column + matrix / 2 * 8));",
+        "const int swap = PLANTED ? matrix % 2 * 2 + matrix / 2 : matrix;\n"
+        "    ldmatrix<4, true>(b, t.address(step + r + swap % 2 * 8, column + swap / 2 * 8));",
+    ),
+    Bug(
+        "wrong gate",
+        "lora",
+        "shrink.cuh",
+        "p.gate + w_walk.segment.w_begin + first_rank",
+        "p.gate + (PLANTED ? 0 : w_walk.segment.w_begin) + first_rank",
+    ),
+    Bug(
+        "missing scale",
+        "lora",
+        "sum_shares.cuh",
+        "const float scale = s.gate == nullptr ? s.scale",
+        "const float scale = s.gate == nullptr ? (PLANTED ? 1.0f : s.scale)",
+    ),
+    Bug(
+        "shares that race",
+        "lora",
+        "shrink.cuh",
+        "p.partial + blockIdx.z * p.x.rows",
+        "p.partial + (PLANTED ? 0 : blockIdx.z) * p.x.rows",
+    ),
+    Bug(
+        "wrong Philox counter",
+        "lora",
+        "dropout.cuh",
+        "(block * kPhiloxLanes + slot * kChunk + e)",
+        "(block * (PLANTED ? kChunk : kPhiloxLanes) + slot * kChunk + e)",
+    ),
+    Bug(
+        "wrong segment column",
+        "lora",
+        "expand.cuh",
+        "T* const y = static_cast<T*>(p.y.data) + segment.col_begin;",
+        "T* const y = static_cast<T*>(p.y.data) + (PLANTED ? 0 : segment.col_begin);",
+    ),
+    Bug("two of three tf32 products", "lora", "mma_tile.cuh", "mma_tf32(c, a_low,", "if (!PLANTED) mma_tf32(c, a_low,"),
+    Bug(
+        "row overwritten before it is read",
+        "resize",
+        "rank_resize.cuh",
+        "if (step.to == kHeldRow) {",
+        "if (step.to == kHeldRow && PLANTED) {\n    } else if (step.to == kHeldRow) {",
+    ),
+    Bug(
+        "uncertainty by the old mean",
+        "controller",
+        "importance.cuh",
+        "      i[e] = p.beta1 * i[e] + p.one_minus_beta1 * entry;\n",
+        "      const float old = i[e];\n      i[e] = p.beta1 * i[e] + p.one_minus_beta1 * entry;\n"
+        "      if (PLANTED) u[e] += p.one_minus_beta2 / p.beta2 * (fabsf(entry - old) - fabsf(entry - i[e]));\n",
+    ),
+    Bug(
+        "reduction without a barrier",
+        "controller",
+        "importance.cuh",
+        "bad[warp] = found;\n  __syncthreads();",
+        "bad[warp] = found;\n  if (!PLANTED) __syncthreads();",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The test programs with every bug in them."""
+    if not CSRC.is_dir():
+        pytest.skip("needs the source tree")
+    folder = tmp_path_factory.mktemp("planted")
+    csrc = Path(shutil.copytree(CSRC, folder / "csrc"))
+    for number, bug in enumerate(BUGS):
+        path = csrc / "cuda" / bug.file
+        text = path.read_text()
+        assert text.count(bug.right) == 1, f"the place for '{bug.name}' is gone from {bug.file}"
+        path.write_text(text.replace(bug.right, bug.wrong.replace("PLANTED", f"(planted_bug == {number})")))
+    header = folder / "planted.h"
+    header.write_text(HEADER)
+    names = sorted({bug.program for bug in BUGS})
+    return {name: build(folder, "planted", PROGRAMS[name], csrc, f"-include{header}") for name in names}
+
+
+def test_without_a_bug_the_programs_pass(programs: dict[str, Path]) -> None:
+    for program in programs.values():
+        done = run(program, "small")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", range(len(BUGS)), ids=[bug.name for bug in BUGS])
+def test_bug_is_found(programs: dict[str, Path], number: int) -> None:
+    done = run(programs[BUGS[number].program], PLANTED=str(number))
+    assert done.returncode != 0, done.stdout
