@@ -27,9 +27,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("quality", "ardlora_ext.bench.quality", "compare rank-allocation methods at equal parameters"),
+    Command("kernels", "ardlora_ext.bench.kernels", "time the native kernels against the machine's roofline"),
+    Command("layer", "ardlora_ext.bench.layer", "time adapted linear layers against PEFT and compositions of torch"),
     Command("step", "ardlora_ext.bench.step", "time a whole training step against the frozen base and PEFT"),
-    Command("cuda-static", "ardlora_ext.bench.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"),
+    Command("memory", "ardlora_ext.bench.memory", "measure what a training step holds and takes"),
+    Command("resize", "ardlora_ext.bench.resize", "time a change of ranks against memcpy of the same bytes"),
+    Command("quality", "ardlora_ext.bench.quality", "compare rank-allocation methods at equal parameters"),
 )
 
 _EXTRAS = ("matplotlib", "rich")

@@ -1,255 +1,196 @@
-"""`bench step`: what adapters add to a whole training step, ours and PEFT's interleaved on one model.
+"""`bench step`: what adapters add to a whole training step, ours and PEFT's in turns on one model.
 
-Overhead = (step - step of the frozen base with input gradients) / the latter. A step is forward and backward, without
-the optimizer but with what the method does around it (gates, scores, rank changes happen in the optimizer's hooks, so
-methods that have them are timed with an SGD of rate 0). Implementations take turns, so that drift of the machine
-cancels; medians and 10 % / 90 % quantiles are reported, losses beside wins.
+Overhead = step / step of the frozen base with input gradients - 1, taken round by round. A step is forward, backward
+and what the method does about ranks (scores, gates, rank changes), without the optimizer's own arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
-from tqdm import tqdm
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
+from torch.nn import functional as F
+
+from ardlora_ext.bench.machine import Json
+from ardlora_ext.bench.memory import peak_mb
+from ardlora_ext.bench.models import MODELS, Batch, Runner, implementations, make_model, make_runner
+from ardlora_ext.bench.output import (
+    Column,
+    Panel,
+    Result,
+    add_output_arguments,
+    check_outputs,
+    groups,
+    percent,
+    publish,
+)
+from ardlora_ext.bench.turns import in_turns
+from ardlora_ext.data import InputError
+from ardlora_ext.inject import adapters
+from ardlora_ext.layers import LoraLinear
+from ardlora_ext.reference import lora_linear
+
+_DTYPES = ("float32", "bfloat16")
+_AIMS = {"ours-lora": ("peft-lora", 5), "ours-lora-dropout": ("peft-lora-dropout", 6)}  # times less overhead
+_CONTROL_AIM = 0.02  # of the step, for scores and controller
+_COLUMNS = (
+    Column("model", "model"),
+    Column("dtype", "dtype"),
+    Column("implementation", "impl"),
+    Column("overhead", "overhead", percent),
+    Column("median ms", "median_ms", "{:.1f}".format),
+    Column("p10", "p10_ms", "{:.1f}".format),
+    Column("p90", "p90_ms", "{:.1f}".format),
+    Column("tokens/s", "tokens_per_s", "{:,.0f}".format),
+    Column("step MB", "peak_mb", "{:.0f}".format),
 )
 
-from ardlora_ext.attach import attach
-from ardlora_ext.bench.machine import check_writable, headline, machine, write_json
-from ardlora_ext.bench.stats import median_spread
-from ardlora_ext.config import AdapterConfig, ArdConfig, ElaConfig, LoraConfig
-from ardlora_ext.data import InputError
-from ardlora_ext.inject import wrap
 
-Batch = dict[str, torch.Tensor]
-Json = dict[str, Any]
-_STEPS = 10_000  # length of run that schedules are told: every timed step is in the middle of it
-
-
-def _llama(tokens: int) -> tuple[nn.Module, Batch]:
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-    )
-    ids = torch.randint(0, 512, (max(tokens // 128, 1), min(tokens, 128)))
-    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
-
-
-def _bert(tokens: int) -> tuple[nn.Module, Batch]:
-    config = BertConfig(
-        vocab_size=512, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
-    )
-    ids = torch.randint(0, 512, (max(tokens // 32, 1), min(tokens, 32)))
-    return BertForSequenceClassification(config), {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=torch.long)}
-
-
-def _vit(tokens: int) -> tuple[nn.Module, Batch]:
-    config = ViTConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        image_size=112,
-        patch_size=16,
-    )
-    pixels = torch.randn(max(tokens // 50, 1), 3, 112, 112)
-    return ViTForImageClassification(config), {
-        "pixel_values": pixels,
-        "labels": torch.zeros(len(pixels), dtype=torch.long),
-    }
-
-
-MODELS: dict[str, Callable[[int], tuple[nn.Module, Batch]]] = {"llama": _llama, "bert": _bert, "vit": _vit}
-
-
-def _ours(config: AdapterConfig) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: wrap(model, config)
-
-
-def _peft(kind: str, dropout: float, r: int) -> Callable[[nn.Module], nn.Module]:
-    def build(model: nn.Module) -> nn.Module:
-        import peft
-
-        targets = {"target_modules": "all-linear", "lora_dropout": dropout}
-        if kind == "adalora":
-            config = peft.AdaLoraConfig(init_r=r, target_r=r, total_step=_STEPS, **targets)
-        else:
-            config = peft.LoraConfig(r=r, use_dora=kind == "dora", **targets)
-        wrapped: nn.Module = peft.get_peft_model(model, config)
-        return wrapped
-
-    return build
-
-
-def implementations(r: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Return how each implementation prepares a model, at rank `r` on all linear layers."""
-    return {
-        "frozen": lambda model: model.requires_grad_(False),
-        "ours-lora": _ours(LoraConfig(r=r)),
-        "ours-lora-dropout": _ours(LoraConfig(r=r, lora_dropout=0.1)),
-        "ours-ard": _ours(ArdConfig(r0=r)),
-        "ours-ela": _ours(ElaConfig(r=r, total_steps=_STEPS)),
-        "peft-lora": _peft("lora", 0.0, r),
-        "peft-lora-dropout": _peft("lora", 0.1, r),
-        "peft-adalora": _peft("adalora", 0.0, r),
-        "peft-dora": _peft("dora", 0.0, r),
-    }
-
-
-@dataclass
-class Runner:
-    """One implementation on one model: `step` runs once and returns seconds."""
-
-    name: str
-    model: nn.Module
-    batch: Batch
-    optimizer: torch.optim.Optimizer | None
-
-    def step(self) -> float:
-        """Run forward and backward (and the rank controller's part) once."""
-        began = time.perf_counter()
-        loss: torch.Tensor = self.model(**self.batch).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.optimizer is not None:
-            self.optimizer.step()
-        seconds = time.perf_counter() - began
-        self.model.zero_grad(set_to_none=True)
-        return seconds
-
-
-def _runner(name: str, base: nn.Module, batch: Batch, r: int) -> Runner:
-    torch.manual_seed(0)
-    model = implementations(r)[name](copy.deepcopy(base)).train()
-    getattr(model, "enable_input_require_grads")()  # noqa: B009 - so that the frozen base has a backward pass too
-    optimizer = None
-    if name in ("ours-ard", "ours-ela"):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        attach(model, optimizer, total_steps=_STEPS)
-    return Runner(name, model, batch, optimizer)
-
-
-def _peak_mb(runner: Runner) -> float | None:
-    """Return the memory one step takes above the resting state, or None where the system does not tell."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.is_file():
-        return None
-
-    def read(key: str) -> float:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-        return float(line.split()[1]) / 1024
-
-    try:
-        reset.write_text("5")
-    except OSError:
-        return None
-    before = read("VmRSS")
-    runner.step()
-    return read("VmHWM") - before
-
-
-def measure(model: str, dtype: torch.dtype, names: list[str], tokens: int, r: int, repeats: int) -> list[Json]:
+def measure(model: str, dtype: str, names: list[str], tokens: int, r: int, rounds: int, small: bool) -> list[Json]:
     """Time the implementations in turns and return one row each."""
-    torch.manual_seed(0)
-    base, batch = MODELS[model](tokens)
-    base.to(dtype)
-    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
-    runners = [_runner(name, base, batch, r) for name in names]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for runner in runners:
-        runner.step()  # warm-up
-    for _ in tqdm(range(repeats), desc=f"{model} {str(dtype)[6:]}", unit="round"):
-        for runner in runners:
-            times[runner.name].append(runner.step() * 1e3)
-    gc.collect()
-    base_ms = median_spread(times["frozen"])[0]
+    base, batch = make_model(model, getattr(torch, dtype), tokens, small)
+    runners = {name: make_runner(name, base, batch, r) for name in names}
+    times = in_turns({name: runner.step for name, runner in runners.items()}, rounds, f"{model} {dtype}")
     rows = []
-    for runner in runners:
-        median, low, high = median_spread(times[runner.name])
+    for name, runner in runners.items():
+        median, low, high = times.spread(name)
         rows.append(
             {
                 "model": model,
-                "dtype": str(dtype)[6:],
-                "impl": runner.name,
-                "overhead": median / base_ms - 1.0,
-                "median_ms": median,
-                "p10_ms": low,
-                "p90_ms": high,
-                "tokens_per_s": tokens / median * 1e3,
-                "peak_mb": _peak_mb(runner),
+                "dtype": dtype,
+                "impl": name,
+                "overhead": times.ratio(name, "frozen") - 1.0,
+                "median_ms": 1e3 * median,
+                "p10_ms": 1e3 * low,
+                "p90_ms": 1e3 * high,
+                "tokens_per_s": _rows(batch) / median,
+                "peak_mb": peak_mb(runner.step),
             }
         )
     return rows
 
 
+def _rows(batch: Batch) -> int:
+    """Return the tokens of a batch; a picture of 112 x 112 has 49 patches and a class token."""
+    ids = batch.get("input_ids")
+    return 50 * len(batch["pixel_values"]) if ids is None else ids.numel()
+
+
+class _Reference(nn.Module):
+    """An adapter's layer computed by `reference.lora_linear` and autograd, on the same parameters."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own, base = self.layer, self.layer.base_layer
+        y: torch.Tensor = base(x)
+        flat = x.reshape(-1, x.shape[-1])
+        update = lora_linear(own.layout, own.ranks, flat, own.lora_A, own.lora_B, own.gate, own.scaling)
+        return y + update.view(y.shape)
+
+
+def check(model: str, tokens: int, r: int, small: bool) -> str:
+    """Compare loss and gradients of our implementations with the reference, in float32; return what was found.
+
+    Raises:
+        InputError: they differ by more than float32 explains.
+    """
+    base, batch = make_model(model, torch.float32, tokens, small)
+    worst = 0.0
+    for name in (n for n in implementations(r) if n.startswith("ours") and "dropout" not in n):
+        ours = make_runner(name, base, batch, r)
+        theirs = Runner(name, copy.deepcopy(ours.model), batch, None)
+        for path, layer in adapters(theirs.model).items():
+            parent, _, leaf = path.rpartition(".")
+            setattr(theirs.model.get_submodule(parent), leaf, _Reference(layer))
+        got, wanted = (_loss_and_gradients(runner) for runner in (ours, theirs))
+        error = float((got - wanted).norm() / wanted.norm())
+        worst = max(worst, error)
+        if not error <= 1e-4:
+            raise InputError(f"bench: {name} on {model} must agree with the reference to 1e-4, got {error:.2g}")
+    return f"{model}: loss and gradients agree with the reference; largest relative error {worst:.1g}"
+
+
+def _loss_and_gradients(runner: Runner) -> torch.Tensor:
+    torch.manual_seed(0)
+    runner.model.eval()  # without the model's own dropout
+    loss = F.cross_entropy(*_logits(runner))
+    loss.backward()  # type: ignore[no-untyped-call]
+    grads = [p.grad.flatten() for p in runner.model.parameters() if p.grad is not None]
+    return torch.cat([loss.detach().view(1), *grads])
+
+
+def _logits(runner: Runner) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor = runner.model(**runner.batch).logits
+    return logits.flatten(0, -2), runner.batch["labels"].flatten()
+
+
+def notes(rows: list[Json]) -> list[str]:
+    """Say where the aims are reached and where not."""
+    said = []
+    for (model, dtype), group in groups(rows, "model", "dtype").items():
+        by = {row["impl"]: row for row in group}
+        for ours, (theirs, times) in _AIMS.items():
+            if ours in by and theirs in by:
+                share = by[ours]["overhead"] / by[theirs]["overhead"]
+                reached = "reached" if share <= 1 / times else "not reached"
+                said.append(
+                    f"{model} {dtype}: {ours} has {share:.2f} of {theirs}'s overhead (aim 1/{times}: {reached})"
+                )
+        for name in ("ours-ard", "ours-ela"):
+            if name in by and "ours-lora" in by:
+                cost = by[name]["overhead"] - by["ours-lora"]["overhead"]
+                reached = "reached" if cost <= _CONTROL_AIM else "not reached"
+                said.append(f"{model} {dtype}: {name} costs {percent(cost)} of the frozen step more than ours-lora")
+                said[-1] += f" (aim {_CONTROL_AIM:.0%}: {reached})"
+    return said
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench step`."""
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="what to train")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of the model"
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="of the model")
     parser.add_argument("--impl", nargs="+", choices=list(implementations(8)), default=list(implementations(8)))
     parser.add_argument("--tokens", type=int, default=512, help="rows of activations per step")
     parser.add_argument("--r", type=int, default=8, help="rank of every adapter")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of all implementations")
-    parser.add_argument("--quick", action="store_true", help="one small model, few rounds: below two minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    add_output_arguments(parser, "first compare loss and gradients of ours with the reference, in float32")
 
 
 def run(arguments: argparse.Namespace, command: str) -> None:
-    """Measure, print a table and write JSON."""
-    check_writable(arguments.json, "--json")
-    if arguments.tokens < 1 or arguments.r < 1 or arguments.repeats < 1:
+    """Measure and publish."""
+    check_outputs(arguments)
+    if min(arguments.tokens, arguments.r, arguments.repeats) < 1:
         raise InputError("bench: --tokens, --r and --repeats must be at least 1")
-    models = ["bert"] if arguments.quick else arguments.models
-    repeats = min(arguments.repeats, 5) if arguments.quick else arguments.repeats
+    small = arguments.quick
+    rounds = min(arguments.repeats, 5) if small else arguments.repeats
     names = list(dict.fromkeys(["frozen", *arguments.impl]))
-    console = Console()
-    console.print(headline(machine()))
     rows: list[Json] = []
+    said: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers about each other's names
-        for model in models:
+        for model in arguments.models:
+            if arguments.check:
+                said.append(check(model, min(arguments.tokens, 64), arguments.r, small))
             for dtype in arguments.dtypes:
-                rows += measure(model, getattr(torch, dtype), names, arguments.tokens, arguments.r, repeats)
-    console.print(_table(rows))
-    if arguments.json is not None:
-        write_json(arguments.json, command, rows)
+                rows += measure(model, dtype, names, arguments.tokens, arguments.r, rounds, small)
+    panels = [
+        Panel(f"{model}, {dtype}", [_bar(row, group) for row in group if row["impl"] != "frozen"])
+        for (model, dtype), group in groups(rows, "model", "dtype").items()
+    ]
+    title = f"training step, rank {arguments.r} on all linear layers, {arguments.tokens} tokens"
+    result = Result(
+        title, _COLUMNS, rows, "overhead over the frozen base, %", panels, [*said, *notes(rows)], "{:.1f}".format
+    )
+    publish(arguments, command, result)
 
 
-def _table(rows: list[Json]) -> Table:
-    table = Table(title="one training step, adapters on all linear layers")
-    for column in ("model", "dtype", "implementation", "overhead", "median ms", "p10", "p90", "tokens/s", "step MB"):
-        table.add_column(column, justify="left" if column in ("model", "dtype", "implementation") else "right")
-    for row in rows:
-        table.add_row(
-            row["model"],
-            row["dtype"],
-            row["impl"],
-            f"{100 * row['overhead']:+.1f} %",
-            *(f"{row[k]:.1f}" for k in ("median_ms", "p10_ms", "p90_ms")),
-            f"{row['tokens_per_s']:,.0f}",
-            "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
-        )
-    return table
+def _bar(row: Json, group: list[Json]) -> tuple[str, float, float, float]:
+    frozen = next(other for other in group if other["impl"] == "frozen")["median_ms"]
+    low, high = (100 * (row[key] / frozen - 1.0) for key in ("p10_ms", "p90_ms"))
+    return row["impl"], 100 * row["overhead"], low, high

@@ -1,0 +1,157 @@
+"""The models of `bench step` and `bench memory`, and how each implementation prepares one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from ardlora_ext.attach import attach
+from ardlora_ext.config import AdapterConfig, ArdConfig, ElaConfig, LoraConfig
+from ardlora_ext.inject import wrap
+
+Batch = dict[str, torch.Tensor]
+Prepare = Callable[[nn.Module], nn.Module]
+DROPOUT = 0.1
+STEPS = 10_000  # length of run that schedules are told: every timed step is in the middle of it
+
+
+def _llama(tokens: int, small: bool) -> tuple[nn.Module, Batch]:
+    d = 256 if small else 1024
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=d,
+        intermediate_size=d * 11 // 4,
+        num_hidden_layers=2 if small else 4,
+        num_attention_heads=d // 64,
+        num_key_value_heads=d // 128,
+    )
+    ids = torch.randint(0, 512, (max(tokens // 128, 1), min(tokens, 128)))
+    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def _encoder_sizes(small: bool) -> dict[str, int]:
+    d, layers = (128, 2) if small else (384, 6)
+    return {"hidden_size": d, "intermediate_size": 4 * d, "num_hidden_layers": layers}
+
+
+def _bert(tokens: int, small: bool) -> tuple[nn.Module, Batch]:
+    config = BertConfig(vocab_size=512, num_attention_heads=4 if small else 12, **_encoder_sizes(small))
+    ids = torch.randint(0, 512, (max(tokens // 32, 1), min(tokens, 32)))
+    return BertForSequenceClassification(config), {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=torch.long)}
+
+
+def _vit(tokens: int, small: bool) -> tuple[nn.Module, Batch]:
+    config = ViTConfig(num_attention_heads=2 if small else 6, image_size=112, patch_size=16, **_encoder_sizes(small))
+    pixels = torch.randn(max(tokens // 50, 1), 3, 112, 112)
+    labels = torch.zeros(len(pixels), dtype=torch.long)
+    return ViTForImageClassification(config), {"pixel_values": pixels, "labels": labels}
+
+
+MODELS: dict[str, Callable[[int, bool], tuple[nn.Module, Batch]]] = {"llama": _llama, "bert": _bert, "vit": _vit}
+
+
+def make_model(name: str, dtype: torch.dtype, tokens: int, small: bool) -> tuple[nn.Module, Batch]:
+    """Return a model with random weights and a batch of about `tokens` rows; the same ones for the same arguments."""
+    torch.manual_seed(0)
+    model, batch = MODELS[name](tokens, small)
+    model.to(dtype)
+    return model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def _ours(config: AdapterConfig) -> Prepare:
+    return lambda model: wrap(model, config)
+
+
+def _peft(kind: str, dropout: float, r: int) -> Prepare:
+    def build(model: nn.Module) -> nn.Module:
+        import peft
+
+        targets = {"target_modules": "all-linear", "lora_dropout": dropout}
+        if kind == "adalora":
+            # Its allocator needs more to start with than in the end; 1.5 times is its paper's.
+            config = peft.AdaLoraConfig(init_r=r + (r + 1) // 2, target_r=r, total_step=STEPS, **targets)
+        else:
+            config = peft.LoraConfig(r=r, use_dora=kind == "dora", **targets)
+        wrapped: nn.Module = peft.get_peft_model(model, config)
+        return wrapped
+
+    return build
+
+
+def implementations(r: int) -> dict[str, Prepare]:
+    """Return how each implementation prepares a model, at rank `r` on all linear layers."""
+    return {
+        "frozen": lambda model: model.requires_grad_(False),
+        "ours-lora": _ours(LoraConfig(r=r)),
+        "ours-lora-dropout": _ours(LoraConfig(r=r, lora_dropout=DROPOUT)),
+        "ours-ard": _ours(ArdConfig(r0=r)),
+        "ours-ela": _ours(ElaConfig(r=r, total_steps=STEPS)),
+        "peft-lora": _peft("lora", 0.0, r),
+        "peft-lora-dropout": _peft("lora", DROPOUT, r),
+        "peft-adalora": _peft("adalora", 0.0, r),
+        "peft-dora": _peft("dora", 0.0, r),
+    }
+
+
+@dataclass
+class Runner:
+    """One implementation on one model; `step` is what a training step costs without the optimizer's arithmetic.
+
+    Attributes:
+        allocate: what the method does about ranks after backward, or None.
+    """
+
+    name: str
+    model: nn.Module
+    batch: Batch
+    allocate: Callable[[], object] | None
+
+    def forward(self) -> torch.Tensor:
+        """Return the loss."""
+        loss: torch.Tensor = self.model(**self.batch).loss
+        return loss
+
+    def step(self) -> None:
+        """Run forward and backward, and what the method does about ranks."""
+        self.forward().backward()  # type: ignore[no-untyped-call]
+        if self.allocate is not None:
+            self.allocate()
+        self.model.zero_grad(set_to_none=True)
+
+
+def make_runner(name: str, base: nn.Module, batch: Batch, r: int) -> Runner:
+    """Return an implementation on a copy of `base`, in the middle of a run: no factor is zero, ranks may move."""
+    torch.manual_seed(0)
+    model = implementations(r)[name](copy.deepcopy(base)).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.01)
+    # So that the frozen base has a backward pass, too.
+    enable: Any = getattr(model, "enable_input_require_grads")  # noqa: B009
+    enable()
+    return Runner(name, model, batch, _allocation(name, model))
+
+
+def _allocation(name: str, model: nn.Module) -> Callable[[], object] | None:
+    if name in ("ours-ard", "ours-ela"):
+        # The controller follows an optimizer; one of rate 0 costs little and changes nothing.
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        attach(model, optimizer, total_steps=STEPS).step = STEPS // 2
+        return optimizer.step
+    if name == "peft-adalora":
+        allocator: Any = model.base_model
+        return lambda: allocator.update_and_allocate(STEPS // 2)
+    return None
