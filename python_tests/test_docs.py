@@ -6,6 +6,7 @@ comment runs too and is not shown (a tiny model to set the stage). Shell blocks:
     ```bash                       every `python -m ardlora_ext...` line must be accepted by the command line's parser
     <!-- run --> before ```bash   every line is also run, after the Python blocks above it
     <!-- not run: REASON -->      before a Python block: it is only compiled
+    <!-- file: NAME -->           before a Python block: it is a script, compiled and left in the folder
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>run|not run: [^>]+?) -->\n)?^```(?P<language>python|bash)\n(?P<text>.*?)^```$", re.S | re.M
+    r"(?:<!-- (?P<mark>run|not run: [^>]+?|file: [\w.]+) -->\n)?^```(?P<language>python|bash)\n(?P<text>.*?)^```$",
+    re.S | re.M,
 )
 
 
@@ -76,7 +78,9 @@ def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         if block.language == "python":
             # Padded, so that a traceback shows the line of the page.
             code = compile("\n" * (block.line - 1) + block.text, page, "exec")
-            if not block.mark.startswith("not run"):
+            if block.mark.startswith("file: "):
+                Path(block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+            elif not block.mark:
                 exec(code, scope)
         elif block.mark == "run":
             for words in commands(block):

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import runpy
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed as dist
+
+from ardlora_ext import world
 
 # A server that has imported what tests need and started no thread: its forks are cheap and safe.
 _context = multiprocessing.get_context("forkserver")
@@ -46,6 +54,37 @@ def run(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     return [value for _, value in outcomes]
 
 
+def run_script(size: int, script: Path) -> list[tuple[str, int]]:
+    """Run a script as `torchrun --nproc-per-node size` does, in its folder.
+
+    Returns:
+        What each process prints, and how many times all of them compared their decisions.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return run(size, _script, size, script, port)
+
+
+def _script(rank: int, size: int, script: Path, port: int) -> tuple[str, int]:
+    dist.destroy_process_group()  # the script makes its own
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+    os.chdir(script.parent)
+    compared = 0
+    agree = world.agree
+
+    def counted(*args: Any) -> None:
+        nonlocal compared
+        agree(*args)
+        compared += dist.get_world_size() == size
+
+    with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "agree", counted)
+        runpy.run_path(str(script), run_name="__main__")
+    return printed.getvalue(), compared
+
+
 def _receive(reader: Connection) -> tuple[bool, Any]:
     try:
         outcome: tuple[bool, Any] = pickle.loads(reader.recv_bytes())
@@ -60,6 +99,7 @@ def _main(writer: Connection, store: str, rank: int, size: int, work: Callable[.
     try:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
         writer.send_bytes(pickle.dumps((True, work(rank, *args))))  # tensors by value: the process is about to end
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         writer.send_bytes(pickle.dumps((False, f"process {rank}: {traceback.format_exc()}")))
