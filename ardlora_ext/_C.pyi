@@ -142,3 +142,71 @@ def cuda_resize_table(
     moves: NDArray[np.int64], plans: Sequence[Sequence[int]]
 ) -> tuple[NDArray[np.int64], int, int]: ...
 def cuda_rank_resize(table: int, jobs: int, blocks: int, device: int, stream: int) -> None: ...
+def cuda_row_table(factors: NDArray[np.int64]) -> tuple[NDArray[np.int64], int, int]: ...
+def cuda_row_dots(table: int, jobs: int, rows: int, out: int, device: int, stream: int) -> None: ...
+def cuda_importance(
+    table: int,
+    jobs: int,
+    rows: int,
+    beta1: float,
+    beta2: float,
+    workspace: int,
+    score: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_prox_step(
+    alpha: int,
+    grad: int,
+    weight: int,
+    lo: int,
+    hi: int,
+    units: int,
+    step: float,
+    price: float,
+    tv: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_set_gates(
+    blocks: int, units: int, rho: int, kind: int, floor: float, width: float, device: int, stream: int
+) -> None: ...
+def cuda_segment_table(table: UnitTable) -> NDArray[np.int64]: ...
+def cuda_gemm_plan(
+    table: UnitTable, is_a: bool, kind: str, rows: int, dtype: int, dropout: bool, multiprocessors: int
+) -> str: ...
+def cuda_lora_workspace(table: UnitTable, rows: int, dtype: int, device: int) -> int: ...
+
+_Call = tuple[int, int, int, int, int]  # segment table, workspace, its bytes, device, stream
+
+def cuda_lora_forward(
+    table: UnitTable,
+    x: _Matrix,
+    lora_A: _Matrix,
+    lora_B: _Matrix,
+    gate: int,
+    scaling: float,
+    h: _Matrix,
+    y: _Matrix,
+    dropout: float,
+    seed: int,
+    call: _Call,
+) -> None: ...
+def cuda_lora_backward(
+    table: UnitTable,
+    x: _Matrix,
+    lora_A: _Matrix,
+    lora_B: _Matrix,
+    gate: int,
+    scaling: float,
+    h: _Matrix,
+    dy: _Matrix,
+    dh: _Matrix,
+    dx: _Matrix,
+    dA: _Matrix,
+    dB: _Matrix,
+    dgate: int,
+    dropout: float,
+    seed: int,
+    call: _Call,
+) -> None: ...

@@ -5,11 +5,7 @@ The core knows nothing of torch: a matrix is `(address, rows, columns, row strid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch  # first: the core then shares torch's own OpenMP runtime
-from numpy.typing import NDArray
 
 try:
     from ardlora_ext import _C as core
@@ -19,7 +15,7 @@ except ImportError as cause:
         f"from the project's root ({cause})"
     ) from cause
 
-__all__ = ["DTYPE_CODES", "NO_MATRIX", "Matrix", "core", "matrix", "rank_resize", "threads"]
+__all__ = ["DTYPE_CODES", "NO_MATRIX", "Matrix", "core", "matrix", "threads"]
 
 Matrix = tuple[int, int, int, int, int]
 
@@ -43,30 +39,3 @@ def matrix(t: torch.Tensor) -> Matrix:
 def threads() -> int:
     """Return the thread count torch is set to."""
     return torch.get_num_threads()
-
-
-def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> None:
-    """Move rows of many buffers of one device in one call.
-
-    Args:
-        moves: [n, 5] int64: source address, destination address, bytes per row, source rows, plan.
-        plans: for each row of a destination the source row, or -1 for zeros.
-        device: where the buffers are. On CUDA the launch goes to torch's current stream.
-
-    Raises:
-        NotImplementedError: the build has no kernels for the device.
-        ValueError: a move or plan does not fit; nothing moved.
-    """
-    if device.type == "cpu":
-        core.rank_resize(moves, plans, threads())
-        return
-    if device.type != "cuda":
-        raise NotImplementedError(f"rank_resize: tensors must be on the CPU or a CUDA device, got {device}")
-    if not core.cuda_built():
-        raise NotImplementedError(
-            f"rank_resize: tensors must be on the CPU, this build has no CUDA kernels, got {device}"
-        )
-    words, jobs, blocks = core.cuda_resize_table(moves, plans)
-    table = torch.from_numpy(words).to(device)  # of the current stream, so torch reuses it only after the launch
-    index = table.device.index
-    core.cuda_rank_resize(table.data_ptr(), jobs, blocks, index, torch.cuda.current_stream(index).cuda_stream)

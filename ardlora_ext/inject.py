@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ardlora_ext import world
+from ardlora_ext._device import device_rule
 from ardlora_ext._native import DTYPE_CODES
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.dora import DoraLinear
@@ -194,8 +195,8 @@ def _check_tensors(chosen: dict[str, nn.Module]) -> None:
                     f"wrap: parameters must be whole, got '{name}' sharded already (DTensor); wrap first, then call "
                     "ardlora_ext.fully_shard(model)"
                 )
-            if tensor.device.type != "cpu":
-                raise ValueError(f"wrap: parameters must be on the CPU in this build, got '{name}' on {tensor.device}")
+            if rule := device_rule(tensor.device):
+                raise ValueError(f"wrap: parameters must {rule}, got '{name}' on {tensor.device}")
             if tensor.is_floating_point() and tensor.dtype not in DTYPE_CODES:
                 raise ValueError(f"wrap: '{name}' must be float32, bfloat16 or float16, got {tensor.dtype}")
 
@@ -222,7 +223,8 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
     """Freeze the model and put an adapter on every target, in place.
 
     Args:
-        model: any module with linear layers on the CPU; a transformers model tells its heads itself.
+        model: any module with linear layers; a transformers model tells its heads itself. On the CPU or, where the
+            build has CUDA kernels, on a CUDA device: adapters are put where their layer is.
         config: `LoraConfig` or `ArdConfig`.
 
     Returns:
@@ -230,7 +232,7 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
 
     Raises:
         ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide, a
-            budget is out of range, parameters are not on the CPU. The model is unchanged then.
+            budget is out of range, the build has no kernels for the parameters' device. The model is unchanged then.
     """
     chosen, layouts, saved = plan_targets(model, config)
     capacity = _capacity(config)
@@ -316,7 +318,8 @@ def _adapter(
         start_svd(layer, config.start == "orthonormal", generator)
     if config.init == "orthogonal":
         start_orthogonal(layer, generator)
-    return layer
+    home = next((t.device for t in module.parameters()), torch.device("cpu"))
+    return layer if home.type == "cpu" else layer.to(home)
 
 
 def _remove(model: Model, replacement: dict[int, nn.Module]) -> Model:

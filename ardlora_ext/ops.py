@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, core, matrix, threads
-from ardlora_ext.units import native_table
+from ardlora_ext._device import check_device, lora_call
+from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, matrix
 
 Dropout = tuple[float, torch.Tensor | None]  # probability, seed: int64 scalar on the CPU
 NO_DROPOUT: Dropout = (0.0, None)
@@ -47,11 +47,9 @@ def _hidden_rows(lora_A: torch.Tensor, lora_B: torch.Tensor) -> int:
 
 
 def _check(op: str, *tensors: torch.Tensor) -> None:
+    if not all(t.is_cpu for t in tensors):
+        check_device(op, *(t.device for t in tensors))
     for t in tensors:
-        if not t.is_cpu:
-            raise NotImplementedError(
-                f"{op}: tensors must be on the CPU, this build has no CUDA kernels, got {t.device}"
-            )
         if t.dtype not in DTYPE_CODES:
             raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, got {t.dtype}")
 
@@ -76,9 +74,11 @@ def _adapter_forward(
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """Accumulate the adapter into y [M, N] in place and return H."""
-    h = torch.empty(x.shape[0], _hidden_rows(lora_A, lora_B), dtype=torch.float32)
-    core.lora_forward(
-        native_table(rank_table),
+    h = torch.empty(x.shape[0], _hidden_rows(lora_A, lora_B), dtype=torch.float32, device=x.device)
+    lora_call(
+        "lora_forward",
+        x,
+        rank_table,
         matrix(x),
         matrix(lora_A),
         matrix(lora_B),
@@ -86,8 +86,7 @@ def _adapter_forward(
         scaling,
         matrix(h),
         matrix(y),
-        threads(),
-        *_dropout(p, seed),
+        dropout=_dropout(p, seed),
     )
     return h
 
@@ -135,11 +134,13 @@ def _backward_kernel(
     dy2, x2 = _rows(dy), _rows(x)
     dx = dy2 @ weight if need_dx and weight is not None else dy2.new_zeros(x2.shape if need_dx else 0)
     d_h = torch.empty_like(h)
-    d_a = torch.empty(lora_A.shape, dtype=torch.float32)
-    d_b = torch.empty(lora_B.shape, dtype=torch.float32)
+    d_a = torch.empty_like(lora_A, dtype=torch.float32)
+    d_b = torch.empty_like(lora_B, dtype=torch.float32)
     d_gate = torch.zeros_like(gate) if need_dgate and gate is not None else h.new_empty(0)
-    core.lora_backward(
-        native_table(rank_table),
+    lora_call(
+        "lora_backward",
+        x2,
+        rank_table,
         matrix(x2),
         matrix(lora_A),
         matrix(lora_B),
@@ -152,8 +153,7 @@ def _backward_kernel(
         matrix(d_a),
         matrix(d_b),
         _address(d_gate) if need_dgate else 0,
-        threads(),
-        *_dropout(p, seed),
+        dropout=_dropout(p, seed),
     )
     if lora_A.dtype != torch.float32:
         d_a, d_b = d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
@@ -164,7 +164,7 @@ def _run(kernel: Any, operator: Any, first: torch.Tensor, *rest: Any) -> Any:
     """Run the kernel at once, or through the dispatcher where a tracer or a dispatch mode has to see the operator."""
     if torch.is_grad_enabled():  # a backward with create_graph: torch tells that there is no second derivative
         return operator(first, *rest)
-    if type(first) in _PLAIN and first.is_cpu and not torch._C._len_torch_dispatch_stack():
+    if type(first) in _PLAIN and not torch._C._len_torch_dispatch_stack():
         return kernel(first, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(first, *rest)
@@ -281,7 +281,7 @@ def lora_linear(
     """Compute y = x W^T + bias + scaling * (g o (x A^T)) B with a frozen W, one autograd node for all of it.
 
     Args:
-        x: [..., K] float32, bfloat16 or float16, on the CPU.
+        x: [..., K] float32, bfloat16 or float16, on the CPU or, where the build has kernels for it, a CUDA device.
         weight: [N, K], same dtype; gets no gradient.
         bias: [N] or None; gets no gradient.
         lora_A: [>= a_rows, a_width] float32, or the dtype of x. Contiguous.
@@ -296,8 +296,8 @@ def lora_linear(
         y [..., N] in the dtype of x; sums are kept in float32 and rounded once.
 
     Raises:
-        NotImplementedError: a tensor is not on the CPU.
-        ValueError: shapes or dtypes do not fit.
+        NotImplementedError: the build has no kernels for the device.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     node: Any = _ops.lora_linear.default if torch.compiler.is_compiling() else _LoraLinear.apply
     out: torch.Tensor = node(x, weight, bias, lora_A, lora_B, gate, rank_table, scaling, *dropout)[0]

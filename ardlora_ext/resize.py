@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext._native import rank_resize
+from ardlora_ext._device import rank_resize
 from ardlora_ext.inject import adapters, check_unmerged
 from ardlora_ext.layers import LoraLinear, initial_rows
 from ardlora_ext.optim import moments, pin_lr, restart
@@ -203,9 +203,9 @@ def _new_gates(layer: LoraLinear, units: Sequence[UnitUpdate]) -> torch.Tensor |
     """Gates of kept components move with them; a new component is closed until its controller opens it."""
     if layer.lora_gate is None:
         return None
-    plan = torch.tensor(_own_plan(layer.ranks, units), dtype=torch.int64)
+    plan = torch.tensor(_own_plan(layer.ranks, units), dtype=torch.int64, device=layer.lora_gate.device)
     gates = layer.lora_gate[plan.clamp(min=0)]
-    return torch.where(plan >= 0, gates, torch.zeros(()))
+    return torch.where(plan >= 0, gates, 0.0)
 
 
 def _set_gates(layer: LoraLinear, gates: torch.Tensor) -> None:
@@ -237,14 +237,14 @@ def _start_rows(change: _Change, live: int, generator: torch.Generator) -> None:
     new = initial_rows(len(fresh), layer.layout.a_width, generator)
     if len(old) > 0 and len(old) + len(fresh) <= layer.layout.a_width:
         norm = new.norm(dim=1).mean()
-        basis = torch.linalg.qr(rows[old].float().T).Q
+        basis = torch.linalg.qr(rows[old].float().cpu().T).Q
         for i in range(len(fresh)):
             v = new[i] - basis @ (basis.T @ new[i])
             v = v - basis @ (basis.T @ v)  # twice is enough for full accuracy
             new[i] = v / v.norm()
             basis = torch.cat([basis, new[i, :, None]], dim=1)
         new *= norm
-    rows[fresh] = new.to(rows.dtype)
+    rows[fresh] = new.to(rows)
 
 
 @torch.no_grad()

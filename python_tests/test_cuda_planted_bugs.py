@@ -144,7 +144,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     header = folder / "planted.h"
     header.write_text(HEADER)
     names = sorted({bug.program for bug in BUGS})
-    return {name: build(folder, "planted", PROGRAMS[name], csrc, f"-include{header}") for name in names}
+    return {name: build(folder, "quick", PROGRAMS[name], csrc, f"-include{header}") for name in names}
 
 
 def test_without_a_bug_the_programs_pass(programs: dict[str, Path]) -> None:

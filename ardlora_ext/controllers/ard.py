@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ardlora_ext._native import core
+from ardlora_ext._device import set_gates
 from ardlora_ext.config import ArdConfig
 from ardlora_ext.controllers.allocate import Floats, Ints
 from ardlora_ext.controllers.base import Controller
@@ -313,12 +313,16 @@ class ArdController(Controller[ArdConfig]):
         blocks = np.stack([base[self.units.module_of] + 4 * rows, live], axis=1)
         kind = ("ramp", "ste", "sigmoid", "scale").index(self.config.gate)
         width = self.config.gate_width if self.config.gate == "sigmoid" else float(self.config.r0)
-        core.set_gates(blocks, rho, kind, self.config.gate_floor, width)
+        devices = [layer.gated.device for layer in layers]
+        for device in dict.fromkeys(devices):
+            here = np.array([devices[m] == device for m in self.units.module_of])
+            set_gates(blocks[here], rho[here], kind, self.config.gate_floor, width, device)
         if progress > 0.0 and self.target is not None:
-            gates = [layer.lora_gate.numpy() for layer in layers if layer.lora_gate is not None]
+            gates = [layer.lora_gate for layer in layers if layer.lora_gate is not None]
             for u, (m, row) in enumerate(zip(self.units.module_of, rows, strict=True)):
+                closed = torch.arange(live[u], device=gates[m].device) >= int(self.target[u])
                 unit = gates[m][row : row + live[u]]
-                unit += progress * ((np.arange(live[u]) < self.target[u]) - unit)
+                unit += progress * (1.0 - closed.float() - unit)
 
     # Records and state.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ardlora_ext._native import DTYPE_CODES, core, threads
+from ardlora_ext import _device
 from ardlora_ext.config import ArdConfig
 from ardlora_ext.controllers.allocate import Floats, Ints
 from ardlora_ext.controllers.base import Units
@@ -27,14 +27,13 @@ def row_dots(units: Units, gradients: Gradients) -> Floats:
     rows = [sum(layer.ranks) for layer in units.layers]
     offset = np.cumsum([0, *rows])
     out: Floats = np.zeros(offset[-1])
-    for dtype, code in DTYPE_CODES.items():
-        members = [m for m in gradients if units.layers[m].gated.dtype == dtype]
-        if not members:
-            continue
+    kinds = {m: (units.layers[m].gated.dtype, units.layers[m].gated.device) for m in gradients}
+    for kind in dict.fromkeys(kinds.values()):
+        members = [m for m in gradients if kinds[m] == kind]
         pairs = [(units.layers[m].gated, gradients[m], rows[m]) for m in members]
         blocks = np.array([(w.data_ptr(), g.data_ptr(), r, w.shape[1]) for w, g, r in pairs], dtype=np.int64)
         index = np.concatenate([np.arange(offset[m], offset[m + 1]) for m in members])
-        out[index] = core.row_dots(blocks, code, threads())
+        out[index] = _device.row_dots(blocks, *kind)
     return out
 
 

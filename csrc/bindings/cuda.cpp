@@ -41,6 +41,7 @@ void bind_cuda(py::module_& m) {
                           {device, reinterpret_cast<void*>(stream)});
       },
       py::arg("table"), py::arg("jobs"), py::arg("blocks"), py::arg("device"), py::arg("stream"));
+  bind_cuda_controller(m);
   bind_cuda_lora(m);
 }
 

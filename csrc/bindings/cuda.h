@@ -17,6 +17,7 @@ using IndexArray = pybind11::array_t<std::int64_t, pybind11::array::c_style | py
 std::vector<RowMove> row_moves(const IndexArray& moves);
 
 void bind_cuda(pybind11::module_& m);
+void bind_cuda_controller(pybind11::module_& m);
 void bind_cuda_lora(pybind11::module_& m);
 
 }  // namespace ardlora

@@ -1,0 +1,148 @@
+"""Native calls on the device of their tensors: the CPU's kernels, or the CUDA kernels on torch's current stream.
+
+Memory that a launch uses, its workspace and tables, comes from torch's caching allocator and may be given back as soon
+as the launch is queued: the allocator hands it out again on the same stream only, where it is used after the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ardlora_ext._native import DTYPE_CODES, core, threads
+from ardlora_ext.units import native_table
+
+__all__ = ["check_device", "device_rule", "lora_call", "rank_resize", "row_dots", "set_gates"]
+
+
+def _on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def device_rule(device: torch.device) -> str | None:
+    """Return what tensors must be, as the part of an error after "must", where this build has no kernels for them."""
+    if device.type == "cpu" or (_on_cuda(device) and core.cuda_built()):
+        return None
+    return "be on the CPU or a CUDA device" if core.cuda_built() else "be on the CPU, this build has no CUDA kernels"
+
+
+def check_device(op: str, *devices: torch.device) -> None:
+    """Check that this build has kernels for the one device of all tensors of a call.
+
+    Raises:
+        NotImplementedError: it has none.
+        ValueError: the tensors are on several devices.
+    """
+    for device in devices:
+        if rule := device_rule(device):
+            raise NotImplementedError(f"{op}: tensors must {rule}, got {device}")
+    if len(set(devices)) > 1:
+        raise ValueError(f"{op}: tensors must be on one device, got {' and '.join(map(str, dict.fromkeys(devices)))}")
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """Return (device index, cudaStream_t) for a launch."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def _to_device(words: NDArray[Any], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(words).to(device)
+
+
+@lru_cache(maxsize=1 << 12)
+def _segments(table: core.UnitTable, device: torch.device, _stream_handle: int) -> torch.Tensor:
+    """Return a device's copy of a unit table; a rank change makes another table, so none goes stale.
+
+    One for each stream: the copy is ordered before launches on that stream only.
+    """
+    return _to_device(core.cuda_segment_table(table), device)
+
+
+def lora_call(
+    op: str, x: torch.Tensor, rank_table: torch.Tensor, *arguments: Any, dropout: tuple[float, int] = (0.0, 0)
+) -> None:
+    """Call `lora_forward` or `lora_backward` of the core for x [M, K].
+
+    Args:
+        op: name of the call.
+        x: [M, K], on the device of every matrix.
+        rank_table: `UnitLayout.encode(ranks)`.
+        arguments: from x to the last matrix, as in the core.
+        dropout: probability and seed.
+    """
+    table = native_table(rank_table)
+    if not _on_cuda(x.device):
+        getattr(core, op)(table, *arguments, threads(), *dropout)
+        return
+    index, handle = _stream(x.device)
+    segments = _segments(table, x.device, handle)
+    size = core.cuda_lora_workspace(table, x.shape[0], DTYPE_CODES[x.dtype], index)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    call = (segments.data_ptr(), workspace.data_ptr(), size, index, handle)
+    getattr(core, f"cuda_{op}")(table, *arguments, *dropout, call)
+
+
+def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> None:
+    """Move rows of many buffers of one device in one call.
+
+    Args:
+        moves: [n, 5] int64: source address, destination address, bytes per row, source rows, plan.
+        plans: for each row of a destination the source row, or -1 for zeros.
+        device: where the buffers are.
+
+    Raises:
+        NotImplementedError: the build has no kernels for the device.
+        ValueError: a move or plan does not fit; nothing moved.
+    """
+    check_device("rank_resize", device)
+    if not _on_cuda(device):
+        core.rank_resize(moves, plans, threads())
+        return
+    words, jobs, blocks = core.cuda_resize_table(moves, plans)
+    table = _to_device(words, device)
+    core.cuda_rank_resize(table.data_ptr(), jobs, blocks, *_stream(device))
+
+
+def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> NDArray[np.float32]:
+    """Return <weight_i, grad_i> of the rows of all blocks, block after block.
+
+    Args:
+        blocks: [n, 4] int64: addresses of weight and gradient [rows, columns], rows, columns.
+        dtype: of both.
+        device: where they are.
+    """
+    code = DTYPE_CODES[dtype]
+    if not _on_cuda(device):
+        return core.row_dots(blocks, code, threads())
+    factors = np.zeros((len(blocks), 7), dtype=np.int64)
+    factors[:, [0, 1, 4, 5]], factors[:, 6] = blocks, code
+    words, jobs, rows = core.cuda_row_table(factors)
+    table = _to_device(words, device)
+    out = torch.empty(rows, dtype=torch.float32, device=device)
+    core.cuda_row_dots(table.data_ptr(), jobs, rows, out.data_ptr(), *_stream(device))
+    result: NDArray[np.float32] = out.cpu().numpy()
+    return result
+
+
+def set_gates(
+    blocks: NDArray[np.int64], rho: NDArray[np.float64], kind: int, floor: float, width: float, device: torch.device
+) -> None:
+    """Write the gates of every unit.
+
+    Args:
+        blocks: [units, 2] int64: address of the unit's first gate, live components.
+        rho: [units] soft ranks.
+        kind, floor, width: as in `ardlora/regularizer.h`.
+        device: where the gates are.
+    """
+    if not _on_cuda(device):
+        core.set_gates(blocks, rho, kind, floor, width)
+        return
+    table, soft = _to_device(np.ascontiguousarray(blocks), device), _to_device(np.ascontiguousarray(rho), device)
+    core.cuda_set_gates(table.data_ptr(), len(blocks), soft.data_ptr(), kind, floor, width, *_stream(device))

@@ -1,0 +1,160 @@
+"""The way of a CUDA tensor through ops, rank changes and controllers, with the kernels in the shim.
+
+Device memory is the host's; table, workspace, bindings, launchers and kernels are those of a GPU.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cuda_kernels import PROGRAMS
+from torch import nn
+from torch.utils.cpp_extension import include_paths
+
+import ardlora_ext as ard
+from ardlora_ext import _device, ops
+from ardlora_ext._native import core
+from ardlora_ext.units import UnitLayout
+
+from conftest import Attention, trainable
+from simt import CSRC, build
+
+SOURCES = (
+    "testing/simt_module.cpp",
+    "bindings/cuda.cpp",
+    "bindings/cuda_controller.cpp",
+    "bindings/cuda_lora.cpp",
+    *dict.fromkeys(source for program in PROGRAMS.values() for source in program[1:]),
+)
+
+
+@pytest.fixture(scope="module")
+def simt_core(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The bindings of the CUDA backend over the shim."""
+    python = sysconfig.get_paths()["include"]
+    if not (Path(python) / "Python.h").is_file():
+        pytest.skip("no headers of Python")
+    includes = [f"-isystem{path}" for path in (*include_paths(), python)]
+    folder = tmp_path_factory.mktemp("simt_module")
+    file = build(folder, "quick", SOURCES, CSRC, "-shared", "-fPIC", "-fvisibility=hidden", *includes)
+    loader = ExtensionFileLoader("simt_core", str(file))
+    spec = spec_from_loader("simt_core", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+class Backend:
+    """The core with the CUDA calls of the shim, counted."""
+
+    def __init__(self, simt: Any) -> None:
+        self.simt, self.calls = simt, dict[str, int]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return getattr(self.simt if hasattr(self.simt, name) else core, name)
+
+
+@pytest.fixture
+def shim(simt_core: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Let every tensor pass for one on a CUDA device."""
+
+    @lru_cache
+    def table(words: bytes) -> Any:
+        kind, factoring, in_features, out_features, *ranks = memoryview(words).cast("q")
+        return simt_core.UnitTable(kind, factoring, in_features, out_features, ranks)
+
+    backend = Backend(simt_core)
+    monkeypatch.setattr(_device, "core", backend)
+    monkeypatch.setattr(_device, "_on_cuda", lambda _device: True)
+    monkeypatch.setattr(_device, "_stream", lambda _device: (0, 0))
+    monkeypatch.setattr(_device, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
+    return backend
+
+
+LAYOUTS = [
+    UnitLayout("matrix", "shared", 1, 40, 56),
+    UnitLayout("out_heads", "shared", 4, 40, 64),
+    UnitLayout("in_heads", "shared", 4, 64, 40),
+    UnitLayout("out_heads", "independent", 4, 40, 64),
+]
+Results = Sequence[torch.Tensor]
+
+
+def results(layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool) -> Results:
+    """y, and the gradients of x, the factors and the gates, from the same numbers each time."""
+    generator = torch.Generator().manual_seed(5)
+    ranks = [5] if layout.units == 1 else [3, 0, 8, 5]
+    a_rows, b_rows = layout.rows(ranks)
+
+    def randn(*shape: int, to: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(to).requires_grad_()
+
+    x, weight = randn(3, 7, layout.in_features, to=dtype), randn(layout.out_features, layout.in_features, to=dtype)
+    a, b = randn(a_rows + 3, layout.a_width), randn(b_rows + 2, layout.b_width)
+    gate = randn(len(a) if layout.gate_on_a else len(b))
+    dropout = (p, torch.tensor(11)) if p > 0 else ops.NO_DROPOUT
+    adapter = a, b, gate, layout.encode(ranks), 0.5, dropout
+    if accumulate:
+        y = ops.lora_accumulate(torch.nn.functional.linear(x, weight), x, *adapter)
+    else:
+        y = ops.lora_linear(x, weight.detach(), None, *adapter)
+    y.backward(randn(*y.shape, to=dtype).detach())
+    return [y.detach(), *(t.grad for t in (x, a, b, gate) if t.grad is not None)]
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["linear", "accumulate"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.kind}-{lay.factoring}")
+def test_ops_equal_the_cpu(
+    simt_core: Any, layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool, request: pytest.FixtureRequest
+) -> None:
+    expected = results(layout, dtype, p, accumulate)
+    backend = request.getfixturevalue("shim")
+    got = results(layout, dtype, p, accumulate)
+    assert backend.calls["cuda_lora_forward"] == backend.calls["cuda_lora_backward"] == 1
+    assert len(got) == len(expected) == 5
+    # Adapters and H are rounded to the activations' type on their way: two roundings more than on the CPU.
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        error = (ours.float() - theirs.float()).abs().max()
+        assert error <= tolerance * theirs.float().abs().max()
+
+
+def train(steps: int) -> tuple[nn.Module, list[float], list[list[int]]]:
+    """A few steps with rank changes; losses and ranks."""
+    torch.manual_seed(1)
+    config = ard.ArdConfig(r0=4, r_max=8, head_dim=8, total_steps=steps, l1=2e-2, lr_alpha=0.1, lora_dropout=0.1)
+    model = ard.wrap(Attention(), config)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    ard.attach(model, optimizer)
+    x, losses = torch.randn(24, 32, generator=torch.Generator().manual_seed(2)), []
+    for _ in range(steps):
+        loss = (model(x) - x.flip(0)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses, [layer.ranks for layer in ard.adapters(model).values()]
+
+
+def test_training_with_rank_changes_follows_the_cpu(simt_core: Any, request: pytest.FixtureRequest) -> None:
+    _, expected, ranks = train(30)
+    backend = request.getfixturevalue("shim")
+    _, losses, shim_ranks = train(30)
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    assert shim_ranks == ranks
+    assert any(r != 4 for units in ranks for r in units)
+    assert {"cuda_row_dots", "cuda_set_gates", "cuda_rank_resize", "cuda_lora_backward"} <= backend.calls.keys()
