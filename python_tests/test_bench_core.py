@@ -1,4 +1,4 @@
-"""The micro-benchmarks of the core: their arithmetic of the work, and times that the roofline allows."""
+"""The micro-benchmarks of the core: what they count as work, and their errors."""
 
 from __future__ import annotations
 
@@ -33,13 +33,11 @@ def test_work_of_each_op_is_counted(isa: str) -> None:
         assert min(found["seconds"]) > 0.0
 
 
-def test_no_kernel_beats_the_roofline(isa: str) -> None:
-    table = UnitLayout("matrix", "shared", 1, 256, 256).table([16])
-    limits = core.bench_roofline(1 << 18, 1)
+def test_roofline_of_every_instruction_set(isa: str) -> None:
+    limits = core.bench_roofline(1 << 18, 2)
+    assert set(limits) == {"read_gbs", "update_gbs", "float32_gflops", "bfloat16_gflops"}
     assert all(value > 0.0 for value in limits.values())
-    for op in ("shrink", "expand", "outer"):
-        found = core.bench_kernel(table, op, True, 64, 0, 0, 1, 5)
-        assert found["flops"] / min(found["seconds"]) <= 1.5e9 * limits["float32_gflops"], op
+    assert (limits["bfloat16_gflops"] != limits["float32_gflops"]) == (isa == "avx512_bf16")
 
 
 def test_errors_name_the_argument() -> None:

@@ -136,17 +136,22 @@ def test_native_table_agrees_with_layout() -> None:
         assert (table.a_width, table.b_width, table.gate_on_a) == (layout.a_width, layout.b_width, layout.gate_on_a)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_bitwise_equal_between_runs_and_thread_counts(isa: str, act: torch.dtype) -> None:
-    layout = UnitLayout("out_heads", "shared", 4, 260, 132)
-    ranks = [9, 1, 4, 6]
-    v = make_inputs(layout, ranks, 203, act, torch.float32)
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("matrix", [37]), ("out_heads", [40, 1, 16, 9]), ("in_heads", [3, 64, 7, 12])]
+)
+def test_bitwise_equal_between_runs_and_thread_counts(
+    isa: str, kind: UnitKind, ranks: list[int], act: torch.dtype, p: float
+) -> None:
+    layout = UnitLayout(kind, "shared", len(ranks), 516, 508)  # enough work for three threads
+    v = make_inputs(layout, ranks, 403, act, torch.float32)
     before = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            results.append(run_adapter_alone(layout, ranks, v))
+            results.append(run_adapter_alone(layout, ranks, v, p))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -154,11 +159,23 @@ def test_bitwise_equal_between_runs_and_thread_counts(isa: str, act: torch.dtype
             assert torch.equal(value, other[key]), key
 
 
-def run_adapter_alone(layout: UnitLayout, ranks: list[int], v: Inputs) -> Inputs:
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_a_row_does_not_depend_on_its_neighbours(isa: str, act: torch.dtype) -> None:
+    layout, ranks = UnitLayout("out_heads", "shared", 3, 77, 123), [5, 33, 2]
+    v = make_inputs(layout, ranks, 75, act, torch.float32)
+    whole = run_adapter_alone(layout, ranks, v, 0.0)
+    for begin, end in ((0, 1), (3, 17), (40, 75)):
+        part = run_adapter_alone(layout, ranks, {**v, "x": v["x"][begin:end], "dy": v["dy"][begin:end]}, 0.0)
+        for key in ("y", "dx"):
+            assert torch.equal(whole[key][begin:end], part[key]), key
+
+
+def run_adapter_alone(layout: UnitLayout, ranks: list[int], v: Inputs, p: float) -> Inputs:
     """The kernels without torch's own matmul, whose bits may depend on the number of threads."""
     x, a, b = (v[key].detach().requires_grad_() for key in ("x", "lora_A", "lora_B"))
     y = torch.zeros(len(x), layout.out_features, dtype=x.dtype)
-    out = ops.lora_accumulate(y, x, a, b, v["gate"], layout.encode(ranks), 0.7)
+    dropout = (p, torch.tensor(5)) if p else ops.NO_DROPOUT
+    out = ops.lora_accumulate(y, x, a, b, v["gate"], layout.encode(ranks), 0.7, dropout)
     out.backward(v["dy"])
     assert x.grad is not None
     assert a.grad is not None
@@ -191,19 +208,24 @@ def test_storage_types_convert_as_in_torch(isa: str, dtype: torch.dtype) -> None
         core.expand(table, False, matrix(one), 0, 1.0, matrix(h), matrix(y), 1)
         return y
 
+    def kept(t: torch.Tensor) -> torch.Tensor:
+        """Bf16 instructions take subnormals for 0."""
+        flushed = dtype == torch.bfloat16 and isa == "avx512_bf16"
+        return torch.where(t.abs() < 2.0**-126, 0.0, t).to(t.dtype) if flushed else t
+
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[~every.isnan() & ~((every == 0) & every.signbit())]
     for width in (1, 16):  # of one vector, whole and cut
         layout = UnitLayout("matrix", "shared", 1, 1, width)
         table, one = layout.table([1]), torch.ones(1, width)
         y = every[: len(every) // width * width].reshape(-1, width).clone()
-        assert torch.equal(expand(torch.zeros(len(y), 1), y.clone()), y)
+        assert torch.equal(expand(torch.zeros(len(y), 1), y.clone()), kept(y))
         bits = torch.randint(-(2**31), 2**31, (20_000, 1), dtype=torch.int64).to(torch.int32)
         near = torch.tensor([65519.9, 65520.0, 6e-8, 2.9802322e-8, 2.98023259e-8, 6.1e-5, -1e-40, torch.inf])[:, None]
         h = torch.cat([bits.view(torch.float32), every.float()[:, None] * (1 + 2**-9), near])
         h = h[~h.isnan().squeeze(1)].contiguous()
         rounded = expand(h, torch.zeros(len(h), width, dtype=dtype))
-        assert torch.equal(rounded, h.to(dtype).expand(-1, width))
+        assert torch.equal(rounded, kept(h).to(dtype).expand(-1, width))
 
 
 def test_gradcheck_by_finite_differences() -> None:

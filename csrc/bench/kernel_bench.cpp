@@ -7,6 +7,7 @@
 
 #include "ardlora/check.h"
 #include "ardlora/lora_linear.h"
+#include "bench/aligned.h"
 
 namespace ardlora::bench {
 namespace {
@@ -31,7 +32,7 @@ class Matrix {
   double bytes() const { return static_cast<double>(bytes_.size()); }
 
  private:
-  std::vector<char> bytes_;
+  LineVector<char> bytes_;
   MatrixView view_;
 };
 
@@ -102,7 +103,7 @@ std::function<void()> prepare(const UnitTable& t, const KernelCase& c, Problem& 
   cost.flops = 2.0 * both;
   cost.read_bytes = p.x.bytes() + p.y.bytes() + p.h.bytes() + factors;
   cost.update_bytes = 2.0 * p.x.bytes() + p.da.bytes() + p.db.bytes();
-  return [=, &t, &p, dx = std::make_shared<std::vector<char>>(static_cast<std::size_t>(p.x.bytes()))] {
+  return [=, &t, &p, dx = std::make_shared<LineVector<char>>(static_cast<std::size_t>(p.x.bytes()))] {
     MatrixView view = p.x.view();
     view.data = dx->data();
     lora_backward(params, p.y.view(), p.dh.view(), view, p.da.view(), p.db.view(), nullptr);

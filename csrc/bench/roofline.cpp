@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ardlora/check.h"
+#include "bench/aligned.h"
 #include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 
@@ -49,7 +50,7 @@ Roofline measure_roofline(std::int64_t bytes, int threads) {
   const cpu::KernelTable& isa = cpu::active();
   constexpr std::int64_t kGrain = 32 * 16;  // floats: whole unrolled steps of every instruction set
   const std::int64_t share = bytes / 4 / threads / kGrain * kGrain;
-  std::vector<std::vector<float>> memory(static_cast<std::size_t>(threads));
+  std::vector<LineVector<float>> memory(static_cast<std::size_t>(threads));
   std::vector<float> sums(static_cast<std::size_t>(threads) * 16);  // apart, so that no two threads share a line
   // Each thread touches its part first.
   cpu::parallel_for(threads, 1, threads, [&](std::int64_t begin, std::int64_t end) {

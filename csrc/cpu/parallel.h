@@ -1,4 +1,5 @@
-// Splits [0, n) into one contiguous chunk per thread, in whole grains. The caller passes torch's thread count.
+// Threads: OpenMP's, as many as the caller passes (torch's count). Nothing here decides what a result is: every split
+// is of work whose results do not depend on it.
 #pragma once
 
 #include <algorithm>
@@ -11,38 +12,70 @@
 
 namespace ardlora::cpu {
 
-// fn(begin, end). Runs on the calling thread when there is one chunk, or inside another parallel region.
+struct Range {
+  std::int64_t begin, end;
+};
+
+// One thread among those of a parallel region.
+struct Team {
+  std::int64_t id = 0;
+  std::int64_t size = 1;
+
+  // This thread's part of [0, n), in whole grains.
+  Range share(std::int64_t n, std::int64_t grain) const {
+    const std::int64_t grains = (n + grain - 1) / grain;
+    return {std::min(n, grains * id / size * grain), std::min(n, grains * (id + 1) / size * grain)};
+  }
+  // Whether a piece of work is this thread's, given how much lies before it and in all.
+  bool owns(double before, double total) const {
+    return static_cast<std::int64_t>(before / total * static_cast<double>(size)) == id;
+  }
+  void barrier() const {
+#if defined(_OPENMP)
+    if (size > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+};
+
+// fn(team) on each of up to `threads` threads; on the calling thread alone inside another parallel region. fn must not
+// throw: its barriers would wait for ever.
+template <typename F>
+void parallel_region(int threads, F&& fn) {
+#if defined(_OPENMP)
+  if (threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(threads)
+    fn(Team{omp_get_thread_num(), omp_get_num_threads()});
+    return;
+  }
+#endif
+  fn(Team{});
+}
+
+// fn(begin, end) for one contiguous chunk of [0, n) per thread, in whole grains.
 template <typename F>
 void parallel_for(std::int64_t n, std::int64_t grain, int threads, F&& fn) {
   if (n <= 0) return;
   const std::int64_t grains = (n + grain - 1) / grain;
-  const int used = static_cast<int>(std::clamp<std::int64_t>(threads, 1, grains));
+  std::exception_ptr error = nullptr;
+  parallel_region(static_cast<int>(std::clamp<std::int64_t>(threads, 1, grains)), [&](const Team& team) {
+    const Range part = team.share(n, grain);
+    try {
+      if (part.begin < part.end) fn(part.begin, part.end);
+    } catch (...) {
 #if defined(_OPENMP)
-  if (used > 1 && !omp_in_parallel()) {
-    std::exception_ptr error = nullptr;
-#pragma omp parallel num_threads(used)
-    {
-      const std::int64_t id = omp_get_thread_num();
-      const std::int64_t team = omp_get_num_threads();
-      const std::int64_t begin = std::min(n, grains * id / team * grain);
-      const std::int64_t end = std::min(n, grains * (id + 1) / team * grain);
-      try {
-        if (begin < end) fn(begin, end);
-      } catch (...) {
 #pragma omp critical
-        error = std::current_exception();
-      }
-    }
-    if (error) std::rethrow_exception(error);
-    return;
-  }
 #endif
-  fn(0, n);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
-// Threads worth waking for `flops` of work: below about 20 us of arithmetic the wake-up costs more than it saves.
+// Threads worth waking for `flops` of work: below some 10 us of it the wake-up costs more than it saves.
 inline int useful_threads(int threads, double flops) {
-  constexpr double kFlopsPerThread = 4e5;
+  constexpr double kFlopsPerThread = 1e6;
   return static_cast<int>(std::clamp(flops / kFlopsPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 

@@ -1,9 +1,9 @@
 // Eight floats: AVX2 + FMA + F16C.
 struct Vec {
   static constexpr std::int64_t kWidth = 8;
-  static constexpr std::int64_t kShrinkRows = 2, kShrinkRanks = 4;  // 16 registers
+  static constexpr std::int64_t kShrinkRows = 4;  // 16 registers
   static constexpr std::int64_t kExpandRows = 4, kExpandVecs = 2;
-  static constexpr std::int64_t kOuterRanks = 4, kOuterVecs = 2;
+  static constexpr std::int64_t kOuterRanks = 4, kOuterTile = 8;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -35,6 +35,26 @@ struct Vec {
   }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  template <std::int64_t Group>
+  static Vec repeat(const float* p) {
+    if constexpr (Group == 1) return {_mm256_broadcast_ss(p)};
+    if constexpr (Group == 2) {
+      const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return {_mm256_castsi256_ps(_mm256_broadcastq_epi64(two))};
+    }
+    if constexpr (Group == 4) return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+    if constexpr (Group == 8) return load(p);
+  }
+  static Vec pair_sum(Vec a, Vec b) {
+    const __m256d pairs = _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));  // within halves: put in order
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8))};
+  }
+  Vec keep(std::uint32_t bits) const {
+    const __m256i select = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), select);
+    return {_mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, select)))};
+  }
   float sum() const {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -56,27 +76,34 @@ struct Vec {
   }
 };
 
+// Words 2i and 2i+1 are the low halves of the 64-bit lanes of `even` and `odd`, as multiplication wants them; the high
+// halves are never read.
 struct Words {
-  __m256i v;
+  __m256i even, odd;
 
-  static Words set(std::uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+  static Words set(std::uint32_t x) {
+    const __m256i v = _mm256_set1_epi64x(x);
+    return {v, v};
+  }
   static Words iota(std::uint32_t first) {
-    return {_mm256_add_epi32(set(first).v, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
+    const __m256i even = _mm256_add_epi64(set(first).even, _mm256_setr_epi64x(0, 2, 4, 6));
+    return {even, _mm256_add_epi64(even, _mm256_set1_epi64x(1))};
   }
-  static Words exclusive_or(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+  static Words exclusive_or(Words a, Words b, Words c) {
+    return {_mm256_xor_si256(_mm256_xor_si256(a.even, b.even), c.even),
+            _mm256_xor_si256(_mm256_xor_si256(a.odd, b.odd), c.odd)};
+  }
   static void mul(std::uint32_t m, Words a, Words* hi, Words* lo) {
-    const __m256i factor = set(m).v;
-    const __m256i even = _mm256_mul_epu32(a.v, factor);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), factor);
-    hi->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-    lo->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+    const __m256i factor = _mm256_set1_epi64x(m);
+    *lo = {_mm256_mul_epu32(a.even, factor), _mm256_mul_epu32(a.odd, factor)};
+    *hi = {_mm256_srli_epi64(lo->even, 32), _mm256_srli_epi64(lo->odd, 32)};
   }
-  void factors(std::uint32_t threshold, float keep, float* low, float* high) const {
-    const __m256i last = set(threshold - 1).v;  // threshold >= 1, and 16-bit values compare as signed
-    const __m256 kept = _mm256_set1_ps(keep);
-    const __m256i keep_low = _mm256_cmpgt_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)), last);
-    const __m256i keep_high = _mm256_cmpgt_epi32(_mm256_srli_epi32(v, 16), last);
-    _mm256_storeu_ps(low, _mm256_and_ps(kept, _mm256_castsi256_ps(keep_low)));
-    _mm256_storeu_ps(high, _mm256_and_ps(kept, _mm256_castsi256_ps(keep_high)));
+  std::uint32_t not_below(std::uint32_t threshold) const {
+    const __m256i v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+    const __m256i last = _mm256_set1_epi32(static_cast<int>(threshold) - 1);  // 16-bit values compare as signed
+    const __m256i low = _mm256_cmpgt_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)), last);
+    const __m256i high = _mm256_cmpgt_epi32(_mm256_srli_epi32(v, 16), last);
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(low))) |
+           static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(high))) << 16;
   }
 };

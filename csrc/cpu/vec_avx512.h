@@ -1,9 +1,9 @@
 // Sixteen floats: AVX-512 F, BW, DQ, VL.
 struct Vec {
   static constexpr std::int64_t kWidth = 16;
-  static constexpr std::int64_t kShrinkRows = 4, kShrinkRanks = 4;  // 32 registers
+  static constexpr std::int64_t kShrinkRows = 8;  // 32 registers
   static constexpr std::int64_t kExpandRows = 4, kExpandVecs = 4;
-  static constexpr std::int64_t kOuterRanks = 8, kOuterVecs = 2;
+  static constexpr std::int64_t kOuterRanks = 8, kOuterTile = 16;
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -24,12 +24,33 @@ struct Vec {
   void store(Float16* p, std::int64_t n) const { _mm256_mask_storeu_epi16(p, mask(n), half()); }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  template <std::int64_t Group>
+  static Vec repeat(const float* p) {
+    if constexpr (Group == 1) return broadcast(*p);
+    if constexpr (Group == 2) {
+      const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return {_mm512_castsi512_ps(_mm512_broadcastq_epi64(two))};
+    }
+    if constexpr (Group == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))};
+    if constexpr (Group == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
+    if constexpr (Group == 16) return load(p);
+  }
+  static Vec pair_sum(Vec a, Vec b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
+  }
+  Vec keep(std::uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
 
  private:
   static __mmask16 mask(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static Vec widen(__m256i half) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}; }
   __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+#ifdef ARDLORA_ISA_HAS_PAIRS
+  __m256i round() const { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }  // subnormals become 0
+#else
   __m256i round() const {  // to nearest even; NaN becomes a quiet NaN
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -38,29 +59,36 @@ struct Vec {
     const __m512i kept = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
   }
+#endif
 };
 
+// Words 2i and 2i+1 are the low halves of the 64-bit lanes of `even` and `odd`, as multiplication wants them; the high
+// halves are never read.
 struct Words {
-  __m512i v;
+  __m512i even, odd;
 
-  static Words set(std::uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+  static Words set(std::uint32_t x) {
+    const __m512i v = _mm512_set1_epi64(x);
+    return {v, v};
+  }
   static Words iota(std::uint32_t first) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm512_add_epi32(set(first).v, lanes)};
+    const __m512i even = _mm512_add_epi64(set(first).even, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
+    return {even, _mm512_add_epi64(even, _mm512_set1_epi64(1))};
   }
-  static Words exclusive_or(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  static Words exclusive_or(Words a, Words b, Words c) {
+    return {_mm512_ternarylogic_epi64(a.even, b.even, c.even, 0x96),
+            _mm512_ternarylogic_epi64(a.odd, b.odd, c.odd, 0x96)};
+  }
   static void mul(std::uint32_t m, Words a, Words* hi, Words* lo) {
-    const __m512i factor = set(m).v;
-    const __m512i even = _mm512_mul_epu32(a.v, factor);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
-    hi->v = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-    lo->v = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+    const __m512i factor = _mm512_set1_epi64(m);
+    *lo = {_mm512_mul_epu32(a.even, factor), _mm512_mul_epu32(a.odd, factor)};
+    *hi = {_mm512_srli_epi64(lo->even, 32), _mm512_srli_epi64(lo->odd, 32)};
   }
-  void factors(std::uint32_t threshold, float keep, float* low, float* high) const {
-    const __m512i limit = set(threshold).v;
-    const __mmask16 keep_low = _mm512_cmpge_epu32_mask(_mm512_and_si512(v, _mm512_set1_epi32(0xffff)), limit);
-    const __mmask16 keep_high = _mm512_cmpge_epu32_mask(_mm512_srli_epi32(v, 16), limit);
-    _mm512_storeu_ps(low, _mm512_maskz_mov_ps(keep_low, _mm512_set1_ps(keep)));
-    _mm512_storeu_ps(high, _mm512_maskz_mov_ps(keep_high, _mm512_set1_ps(keep)));
+  std::uint32_t not_below(std::uint32_t threshold) const {
+    const __m512i v = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+    const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold));
+    const __mmask16 low = _mm512_cmpge_epu32_mask(_mm512_and_si512(v, _mm512_set1_epi32(0xffff)), limit);
+    const __mmask16 high = _mm512_cmpge_epu32_mask(_mm512_srli_epi32(v, 16), limit);
+    return static_cast<std::uint32_t>(low) | static_cast<std::uint32_t>(high) << 16;
   }
 };

@@ -1,14 +1,59 @@
-// Pairs of bf16 in the 32-bit lanes of AVX-512: acc + a.first * b.first + a.second * b.second.
+// Pairs of bf16 in the 32-bit lanes of AVX-512. The product of pairs sums in float: acc + a.first * b.first +
+// a.second * b.second; bf16 subnormals count as 0.
 struct Pairs {
   __m512i v;
 
-  static Pairs broadcast(float x) { return {_mm512_set1_epi32(static_cast<int>(pair(x, x)))}; }
-  static Vec fma(Pairs a, Pairs b, Vec c) {
+  static Pairs load(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+  void store(std::uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  static Pairs broadcast(float x) { return zip(Vec::broadcast(x), Vec::broadcast(x)); }
+  static Vec madd(Pairs a, Pairs b, Vec c) {
     return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+  // Lane i holds the pair p[2 * (i % Group)], p[2 * (i % Group) + 1].
+  template <std::int64_t Group>
+  static Pairs repeat(const BFloat16* p) {
+    if constexpr (Group == 1) {
+      int pair;
+      __builtin_memcpy(&pair, p, sizeof pair);
+      return {_mm512_set1_epi32(pair)};
+    } else {
+      return {_mm512_castps_si512(Vec::repeat<Group>(reinterpret_cast<const float*>(p)).v)};
+    }
+  }
+
+  // 32 neighbours of one row: lane i is elements 2i, 2i + 1.
+  static Pairs along(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
+  static Pairs along(const BFloat16* p, std::int64_t n) { return {_mm512_maskz_loadu_epi16(mask32(n), p)}; }
+  static Pairs along(const float* p) { return join(Vec::load(p), Vec::load(p + 16)); }
+  static Pairs along(const float* p, std::int64_t n) {
+    return n <= 16 ? join(Vec::load(p, n), Vec::zero()) : join(Vec::load(p), Vec::load(p + 16, n - 16));
+  }
+
+  // Columns of two rows: lane i is column i of both. Elements whose bit is 0 are read as 0, and not touched.
+  static Pairs zip(Vec first, Vec second) { return zip(half(first), half(second)); }
+  static Pairs zip_half(const BFloat16* first, const BFloat16* second, std::uint64_t keep_first,
+                        std::uint64_t keep_second) {
+    return zip(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(keep_first), first),
+               _mm256_maskz_loadu_epi16(static_cast<__mmask16>(keep_second), second));
+  }
+  template <bool Masked>
+  static void zip(const BFloat16* first, const BFloat16* second, std::uint64_t keep_first, std::uint64_t keep_second,
+                  Pairs* out) {
+    const auto row = [](const BFloat16* p, std::uint64_t keep) {
+      return Masked ? _mm512_maskz_loadu_epi16(static_cast<__mmask32>(keep), p) : _mm512_loadu_si512(p);
+    };
+    const __m512i a = row(first, keep_first), b = row(second, keep_second);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
+    out[0].v = _mm512_permutex2var_epi16(a, low, b);
+    out[1].v = _mm512_permutex2var_epi16(a, _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010)), b);
   }
 
  private:
-  static std::uint32_t pair(float a, float b) {
-    return from_float<BFloat16>(a).bits | static_cast<std::uint32_t>(from_float<BFloat16>(b).bits) << 16;
+  static __mmask32 mask32(std::int64_t n) { return static_cast<__mmask32>((std::uint64_t{1} << n) - 1u); }
+  static __m256i half(Vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
+  static Pairs zip(__m256i first, __m256i second) {
+    return {_mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16))};
   }
+  static Pairs join(Vec low, Vec high) { return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v))}; }
 };

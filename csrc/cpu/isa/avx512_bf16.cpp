@@ -1,4 +1,7 @@
 #include <immintrin.h>
+
+#include <type_traits>
+
 #include "cpu/cpu_features.h"
 #include "cpu/kernel_table.h"
 

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cpu/cpu_features.h"
 #include "cpu/kernel_table.h"
 

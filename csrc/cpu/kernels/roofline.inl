@@ -20,7 +20,7 @@ inline float pair_loop(std::int64_t steps) {
   for (std::int64_t c = 0; c < kPeakChains; ++c) acc[c] = chain_start(c);
   const Pairs a = Pairs::broadcast(1e-6f), b = Pairs::broadcast(0.5f);
   for (std::int64_t i = 0; i < steps; ++i) {
-    for (std::int64_t c = 0; c < kPeakChains; ++c) acc[c] = Pairs::fma(a, b, acc[c]);
+    for (std::int64_t c = 0; c < kPeakChains; ++c) acc[c] = Pairs::madd(a, b, acc[c]);
   }
   for (std::int64_t c = 1; c < kPeakChains; ++c) acc[0] = Vec::add(acc[0], acc[c]);
   return acc[0].sum();

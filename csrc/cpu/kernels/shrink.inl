@@ -1,45 +1,119 @@
-// H[m, h+j] += c_j * sum_k X[m, col+k] W[w+j, k]: dot products along k, a tile of rows x ranks in registers.
-template <std::int64_t Rows, std::int64_t Ranks, typename XT, typename WT>
-inline void shrink_tile(const KernelFactor& f, const Segment& s, const XT* x, std::int64_t x_stride, float* h,
-                        std::int64_t h_stride, std::int64_t m, std::int64_t j) {
-  const XT* xt = x + m * x_stride + s.col_begin;
-  const WT* wt = static_cast<const WT*>(f.weight) + (s.w_begin + j) * f.w_stride;
-  Vec acc[Rows][Ranks];
-  for (std::int64_t r = 0; r < Rows; ++r)
-    for (std::int64_t q = 0; q < Ranks; ++q) acc[r][q] = Vec::zero();
+// H[m, h+j] += c_j * sum_k X[m, col+k] W[w+j, k]: lanes are ranks, x is broadcast, a tile of rows x two vectors of
+// ranks in registers. A group of G lanes serves one rank, each lane every G-th step of its sum, so that few ranks fill
+// the vectors too: a tile has 2 * kWidth / G ranks. The sum is cut at multiples of kShrinkBlock, so that a block of the
+// panels stays in the L2 cache for all rows.
+inline constexpr std::int64_t kShrinkBlock = 2048;
 
-  const auto step = [&](auto load_x, auto load_w) {
-    Vec wv[Ranks];
-    for (std::int64_t q = 0; q < Ranks; ++q) wv[q] = load_w(wt + q * f.w_stride);
-    for (std::int64_t r = 0; r < Rows; ++r) {
-      const Vec xv = load_x(xt + r * x_stride);
-      for (std::int64_t q = 0; q < Ranks; ++q) acc[r][q] = Vec::fma(xv, wv[q], acc[r][q]);
+// Lane [q, g] of step s of a panel is W[q, (s * G + g)] in units of kDepth elements, two vectors per step.
+template <typename Ops, std::int64_t Group, typename WT>
+void pack_rank_tile(const RankTile& t, const WT* w, std::int64_t w_stride, std::int64_t width, std::int64_t k_begin,
+                    std::int64_t k_end, typename Ops::Lane* panel) {
+  using Lane = typename Ops::Lane;
+  constexpr std::int64_t kChunk = Vec::kWidth * Ops::kDepth, kStep = Group * Ops::kDepth;
+  constexpr std::int64_t kRanks = 2 * Vec::kWidth / Group;
+  for (std::int64_t q = 0; q < kRanks; ++q) {
+    for (std::int64_t k = k_begin; k < k_end; k += kChunk) {
+      Lane lanes[Vec::kWidth] = {};
+      if (q < t.ranks) Ops::store(Ops::along(w + (t.w_row + q) * w_stride + k, width - k), lanes);
+      Lane* out = panel + k / kStep * 2 * Vec::kWidth + q * Group;
+      for (std::int64_t g = 0; g < Vec::kWidth / Group && k + g * kStep < width; ++g) {
+        __builtin_memcpy(out + g * 2 * Vec::kWidth, lanes + g * Group, Group * sizeof(Lane));
+      }
     }
-  };
-  std::int64_t k = 0;
-  for (; k + Vec::kWidth <= f.width; k += Vec::kWidth) {
-    step([k](const XT* p) { return Vec::load(p + k); }, [k](const WT* p) { return Vec::load(p + k); });
-  }
-  if (k < f.width) {
-    const std::int64_t n = f.width - k;
-    step([k, n](const XT* p) { return Vec::load(p + k, n); }, [k, n](const WT* p) { return Vec::load(p + k, n); });
-  }
-
-  for (std::int64_t q = 0; q < Ranks; ++q) {
-    const float c = f.row_scale == nullptr ? f.scale : f.scale * f.row_scale[s.w_begin + j + q];
-    for (std::int64_t r = 0; r < Rows; ++r) h[(m + r) * h_stride + s.h_begin + j + q] += c * acc[r][q].sum();
   }
 }
 
-template <typename XT, typename WT>
-void shrink(const KernelFactor& f, const void* x, std::int64_t x_stride, float* h, std::int64_t h_stride,
-            std::int64_t m_begin, std::int64_t m_end) {
-  const XT* xs = static_cast<const XT*>(x);
-  for (const Segment* s = f.segments; s != f.segments + f.n_segments; ++s) {
-    for_tiles<Vec::kShrinkRows>(m_begin, m_end, [&]<std::int64_t Rows>(std::int64_t m) {
-      for_tiles<Vec::kShrinkRanks>(0, s->rank, [&]<std::int64_t Ranks>(std::int64_t j) {
-        shrink_tile<Rows, Ranks, XT, WT>(f, *s, xs, x_stride, h, h_stride, m, j);
+template <typename Ops, std::int64_t Group, std::int64_t Rows>
+ARDLORA_INLINE void shrink_tile(const typename Ops::Lane* panel, std::int64_t width, const typename Ops::Elem* x,
+                                std::int64_t x_stride, Vec (&acc)[Rows][2]) {
+  using Elem = typename Ops::Elem;
+  constexpr std::int64_t kStep = Group * Ops::kDepth;
+  clear(acc);
+  const auto step = [&](auto row) ARDLORA_INLINE_LAMBDA {
+    const auto w0 = Ops::load(panel), w1 = Ops::load(panel + Vec::kWidth);
+    panel += 2 * Vec::kWidth;
+    unroll<Rows>([&]<std::int64_t R>() ARDLORA_INLINE_LAMBDA {
+      const auto xs = Ops::template repeat<Group>(row(R));
+      acc[R][0] = Ops::madd(xs, w0, acc[R][0]);
+      acc[R][1] = Ops::madd(xs, w1, acc[R][1]);
+    });
+  };
+  std::int64_t k = 0;
+  for (; k + kStep <= width; k += kStep) step([&](std::int64_t r) { return x + r * x_stride + k; });
+  if (k < width) {
+    Elem rest[Rows][kStep] = {};
+    for (std::int64_t r = 0; r < Rows; ++r) {
+      for (std::int64_t i = 0; i < width - k; ++i) rest[r][i] = x[r * x_stride + k + i];
+    }
+    step([&](std::int64_t r) { return rest[r]; });
+  }
+}
+
+// The tile's ranks, one to a lane; the sums of groups of one lane fill both vectors.
+template <std::int64_t Group>
+ARDLORA_INLINE void sum_groups(Vec (&acc)[2]) {
+  if constexpr (Group > 1) acc[0] = Vec::pair_sum(acc[0], acc[1]);
+  if constexpr (Group > 2) {
+    acc[1] = acc[0];
+    sum_groups<Group / 2>(acc);
+  }
+}
+
+template <typename Ops, std::int64_t Group>
+inline void shrink_rank_tile(const ShrinkArgs& a, const RankTile& t, std::int64_t k, std::int64_t width) {
+  using Elem = typename Ops::Elem;
+  constexpr std::int64_t kVecs = Group == 1 ? 2 : 1;
+  const auto* panel =
+      static_cast<const typename Ops::Lane*>(a.panels) + t.panel + k / (Group * Ops::kDepth) * 2 * Vec::kWidth;
+  std::int64_t count[kVecs];
+  Vec c[kVecs];
+  for (std::int64_t v = 0; v < kVecs; ++v) {
+    const std::int64_t left = t.ranks - v * Vec::kWidth;
+    count[v] = left < 0 ? 0 : left < Vec::kWidth ? left : Vec::kWidth;
+    c[v] = Vec::broadcast(a.scale);
+    if (a.row_scale != nullptr) c[v] = Vec::mul(c[v], Vec::load(a.row_scale + t.w_row + v * Vec::kWidth, count[v]));
+  }
+  for_tiles<Vec::kShrinkRows>(0, a.rows, [&]<std::int64_t Rows>(std::int64_t m) {
+    Vec acc[Rows][2];
+    shrink_tile<Ops, Group>(panel, width, static_cast<const Elem*>(a.x) + m * a.x_stride + t.x_col + k, a.x_stride,
+                            acc);
+    unroll<Rows>([&]<std::int64_t R>() ARDLORA_INLINE_LAMBDA {
+      sum_groups<Group>(acc[R]);
+      float* h = a.h + (m + R) * a.h_stride + t.h_col;
+      unroll<kVecs>([&]<std::int64_t V>() ARDLORA_INLINE_LAMBDA {
+        Vec::fma(c[V], acc[R][V], Vec::load(h + V * Vec::kWidth, count[V])).store(h + V * Vec::kWidth, count[V]);
       });
     });
+  });
+}
+
+// Calls f<Group>() for the tile's group.
+template <std::int64_t Group, typename F>
+inline void for_group(std::int64_t group, F&& f) {
+  if constexpr (Group <= Vec::kWidth) {
+    if (group == Group) {
+      f.template operator()<Group>();
+    } else {
+      for_group<2 * Group>(group, f);
+    }
+  }
+}
+
+template <typename Ops, typename WT>
+void pack_shrink(const RankTile& t, const void* w, std::int64_t w_stride, std::int64_t width, std::int64_t k_begin,
+                 std::int64_t k_end, void* panels) {
+  auto* panel = static_cast<typename Ops::Lane*>(panels) + t.panel;
+  for_group<1>(t.group, [&]<std::int64_t Group>() {
+    pack_rank_tile<Ops, Group>(t, static_cast<const WT*>(w), w_stride, width, k_begin, k_end, panel);
+  });
+}
+
+template <typename Ops>
+void shrink(const ShrinkArgs& a) {
+  for (std::int64_t k = 0; k < a.width; k += kShrinkBlock) {
+    const std::int64_t width = a.width - k < kShrinkBlock ? a.width - k : kShrinkBlock;
+    for (const RankTile* t = a.tiles; t != a.tiles + a.n_tiles; ++t) {
+      for_group<1>(t->group, [&]<std::int64_t Group>() { shrink_rank_tile<Ops, Group>(a, *t, k, width); });
+    }
   }
 }

@@ -1,20 +1,42 @@
-// Calls f<Tile>() for whole tiles and f<1..Tile-1>() for the rest, so that each tile size is a compile-time constant.
-// One element's arithmetic never depends on the tile it falls into: that is what makes results independent of the
-// row or column range a thread is given.
-template <std::int64_t Size, typename F>
-inline void tail_tile(std::int64_t begin, std::int64_t left, F&& f) {
-  if constexpr (Size > 0) {
-    if (left == Size) {
-      f.template operator()<Size>(begin);
-    } else {
-      tail_tile<Size - 1>(begin, left, f);
-    }
+#if defined(__GNUC__)
+#define ARDLORA_INLINE_LAMBDA __attribute__((always_inline))
+#define ARDLORA_INLINE inline __attribute__((always_inline))
+#else
+#define ARDLORA_INLINE_LAMBDA
+#define ARDLORA_INLINE inline
+#endif
+
+// Calls f<Size>(i) for whole tiles of `Tile`, then for halves, quarters ... of one: each size is a compile-time
+// constant. One element's arithmetic never depends on the tile it falls into: that is what makes results independent of
+// the row or column range a thread is given.
+template <std::int64_t Tile, typename F>
+inline void for_tiles(std::int64_t begin, std::int64_t end, F&& f) {
+  static_assert((Tile & (Tile - 1)) == 0);
+  std::int64_t i = begin;
+  for (; i + Tile <= end; i += Tile) f.template operator()<Tile>(i);
+  if constexpr (Tile > 1) {
+    if (i < end) for_tiles<Tile / 2>(i, end, f);
   }
 }
 
-template <std::int64_t Tile, typename F>
-inline void for_tiles(std::int64_t begin, std::int64_t end, F&& f) {
-  std::int64_t i = begin;
-  for (; i + Tile <= end; i += Tile) f.template operator()<Tile>(i);
-  tail_tile<Tile - 1>(i, end - i, f);
+// Bits of a row's bitmap from column `col` on, at least 32 of them.
+inline std::uint64_t keep_at(const std::uint32_t* bitmap, std::int64_t col) {
+  std::uint64_t bits;
+  __builtin_memcpy(&bits, reinterpret_cast<const char*>(bitmap) + col / 8, sizeof bits);
+  return bits >> (col % 8);
+}
+
+// f<0>(), f<1>(), ... f<N - 1>(): where indices are constants from the start, arrays of vectors live in registers
+// alone; a loop that the compiler unrolls later leaves them on the stack.
+template <std::int64_t N, std::int64_t I = 0, typename F>
+ARDLORA_INLINE void unroll(const F& f) {
+  if constexpr (I < N) {
+    f.template operator()<I>();
+    unroll<N, I + 1>(f);
+  }
+}
+
+template <std::int64_t Rows, std::int64_t Vecs>
+ARDLORA_INLINE void clear(Vec (&acc)[Rows][Vecs]) {
+  unroll<Rows * Vecs>([&]<std::int64_t I>() ARDLORA_INLINE_LAMBDA { acc[I / Vecs][I % Vecs] = Vec::zero(); });
 }
