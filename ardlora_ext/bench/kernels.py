@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ardlora_ext._native import DTYPE_CODES, core, matrix
+from ardlora_ext.bench import kernels_cuda
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import (
     Column,
@@ -160,6 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtypes", nargs="+", choices=list(_DTYPES), default=["float32", "bfloat16"], help="of x and y"
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 128, 512], help="rows of activations, M")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: whole layers, by events")
     parser.add_argument("--isa", choices=core.available_isas(), default=core.active_isa(), help="instruction set")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads at most")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls of every case")
@@ -172,6 +174,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     check_outputs(arguments)
     if min(*arguments.rows, arguments.threads, arguments.repeats) < 1:
         raise InputError("bench: --rows, --threads and --repeats must be at least 1")
+    if arguments.device == "cuda":
+        kernels_cuda.run(arguments, command)
+        return
     before = core.active_isa()
     core.set_isa(arguments.isa)
     try:
