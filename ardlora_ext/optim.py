@@ -1,8 +1,8 @@
 """Optimizer state that follows a parameter whose rows change.
 
 A moment is any state tensor with the parameter's shape; scalars such as `step` stay as they are. That covers torch's
-Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop and SGD with momentum, single, foreach and fused alike. 8-bit
-moments move as whole blocks (bitsandbytes: `state1` uint8, `absmax1` of each 256 values, `qmap1` what the codes mean).
+Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop and SGD with momentum, single, foreach and fused alike, and
+the 8-bit optimizers of bitsandbytes and torchao (`eight_bit`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ardlora_ext import eight_bit
 from ardlora_ext.inject import adapters, injection
 
 State = MutableMapping[str, Any]
 
-# Their state is not one row per component: factored (Adafactor), flat over all parameters (LBFGS), sparse.
-_REFUSED = ("Adafactor", "LBFGS", "SparseAdam")
-
-_BLOCK = 256  # values that share a scale in an 8-bit moment
+# Their state is not one row per component: factored (Adafactor), flat over all parameters (LBFGS), sparse; two values
+# in a code or no map (torchao), two first moments in one (bitsandbytes), elsewhere (CPUOffloadOptimizer).
+_REFUSED = {"Adafactor", "LBFGS", "SparseAdam", "Adam4bit", "AdamW4bit", "AdamFp8", "AdamWFp8", "AdEMAMix"}
+_REFUSED |= {"CPUOffloadOptimizer"}
 
 # They step on parts or copies of the parameters, or let processes differ.
 _DISTRIBUTED = {
@@ -52,41 +54,27 @@ def unwrapped(optimizer: Any) -> Optimizer:
             raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
-def _absmax_rows(key: str, value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """View the scales of an 8-bit moment as [rows, blocks of a row].
-
-    Raises:
-        ValueError: a block spans rows, so that none of them can move alone.
-    """
-    rows, width = parameter.shape
-    per_row, rest = divmod(value.numel(), max(rows, 1))
-    if rest or width % _BLOCK or per_row == 0 or width // per_row % _BLOCK:
-        raise ValueError(
-            f"rank change: 8-bit optimizer state '{key}' must have whole blocks of {_BLOCK} values in each row, got "
-            f"rows of {width} values and {value.numel()} blocks for {rows} rows; keep such adapters in 32-bit state"
-        )
-    return value.view(rows, per_row)
-
-
 def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return the state tensors of `parameter` that have its rows; scales of 8-bit moments as [rows, blocks of a row].
+    """Return the state tensors of `parameter` that have its rows; 8-bit ones are for `eight_bit.find`.
 
     Raises:
         ValueError: some state is neither a scalar nor shaped like the parameter, so it cannot follow a rank change.
     """
     found = {}
     state = optimizer.state.get(parameter, {})
-    eight_bit = {key[-1] for key, value in state.items() if getattr(value, "dtype", None) == torch.uint8}
+    coded = {part for key in eight_bit.find(state) for part in eight_bit.parts(key)}
     for key, value in state.items():
-        if key in {f"qmap{n}" for n in eight_bit}:
-            continue
-        if key in {f"absmax{n}" for n in eight_bit}:
-            found[key] = _absmax_rows(key, value, parameter)
+        if key in coded:
             continue
         if not isinstance(value, torch.Tensor) or (value.numel() <= 1 and value.shape != parameter.shape):
             if value is None or isinstance(value, (int, float, bool, torch.Tensor)):
                 continue
             raise ValueError(f"rank change: optimizer state '{key}' must be a tensor or a number, got {type(value)}")
+        if is_traceable_wrapper_subclass(value):
+            raise ValueError(
+                f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must be plain or 8-bit, got "
+                f"{type(value).__name__}"
+            )
         if value.shape != parameter.shape or not value.is_contiguous():
             raise ValueError(
                 f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must have the parameter's shape "
@@ -152,7 +140,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[tuple[str, torch.
         ValueError: it holds none or only some of them, or keeps state that cannot be remapped.
     """
     name = type(optimizer).__name__
-    if name in _REFUSED:
+    if any(kind.__name__ in _REFUSED for kind in type(optimizer).__mro__):
         raise ValueError(f"attach: optimizer state must be one moment per weight, got {name}; use Adam, AdamW or SGD")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = list(parameters)

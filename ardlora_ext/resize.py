@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ardlora_ext import eight_bit
 from ardlora_ext._device import rank_resize
 from ardlora_ext.inject import adapters, check_unmerged
 from ardlora_ext.layers import LoraLinear, initial_rows
@@ -137,6 +138,7 @@ class _Change:
     units: tuple[UnitUpdate, ...]
     plans: tuple[list[int], list[int]]  # of lora_A and lora_B, padded to their capacity; lora_E moves with its factor
     buffers: dict[tuple[str, str], _Buffer]  # (factor, "" for the parameter | "grad" | state key)
+    coded: dict[str, dict[str, eight_bit.EightBit]]  # (factor, state key): 8-bit moments, moved already
 
 
 def _prepare(
@@ -149,6 +151,7 @@ def _prepare(
     caps = layer.capacities(len(plan_a), len(plan_b))
     padded = tuple(plan + [ZERO] * (cap - len(plan)) for plan, cap in zip((plan_a, plan_b), caps, strict=True))
     buffers = {}
+    coded = {}
     gated = 0 if layer.layout.gate_on_a else 1
     for factor, parameter in layer.factors.items():
         i = {"lora_A": 0, "lora_B": 1, "lora_E": gated}[factor]
@@ -158,12 +161,14 @@ def _prepare(
             tensors["grad"] = parameter.grad
         if optimizer is not None:
             tensors |= moments(optimizer, parameter)
+            found = eight_bit.find(optimizer.state.get(parameter, {}))
+            coded[factor] = {key: moment.gather(padded[i]) for key, moment in found.items()}
         for key, old in tensors.items():
             if not old.is_contiguous():
                 raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {old.stride()}")
             new = old if cap == old.shape[0] else old.new_empty(cap, old.shape[1])
             buffers[factor, key] = _Buffer(old, new, first_plan + i)
-    return _Change(name, layer, units, (padded[0], padded[1]), buffers)
+    return _Change(name, layer, units, (padded[0], padded[1]), buffers, coded)
 
 
 def _move(changes: Sequence[_Change]) -> None:
@@ -185,6 +190,9 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
     """
     for factor, parameter in change.layer.factors.items():
         moved, grad = change.buffers[factor, ""], change.buffers.get((factor, "grad"))
+        if optimizer is not None:
+            for key, moment in change.coded.get(factor, {}).items():
+                eight_bit.store(optimizer.state[parameter], key, moment)
         if moved.new is moved.old:
             continue
         parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
@@ -194,8 +202,7 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
         if optimizer is not None:
             for (owner, key), buffer in change.buffers.items():
                 if owner == factor and key not in ("", "grad"):
-                    flat = optimizer.state[parameter][key].ndim == 1
-                    optimizer.state[parameter][key] = buffer.new.view(-1) if flat else buffer.new
+                    optimizer.state[parameter][key] = buffer.new
     change.layer.set_ranks([u.rank for u in change.units])
 
 
@@ -251,8 +258,9 @@ def _start_rows(change: _Change, live: int, generator: torch.Generator) -> None:
 def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = None) -> None:
     """Change ranks as `update` says, in the model and in the optimizer.
 
-    Kept rows and their moments are bitwise unchanged, new rows' moments are zero, `step` stays. Call it between steps,
-    when no graph is alive. The function of the model changes only by the components that are dropped.
+    Kept rows and their moments are bitwise unchanged (8-bit moments whose rows are not whole blocks are encoded again),
+    new rows' moments are zero, `step` stays. Call it between steps, when no graph is alive. The
+    function of the model changes only by the components that are dropped.
 
     Args:
         model: a wrapped model.

@@ -20,8 +20,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ardlora_ext import world
+from ardlora_ext import eight_bit, world
 from ardlora_ext.config import config_to_dict
 from ardlora_ext.files import recover, write_set
 from ardlora_ext.inject import injection
@@ -143,7 +144,12 @@ def _pack_optimizer(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[st
     groups: list[dict[str, Any]] = []
     for index, entry in state["state"].items():
         numbers[str(index)] = {}
-        for key, value in entry.items():
+        for key, value in _flattened(entry).items():
+            if is_traceable_wrapper_subclass(value):
+                raise ValueError(
+                    f"save_state: optimizer state '{key}' must be plain tensors, got {type(value).__name__}; keep the "
+                    "optimizer's state_dict with torch.save, or use bitsandbytes' 8-bit optimizers"
+                )
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value.detach().clone().contiguous()
             else:
@@ -156,6 +162,14 @@ def _pack_optimizer(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[st
             else:
                 groups[i][key] = _checked(f"optimizer option '{key}'", value)
     return groups, numbers, tensors
+
+
+def _flattened(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state of one parameter with dotted keys for what is in a dict (bitsandbytes packs so)."""
+    flat: dict[str, Any] = {}
+    for key, value in entry.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _unpack_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
@@ -176,7 +190,9 @@ def _unpack_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], tensors: T
         owner, _, rest = name.partition(".")
         index, _, key = rest.partition(".")
         if owner == "optimizer":
-            state[int(index)][key] = value
+            outer, dot, inner = key.partition(".")
+            entry = state[int(index)].setdefault(outer, {}) if dot else state[int(index)]
+            entry[inner or outer] = value
         elif owner == "group":
             groups[int(index)][key] = value
     return {"state": state, "param_groups": groups}
@@ -198,6 +214,11 @@ def _fit_moments(optimizer: Optimizer, state: Mapping[int, dict[str, Any]]) -> N
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entry in state.items():
         rows, *width = parameters[index].shape or (0,)
+        for held in (entry, *(value for value in entry.values() if isinstance(value, dict))):
+            for key, moment in eight_bit.find(held).items():
+                had = len(moment.codes)
+                if had != rows:
+                    eight_bit.store(held, key, moment.gather([i if i < had else -1 for i in range(rows)]))
         for key, value in entry.items():
             if isinstance(value, torch.Tensor) and value.dim() > 1 and list(value.shape[1:]) == width:
                 entry[key] = fit_rows(value, rows)

@@ -1,0 +1,122 @@
+"""8-bit moments: value = qmap[code] * scale, one scale for each block of values in memory order (arXiv:2110.02861).
+
+bitsandbytes keeps `state1` (uint8, the parameter's shape), `absmax1` and `qmap1`, and so on for 2; torchao one
+`OptimState8bit`. Where rows are whole blocks, codes and scales move with them. Elsewhere a block has values of several
+rows: blocks that stay what they were keep their bits, the others are decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+_BLOCKS = (256, 2048)  # of bitsandbytes, now and in versions before 0.44
+_TINY = 1e-38
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """A moment of one parameter.
+
+    Attributes:
+        codes: [rows, width] uint8.
+        scale: [blocks] float32.
+        qmap: [256] ascending, what the codes mean.
+        block: values that share a scale.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    qmap: torch.Tensor
+    block: int
+
+    def decode(self) -> torch.Tensor:
+        """Return the values [rows, width] float32."""
+        values = self.qmap[self.codes.long()].view(-1)
+        return (values * self.scale.repeat_interleave(self.block)[: len(values)]).view(self.codes.shape)
+
+    def gather(self, plan: list[int]) -> EightBit:
+        """Return the moment whose row i is row `plan[i]` of this one; -1 gives a row that decodes to exact zeros."""
+        rows, width = self.codes.shape
+        source = torch.tensor(plan, dtype=torch.int64, device=self.codes.device)
+        if width % self.block == 0:
+            codes = F.pad(self.codes, (0, 0, 0, 1))[source]  # -1 is the row added last
+            scale = F.pad(self.scale.view(rows, width // self.block), (0, 0, 0, 1))[source]
+            return EightBit(codes, scale.reshape(-1), self.qmap, self.block)
+        within = torch.arange(width, device=source.device)
+        flat = torch.where(source[:, None] < 0, -1, source[:, None] * width + within).view(-1)
+        return self._gather(flat, (len(plan), width))
+
+    def _gather(self, source: torch.Tensor, shape: tuple[int, int]) -> EightBit:
+        """Take value `source[i]`, or 0 for -1, to place i."""
+        blocks = math.ceil(len(source) / self.block)
+        padding = blocks * self.block - len(source)
+        places = F.pad(source, (0, padding), value=-1).view(blocks, self.block)
+        first = places[:, :1]
+        follows = places == first + torch.arange(self.block, device=places.device)
+        follows.view(-1)[len(source) :] = True
+        same = follows.all(1, keepdim=True) & (first >= 0) & (first % self.block == 0)
+        values = torch.where(places < 0, 0.0, self.decode().view(-1)[places.clamp(min=0)])
+        largest = values.abs().amax(1, keepdim=True)
+        fresh = self._encode(values / largest.clamp(min=_TINY))
+        codes = torch.where(same, self.codes.view(-1)[places.clamp(min=0)], fresh).view(-1)[: len(source)]
+        scale = torch.where(same, self.scale[(first // self.block).clamp(min=0)], largest).view(-1)
+        return EightBit(codes.view(shape), scale, self.qmap, self.block)
+
+    def _encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the nearest codes of values in [-1, 1]. 0 stays 0, and in a map without signs only 0 becomes 0.
+
+        A second moment that is rounded to 0 beside a first one that is not would be divided by eps.
+        """
+        codes = torch.bucketize(values, (self.qmap[1:] + self.qmap[:-1]) / 2)
+        zero = int(torch.searchsorted(self.qmap, 0.0))
+        if zero >= len(self.qmap) or self.qmap[zero] != 0.0:
+            raise ValueError("rank change: 8-bit optimizer state must have a code for 0, got a map without")
+        if zero == 0:
+            codes = torch.where((values > 0) & (codes == 0), 1, codes)
+        return codes.to(torch.uint8)
+
+
+def find(state: Mapping[str, Any]) -> dict[str, EightBit]:
+    """Return the 8-bit moments among a parameter's optimizer state, by the key of their codes.
+
+    Raises:
+        ValueError: a block size is not known.
+    """
+    found = {}
+    for key, value in state.items():
+        number = key.removeprefix("state")
+        if type(value).__name__ == "OptimState8bit":
+            found[key] = EightBit(value.codes, value.scale, value.qmap, int(value.block_size))
+        elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and f"absmax{number}" in state:
+            scale, qmap = state[f"absmax{number}"], state[f"qmap{number}"]
+            sizes = [size for size in _BLOCKS if math.ceil(value.numel() / size) == scale.numel()]
+            if value.dim() != 2 or not sizes:
+                raise ValueError(
+                    f"rank change: 8-bit optimizer state '{key}' must be [rows, width] in blocks of "
+                    f"{' or '.join(map(str, _BLOCKS))} values, got {list(value.shape)} and {scale.numel()} scales"
+                )
+            found[key] = EightBit(value, scale, qmap, sizes[0])
+    return found
+
+
+def parts(key: str) -> tuple[str, ...]:
+    """Return the keys of the state that belong to the moment `key`."""
+    number = key.removeprefix("state")
+    return (key,) if number == key else (key, f"absmax{number}", f"qmap{number}")
+
+
+def store(state: dict[str, Any], key: str, moment: EightBit) -> None:
+    """Put a moment where `find` found it."""
+    old = state[key]
+    if type(old).__name__ != "OptimState8bit":
+        state[key], state[f"absmax{key.removeprefix('state')}"] = moment.codes, moment.scale
+    elif moment.codes.numel() % moment.block:  # torchao keeps those in full precision
+        state[key] = moment.decode().to(old.dtype)
+    else:
+        state[key] = type(old)(moment.codes, moment.scale, moment.qmap, old.signed, old.dtype)
