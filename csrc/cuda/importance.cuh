@@ -26,7 +26,7 @@ ARDLORA_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// kCount neighbours as floats: one 16-byte load for each 16 bytes, or one element.
+// kCount neighbours as floats: 16 bytes at once, 8 bytes, or one element.
 template <int kCount, typename T>
 ARDLORA_DEVICE void load_floats(const T* from, float* to) {
   if constexpr (kCount == 1) {
@@ -37,9 +37,11 @@ ARDLORA_DEVICE void load_floats(const T* from, float* to) {
       for (int e = 0; e < 4; ++e) to[i + e] = __uint_as_float(w.part[e]);
     }
   } else {
-    static_assert(kCount == 8);
-    const Word16 w = load16(from);
-    for (int e = 0; e < 4; ++e) {
+    struct alignas(2 * kCount) Words {
+      std::uint32_t part[kCount / 2];
+    };
+    const Words w = *reinterpret_cast<const Words*>(from);
+    for (int e = 0; e < kCount / 2; ++e) {
       to[2 * e] = widen_low<T>(w.part[e]);
       to[2 * e + 1] = widen_high<T>(w.part[e]);
     }
@@ -100,9 +102,11 @@ ARDLORA_DEVICE float update_row(const RowBuffers& b, std::int64_t row, const Imp
   return warp_sum(sum);
 }
 
-// Calls f(job, row of the job, row of the table) for this warp's row, T and the vector width as template arguments.
+// Calls f(job, row of the job, row of the table) for this warp's row, with T and the vector width as template
+// arguments; `F::kVector<T>` is that width.
 template <typename F>
 ARDLORA_DEVICE void for_row(const std::int64_t* table, std::int64_t jobs, std::int64_t rows, F&& f) {
+  using Pass = std::remove_reference_t<F>;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
   if (row >= rows) return;
   const RowJob* all = reinterpret_cast<const RowJob*>(table);
@@ -112,22 +116,24 @@ ARDLORA_DEVICE void for_row(const std::int64_t* table, std::int64_t jobs, std::i
     (all[middle].first_row <= row ? low : high) = middle;
   }
   const RowJob job = all[low];
-  const std::int64_t own = row - job.first_row;
-  switch (job.buffers.dtype) {
-    case DType::kFloat32:
-      return job.vectors ? f.template operator()<float, 4>(job.buffers, own, row)
-                         : f.template operator()<float, 1>(job.buffers, own, row);
-    case DType::kBFloat16:
-      return job.vectors ? f.template operator()<BFloat16, 8>(job.buffers, own, row)
-                         : f.template operator()<BFloat16, 1>(job.buffers, own, row);
-    case DType::kFloat16:
-      return job.vectors ? f.template operator()<Float16, 8>(job.buffers, own, row)
-                         : f.template operator()<Float16, 1>(job.buffers, own, row);
-  }
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const std::int64_t own = row - job.first_row;
+    if (job.vectors) {
+      f.template operator()<T, Pass::template kVector<T>>(job.buffers, own, row);
+    } else {
+      f.template operator()<T, 1>(job.buffers, own, row);
+    }
+  };
+  if (job.buffers.dtype == DType::kFloat32) return run(float{});
+  if (job.buffers.dtype == DType::kBFloat16) return run(BFloat16{});
+  run(Float16{});
 }
 
 template <bool kMagnitude>
 struct SumOfRow {
+  template <typename T>
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(T));
   float* out;  // [rows]
   template <typename T, int kCount>
   ARDLORA_DEVICE void operator()(const RowBuffers& b, std::int64_t own, std::int64_t row) const {
@@ -146,6 +152,8 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 struct UpdateOfRow {
+  template <typename T>
+  static constexpr int kVector = 4;  // one access of 16 bytes to each mean
   ImportanceStep step;
   template <typename T, int kCount>
   ARDLORA_DEVICE void operator()(const RowBuffers& b, std::int64_t own, std::int64_t row) const {
