@@ -245,7 +245,7 @@ class LoraLinear(nn.Module):
         for u, ((a_rows, b_rows, _, _), r) in enumerate(
             zip(reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True)
         ):
-            gate = torch.ones(r) if self.gate is None else self.gate[own : own + r]
+            gate = self.lora_A.new_ones(r, dtype=torch.float32) if self.gate is None else self.gate[own : own + r]
             a, b = self.lora_A[a_rows].double(), self.lora_B[b_rows].double() * (self.scaling * gate[:, None])
             gram[0, u, :r, :r], gram[1, u, :r, :r] = a @ a.T, b @ b.T
             own += r
@@ -269,7 +269,9 @@ class LoraLinear(nn.Module):
             reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True
         ):
             h = slice(0, r) if self.layout.shared else slice(own, own + r)
-            gate = torch.ones(r, 1) if self.gate is None else self.gate[own : own + r, None]
+            gate = (
+                self.lora_A.new_ones(r, 1, dtype=torch.float32) if self.gate is None else self.gate[own : own + r, None]
+            )
             on_a, on_b = (gate, 1.0) if self.layout.gate_on_a else (1.0, gate)
             a[h, in_cols] = on_a * self.lora_A[a_rows].float()
             b[h, out_cols] = self.scaling * on_b * self.lora_B[b_rows].float()

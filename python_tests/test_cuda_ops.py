@@ -1,6 +1,6 @@
-"""The way of a CUDA tensor through ops, rank changes and controllers, with the kernels in the shim.
+"""The way of a CUDA tensor through ops, rank changes and controllers: on a GPU where there is one, and in the shim.
 
-Device memory is the host's; table, workspace, bindings, launchers and kernels are those of a GPU.
+In the shim device memory is the host's; table, workspace, bindings, launchers and kernels are those of a GPU.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from functools import lru_cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_cuda_kernels import PROGRAMS
-from torch import nn
 from torch.utils.cpp_extension import include_paths
 
 import ardlora_ext as ard
@@ -82,6 +82,23 @@ def shim(simt_core: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
     return backend
 
 
+@pytest.fixture(params=["shim", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the CUDA kernels run: on the host, every tensor taken for one on a CUDA device, or on a GPU."""
+    if request.param == "shim":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device, or a torch without CUDA")
+    if not core.cuda_built():
+        pytest.skip("this build has no CUDA kernels")
+    return torch.device("cuda")
+
+
+def cuda_from_now_on(device: torch.device, request: pytest.FixtureRequest) -> dict[str, int] | None:
+    """Let the CUDA kernels do what follows; return where the shim counts its calls, None on a GPU."""
+    return request.getfixturevalue("shim").calls if device.type == "cpu" else None
+
+
 LAYOUTS = [
     UnitLayout("matrix", "shared", 1, 40, 56),
     UnitLayout("out_heads", "shared", 4, 40, 64),
@@ -91,14 +108,14 @@ LAYOUTS = [
 Results = Sequence[torch.Tensor]
 
 
-def results(layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool) -> Results:
+def results(layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool, device: torch.device) -> Results:
     """y, and the gradients of x, the factors and the gates, from the same numbers each time."""
     generator = torch.Generator().manual_seed(5)
     ranks = [5] if layout.units == 1 else [3, 0, 8, 5]
     a_rows, b_rows = layout.rows(ranks)
 
     def randn(*shape: int, to: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(to).requires_grad_()
+        return torch.randn(*shape, generator=generator).to(device, to).requires_grad_()
 
     x, weight = randn(3, 7, layout.in_features, to=dtype), randn(layout.out_features, layout.in_features, to=dtype)
     a, b = randn(a_rows + 3, layout.a_width), randn(b_rows + 2, layout.b_width)
@@ -110,7 +127,7 @@ def results(layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool) 
     else:
         y = ops.lora_linear(x, weight.detach(), None, *adapter)
     y.backward(randn(*y.shape, to=dtype).detach())
-    return [y.detach(), *(t.grad for t in (x, a, b, gate) if t.grad is not None)]
+    return [y.detach().cpu(), *(t.grad.cpu() for t in (x, a, b, gate) if t.grad is not None)]
 
 
 @pytest.mark.parametrize("accumulate", [False, True], ids=["linear", "accumulate"])
@@ -118,12 +135,17 @@ def results(layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.kind}-{lay.factoring}")
 def test_ops_equal_the_cpu(
-    simt_core: Any, layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool, request: pytest.FixtureRequest
+    device: torch.device,
+    layout: UnitLayout,
+    dtype: torch.dtype,
+    p: float,
+    accumulate: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
-    expected = results(layout, dtype, p, accumulate)
-    backend = request.getfixturevalue("shim")
-    got = results(layout, dtype, p, accumulate)
-    assert backend.calls["cuda_lora_forward"] == backend.calls["cuda_lora_backward"] == 1
+    expected = results(layout, dtype, p, accumulate, torch.device("cpu"))
+    calls = cuda_from_now_on(device, request)
+    got = results(layout, dtype, p, accumulate, device)
+    assert calls is None or calls["cuda_lora_forward"] == calls["cuda_lora_backward"] == 1
     assert len(got) == len(expected) == 5
     # Adapters and H are rounded to the activations' type on their way: two roundings more than on the CPU.
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
@@ -133,28 +155,68 @@ def test_ops_equal_the_cpu(
         assert error <= tolerance * theirs.float().abs().max()
 
 
-def train(steps: int) -> tuple[nn.Module, list[float], list[list[int]]]:
+def train(steps: int, device: torch.device) -> tuple[list[float], list[list[int]]]:
     """A few steps with rank changes; losses and ranks."""
     torch.manual_seed(1)
     config = ard.ArdConfig(r0=4, r_max=8, head_dim=8, total_steps=steps, l1=2e-2, lr_alpha=0.1, lora_dropout=0.1)
-    model = ard.wrap(Attention(), config)
+    model = ard.wrap(Attention().to(device), config)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     ard.attach(model, optimizer)
-    x, losses = torch.randn(24, 32, generator=torch.Generator().manual_seed(2)), []
+    x, losses = torch.randn(24, 32, generator=torch.Generator().manual_seed(2)).to(device), []
     for _ in range(steps):
         loss = (model(x) - x.flip(0)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return model, losses, [layer.ranks for layer in ard.adapters(model).values()]
+    return losses, [layer.ranks for layer in ard.adapters(model).values()]
 
 
-def test_training_with_rank_changes_follows_the_cpu(simt_core: Any, request: pytest.FixtureRequest) -> None:
-    _, expected, ranks = train(30)
-    backend = request.getfixturevalue("shim")
-    _, losses, shim_ranks = train(30)
+def test_training_with_rank_changes_follows_the_cpu(device: torch.device, request: pytest.FixtureRequest) -> None:
+    expected, expected_ranks = train(30, torch.device("cpu"))
+    calls = cuda_from_now_on(device, request)
+    losses, ranks = train(30, device)
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
-    assert shim_ranks == ranks
+    assert ranks == expected_ranks
     assert any(r != 4 for units in ranks for r in units)
-    assert {"cuda_row_dots", "cuda_set_gates", "cuda_rank_resize", "cuda_lora_backward"} <= backend.calls.keys()
+    if calls is not None:
+        assert {"cuda_row_dots", "cuda_set_gates", "cuda_rank_resize", "cuda_lora_backward"} <= calls.keys()
+
+
+CONFIGS = [
+    ard.LoraConfig(r=4),
+    ard.LoraConfig(r=4, init="orthogonal"),
+    ard.ArdConfig(r0=3, r_max=8, head_dim=8),
+    ard.ElaConfig(r=4),
+    ard.AdaConfig(init_r=6, target_r=4),
+    ard.DoraConfig(r=4),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_adapters_are_put_where_their_layer_is(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a CUDA device: no operation may mix it with the CPU."""
+    monkeypatch.setattr(_device, "_on_cuda", lambda device: device.type == "meta")
+    monkeypatch.setattr(_device, "core", SimpleNamespace(cuda_built=lambda: True))
+    model = ard.wrap(Attention().to("meta"), config)
+    for layer in ard.adapters(model).values():
+        assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+        assert layer.rank_table.device.type == "cpu"  # native tables are made of it
+        assert layer.get_delta_weight().device.type == "meta"
+
+
+def test_devices_are_checked_before_anything_runs() -> None:
+    layout = UnitLayout("matrix", "shared", 1, 8, 8)
+    x, weight, factor = torch.zeros(2, 8), torch.zeros(8, 8), torch.zeros(4, 8)
+    message = "lora_linear: tensors must be on the CPU, this build has no CUDA kernels, got meta"
+    if core.cuda_built():
+        message = "lora_linear: tensors must be on the CPU or a CUDA device, got meta"
+    with pytest.raises(NotImplementedError, match=message):
+        ops.lora_linear(x, weight, None, factor.to("meta"), factor, None, layout.encode([4]), 1.0)
+
+
+def test_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_device, "_on_cuda", lambda device: device.type == "meta")
+    monkeypatch.setattr(_device, "core", SimpleNamespace(cuda_built=lambda: True))
+    with pytest.raises(ValueError, match="op: tensors must be on one device, got cpu and meta"):
+        _device.check_device("op", torch.device("cpu"), torch.device("meta"), torch.device("cpu"))

@@ -18,7 +18,7 @@ Form = Literal["squared", "norm"]
 
 def penalty(rows: torch.Tensor, form: Form) -> torch.Tensor:
     """Return ||M M^T - I||_F^2, or the norm itself, of rows M [r, width]."""
-    distance = (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).square().sum()
+    distance = (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().sum()
     return distance if form == "squared" else distance.sqrt()
 
 

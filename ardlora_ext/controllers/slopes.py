@@ -62,7 +62,7 @@ class SlopeEstimator:
     def _tangent(self, dots: Floats, rho: Floats, first: Ints, boundary: Ints) -> Floats:
         """The derivative through the gates: dL/dm_j = dots_j / m_j, times dm_j/drho."""
         layers = self.units.layers
-        gates = np.concatenate([g.lora_gate.numpy()[: sum(g.ranks)] for g in layers if g.lora_gate is not None])
+        gates = np.concatenate([g.lora_gate.cpu().numpy()[: sum(g.ranks)] for g in layers if g.lora_gate is not None])
         if self.config.gate == "sigmoid":
             inner = dots * (1.0 - gates) / self.config.gate_width
             inner[first] = 0.0  # component 0 is always open
