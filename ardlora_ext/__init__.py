@@ -21,9 +21,18 @@ from ardlora_ext.controllers import AdaController, ArdController, Controller, El
 from ardlora_ext.distributed import fully_shard, replicate
 from ardlora_ext.export import load_pretrained, save_pretrained
 from ardlora_ext.init import init_from_gradients
-from ardlora_ext.inject import ParametersReport, adapters, merge, parameters_report, unwrap, wrap
+from ardlora_ext.inject import ParametersReport, adapters, parameters_report, unwrap, wrap
 from ardlora_ext.layers import LoraLinear
-from ardlora_ext.merging import merge_adapter, unmerge_adapter
+from ardlora_ext.merging import merge, merge_adapter, unmerge_adapter
+from ardlora_ext.named import (
+    active_adapter,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    load_adapter,
+    set_adapter,
+)
 from ardlora_ext.optim import loraplus_param_groups
 from ardlora_ext.peft_import import load_peft
 from ardlora_ext.resize import RankUpdate, UnitUpdate
@@ -53,11 +62,17 @@ __all__ = [
     "RankUpdate",
     "UnitUpdate",
     "__version__",
+    "active_adapter",
+    "adapter_names",
     "adapters",
+    "add_adapter",
     "attach",
     "compress",
+    "delete_adapter",
+    "disable_adapter",
     "fully_shard",
     "init_from_gradients",
+    "load_adapter",
     "load_peft",
     "load_pretrained",
     "load_state",
@@ -68,6 +83,7 @@ __all__ = [
     "replicate",
     "save_pretrained",
     "save_state",
+    "set_adapter",
     "svd_prune",
     "unmerge_adapter",
     "unwrap",

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ardlora_ext import resize, world
 from ardlora_ext.config import LoraConfig
 from ardlora_ext.controllers import Controller, make_controller
 from ardlora_ext.distributed import bare, check_placement, check_running
-from ardlora_ext.inject import adapters, check_unmerged, injection
+from ardlora_ext.inject import Injection, adapters, check_unmerged, injection, is_active
 from ardlora_ext.optim import check_optimizer, settle_loss_scale, unwrapped
 
 
 def attach(
     model: nn.Module,
-    optimizer: Any,
+    optimizer: Any = None,
     total_steps: int | None = None,
     holdout: Callable[[], torch.Tensor] | None = None,
 ) -> Controller[Any]:
@@ -28,13 +30,14 @@ def attach(
 
     A pre-step hook reads the gradients (accumulated, unscaled and clipped by then), a post-step hook changes ranks, so
     any loop works: raw, Trainer, Accelerate, Lightning. A wrapped plain LoRA gets a controller that changes nothing.
+    Of several named adapters, the active one is attached; its ranks rest while another is active.
 
     Args:
         model: a model that `wrap` or `load_pretrained` prepared, also inside DistributedDataParallel, or after
             `fully_shard` or `replicate`. With several processes each of them attaches, and every rank change is
             compared before it is made.
         optimizer: a torch optimizer that holds all adapter parameters: Adam, AdamW, SGD or another with one moment per
-            weight.
+            weight. None: the first one that takes a step on an adapter, whoever makes it; it is checked then.
         total_steps: optimizer steps of the run, when the config does not say; ARD freezes ranks in the last part.
         holdout: returns the loss of a held-out batch; ARD then learns alpha on those (bilevel, first order) at the
             price of one more forward and backward per step, instead of on the training batch.
@@ -46,6 +49,9 @@ def attach(
         ValueError: the model is not wrapped or already attached, inside a wrapper that cannot follow rank changes, or
             the optimizer cannot.
         TypeError: not an optimizer.
+
+    Example:
+        ard.attach(ard.wrap(model, ard.ArdConfig(total_steps=1000)))  # the one line before any training loop
     """
     wrapper, model = model, bare(model)
     record = injection(model)
@@ -56,61 +62,113 @@ def attach(
             "attach: init='gradient' must get its directions first: call "
             "ardlora_ext.init_from_gradients(model, batches, loss_fn)"
         )
-    torch_optimizer = unwrapped(optimizer)
+    torch_optimizer = None if optimizer is None else unwrapped(optimizer)
     check_placement(model)
-    layers = adapters(model)
-    for name, layer in layers.items():
+    for name, layer in adapters(model).items():
         check_unmerged("attach", name, layer)
-    named = [(f"{n}.{f}", p) for n, layer in layers.items() for f, p in layer.trained.items()]
-    check_optimizer(torch_optimizer, named)
+    if torch_optimizer is not None:
+        _check(model, torch_optimizer)
 
     controller = make_controller(model, record.config, total_steps, holdout)
     if record.controller_state:
         controller.load_state_dict(record.controller_state)
-
     controller.processes = getattr(wrapper, "process_group", None) if record.sync is None else record.sync.group
-    device = next(iter(layers.values())).lora_A.device
-    moves = not isinstance(record.config, LoraConfig)
+    follower = _Follower(wrapper, model, record, controller, torch_optimizer)
+    follower.apply(controller.start())
+    controller.applied()
+    controller.apply = follower.apply
+    if torch_optimizer is None:
+        controller.handles = [_wait(follower)]
+    else:
+        follower.follow(torch_optimizer)
+    record.controller = controller
+    return controller
 
-    def apply(update: resize.RankUpdate | None) -> None:
-        if moves and world.initialised():  # compared even if there is none here: another process may have one
+
+def _check(model: nn.Module, optimizer: Optimizer) -> None:
+    """Check that the optimizer can follow rank changes; raises as `attach` does."""
+    check_optimizer(optimizer, [(f"{n}.{f}", p) for n, g in adapters(model).items() for f, p in g.trained.items()])
+
+
+class _Follower:
+    """The hooks on the optimizer that one controller follows, and what they know."""
+
+    def __init__(
+        self,
+        wrapper: nn.Module,
+        model: nn.Module,
+        record: Injection,
+        controller: Controller[Any],
+        optimizer: Optimizer | None,
+    ) -> None:
+        self.wrapper, self.model, self.record, self.controller = wrapper, model, record, controller
+        self.optimizer = optimizer
+        self.skipped = False  # this step: a gradient is not finite
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Hook into the steps of an optimizer, the one that runs now included."""
+        self.optimizer = optimizer
+        self.controller.handles += [
+            optimizer.register_step_pre_hook(self.before),
+            optimizer.register_step_post_hook(self.after),
+        ]
+
+    @property
+    def active(self) -> bool:
+        """Whether a step is one of this adapter."""
+        return is_active(self.model, self.record)
+
+    def apply(self, update: resize.RankUpdate | None) -> None:
+        """Change ranks in the model and the optimizer."""
+        if world.initialised() and not isinstance(self.record.config, LoraConfig):
+            # compared even if there is none here: another process may have one
             plan = json.dumps(None if update is None else update.to_json())
-            world.agree(f"rank change after step {controller.step}", plan, device, controller.processes)
+            device = self.record.layers[0].lora_A.device
+            world.agree(f"rank change after step {self.controller.step}", plan, device, self.controller.processes)
         if update is not None:
-            resize.apply(model, update, torch_optimizer)
-            controller.applied()
+            resize.apply(self.model, update, self.optimizer)
+            self.controller.applied()
 
-    skipped = False
+    def observe(self, optimizer: Optimizer) -> None:
+        check_running(self.wrapper)
+        self.skipped = settle_loss_scale(optimizer)
+        if not self.skipped:
+            self.controller.observe()
 
-    def observe(optimizer: Optimizer) -> None:
-        nonlocal skipped
-        check_running(wrapper)
-        skipped = settle_loss_scale(optimizer)
-        if not skipped:
-            controller.observe()
-
-    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if not self.active:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            observe(optimizer)
+            self.observe(optimizer)
             return None
 
         def observed() -> Any:  # a closure makes the gradients inside the step
             loss = closure()
-            observe(optimizer)
+            self.observe(optimizer)
             return loss
 
         return ((args[0], observed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": observed})
 
-    def after(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        apply(None if skipped else controller.propose())
+    def after(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if self.active:
+            self.apply(None if self.skipped else self.controller.propose())
 
-    apply(controller.start())
-    controller.applied()
-    controller.apply = apply
-    controller.handles = [
-        torch_optimizer.register_step_pre_hook(before),
-        torch_optimizer.register_step_post_hook(after),
-    ]
-    record.controller = controller
-    return controller
+
+def _wait(follower: _Follower) -> Any:
+    """Follow the first optimizer that steps on the adapters; return the handle of the hook that looks out for it.
+
+    Torch calls the hook of every optimizer there is, so it does nothing else, and keeps no model alive.
+    """
+    waiting = weakref.ref(follower)
+
+    def look(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        found = waiting()
+        if found is None or found.optimizer is not None or not found.active:
+            return
+        own = {id(p) for layer in adapters(found.model).values() for p in layer.trained.values()}
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            _check(found.model, optimizer)
+            found.follow(optimizer)
+
+    return register_optimizer_step_pre_hook(look)

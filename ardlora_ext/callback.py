@@ -1,45 +1,57 @@
 """`RankCallback`: dynamic ranks in transformers' Trainer (and what derives from it) by one argument.
 
-It only calls the package at the right events: `attach` once the optimizer exists, `save_pretrained` beside each of
-Trainer's checkpoints. What the controller knows travels in Trainer's own trainer_state.json, ranks in the model's
-state_dict.
+It only calls the package at the right events: `wrap` when Trainer is made, `attach` once the optimizer exists. What the
+controller knows travels in Trainer's own trainer_state.json, ranks in the model's state_dict. What Trainer saves is the
+adapter: a PEFT checkpoint, and as `model.safetensors` what training changes; the frozen base is in neither.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
+import types
 import warnings
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save as save_tensors
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ardlora_ext.attach import attach
+from ardlora_ext.config import AdapterConfig
 from ardlora_ext.controllers import Controller
 from ardlora_ext.export import save_pretrained
 from ardlora_ext.files import write_set
-from ardlora_ext.inject import injection, parameters_report
+from ardlora_ext.inject import adapters, injection, parameters_report, wrap
+from ardlora_ext.optim import restart, unwrapped
+from ardlora_ext.resume import moving_state
 
 RECORDS = "records.jsonl"
-ADAPTER = "adapter"  # folder in each checkpoint
 PHASES = ("warmup", "adapt", "harden", "frozen")  # logged by number, because trackers draw numbers
 
 
 class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Let ranks follow the gradients: `Trainer(ard.wrap(model, config), ..., callbacks=[ard.RankCallback()])`.
+    """Let ranks follow the gradients: `Trainer(model, ..., callbacks=[ard.RankCallback(ard.ArdConfig(r0=8))])`.
 
-    Trainer's log gets `mean_rank`, `adapter_parameters`, `rank_phase` (0 warmup, 1 adapt, 2 harden, 3 frozen) and,
-    where there is one, `rank_price`; `records.jsonl` in the output folder every decision with its reason; the folder
-    `adapter` in each checkpoint a plain PEFT adapter. `resume_from_checkpoint` continues ranks and decisions as well.
+    Trainer's log gets `mean_rank`, `rank_min`, `rank_max`, `adapter_parameters`, `rank_phase` (0 warmup, 1 adapt, 2
+    harden, 3 frozen) and, for ARD, `rank_alpha` (mean of alpha), `rank_price` (lambda) and `rank_budget`;
+    `records.jsonl` in the output folder every decision with its reason. Checkpoints, and what `trainer.save_model`
+    writes, are as large as the adapter and load with PEFT; `resume_from_checkpoint` continues ranks and decisions.
+
+    Args:
+        config: wraps Trainer's model when Trainer is made, unless it is wrapped already. None: it must be.
 
     Attributes:
         controller: what `attach` returned, from the beginning of training on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: AdapterConfig | None = None) -> None:
+        self.config = config
         self.controller: Controller[Any] | None = None
         self.restored: dict[str, Any] | None = None  # set by Trainer when it restores callbacks itself
         self._training = False
@@ -53,8 +65,22 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     # Events, in Trainer's order.
 
+    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Wrap the model if that is left to us, before Trainer makes the optimizer."""
+        if self.config is not None and not adapters(model):
+            wrap(model, self.config)
+        if adapters(model):  # else on_train_begin says what is missing
+            _save_adapters_alone(model)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Attach, or go on where the checkpoint was."""
+        if self.config is not None and not adapters(model):
+            raise ValueError(
+                "RankCallback: with a config it must be in Trainer(callbacks=[...]), because the optimizer holds the "
+                "base by now; or call ardlora_ext.wrap(model, config) before Trainer"
+            )
+        injection(model)
+        _save_adapters_alone(model)
         kept = state.stateful_callbacks.get(type(self).__name__)
         saved = self.restored or (kept["attributes"]["restored"] if isinstance(kept, dict) else None)
         self.restored = None
@@ -79,11 +105,11 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._write_records(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Put the adapter beside what Trainer has just saved."""
+        """Put the adapter beside what Trainer has just saved of a model that cannot save itself."""
         self._write_records(args, state)
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if state.is_world_process_zero and folder.is_dir():
-            save_pretrained(model, folder / ADAPTER)
+        if not isinstance(model, PreTrainedModel) and state.is_world_process_zero and folder.is_dir():
+            save_pretrained(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Write the last records; say so if ranks could not follow."""
@@ -103,7 +129,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 stacklevel=2,
             )
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._follow_best(Path(state.best_model_checkpoint), model)
+            self._follow_best(Path(state.best_model_checkpoint), model, kwargs.get("optimizer"))
         self._write_records(args, state)
 
     # Pieces.
@@ -118,8 +144,13 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.controller = record.controller
             self._first_step = record.controller.step, state.global_step
 
-    def _follow_best(self, folder: Path, model: nn.Module) -> None:
-        """Trainer has loaded the weights and ranks of an earlier step: bring the controller there, too."""
+    def _follow_best(self, folder: Path, model: nn.Module, optimizer: Any) -> None:
+        """Trainer has loaded the weights and ranks of an earlier step: bring the controller there, too.
+
+        The optimizer's moments are of later weights and other ranks; should `train` be called again, it starts anew.
+        """
+        if optimizer is not None:
+            restart(unwrapped(optimizer))
         path = folder / "trainer_state.json"
         if path.is_file():
             callbacks = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"]
@@ -139,14 +170,49 @@ def rank_facts(controller: Controller[Any], model: nn.Module) -> dict[str, float
     """Return what a log shows about ranks now, numbers only."""
     summary = controller.summary()
     phase = summary["phase"]
+    ranks = [r for units in controller.ranks().values() for r in units]
     facts = {
         "mean_rank": summary["mean_rank"],
+        "rank_min": min(ranks),
+        "rank_max": max(ranks),
         "adapter_parameters": summary.get("parameters", parameters_report(model).live),
         "rank_phase": PHASES.index(phase) if phase in PHASES else len(PHASES) - 1,
     }
-    if summary.get("price") is not None:
-        facts["rank_price"] = summary["price"]
+    for key in ("alpha", "price", "budget"):
+        if summary.get(key) is not None:
+            facts[f"rank_{key}"] = summary[key]
     return facts
+
+
+def _save_adapters_alone(model: nn.Module) -> None:
+    """Let `model.save_pretrained`, which Trainer calls, write the adapter as PEFT's does, and a load be content."""
+    if not isinstance(model, PreTrainedModel) or "save_pretrained" in vars(model):
+        return
+    model.save_pretrained = types.MethodType(_save_adapter, model)
+    model.register_load_state_dict_post_hook(_forgive_missing_base)
+
+
+def _save_adapter(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+) -> None:
+    """Write the PEFT adapter, and `model.safetensors` for Trainer; the whole model once it is not wrapped any more."""
+    if not adapters(model):
+        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    elif is_main_process:
+        folder = Path(save_directory)
+        write_set(folder, {SAFE_WEIGHTS_NAME: save_tensors(moving_state(model), {"format": "pt"})})
+        save_pretrained(model, folder)
+
+
+_save_adapter.__name__ = "save_pretrained"  # pickle finds a bound method by its name
+
+
+def _forgive_missing_base(model: nn.Module, incompatible: Any) -> None:
+    """Strike a base that is missing as a whole off the list of missing keys: it is frozen and in its place."""
+    moving = moving_state(model).keys()
+    frozen = {name for name in model.state_dict() if name not in moving}
+    if frozen <= set(incompatible.missing_keys):
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
 
 
 def _restore(model: nn.Module, saved: dict[str, Any]) -> None:

@@ -1,4 +1,8 @@
-"""Put adapters into a model and take them out again."""
+"""Put adapters into a model and take them out again.
+
+A model has the adapters of one name in it, or none. Those of other names rest outside the module tree, around the same
+base layers, so that all other code sees one adapter per layer and a model at rest is the plain base.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,14 @@ _ATTRIBUTE = "_ardlora"
 
 @dataclass
 class Injection:
-    """What `wrap` remembers on the model."""
+    """What `wrap` remembers of one adapter; the model refers to the one that is in it."""
 
     config: AdapterConfig
     requires_grad: dict[str, bool]  # of the base, before it was frozen
     modules_to_save: tuple[str, ...]
+    layers: list[LoraLinear]  # also while they rest
+    values: dict[str, torch.Tensor]  # of modules_to_save: the base's own while active, the adapter's while at rest
+    named: dict[str, Injection] = field(default_factory=dict)  # all adapters of the model, this one included
     controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach
     controller: Any = None  # set by attach
     sync: Any = None  # averages gradients over processes, set by replicate
@@ -83,8 +90,13 @@ def injection(model: nn.Module) -> Injection:
     return found
 
 
+def is_active(model: nn.Module, record: Injection) -> bool:
+    """Tell whether the adapter of `record` is the one in the model."""
+    return getattr(model, _ATTRIBUTE, None) is record
+
+
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
-    """Return the adapters by the name of the module they replaced, in the model's order."""
+    """Return the active adapters by the name of the module they replaced, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
@@ -219,13 +231,14 @@ def _check_budget(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> None
         )
 
 
-def wrap(model: Model, config: AdapterConfig) -> Model:
+def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> Model:
     """Freeze the model and put an adapter on every target, in place.
 
     Args:
         model: any module with linear layers; a transformers model tells its heads itself. On the CPU or, where the
             build has CUDA kernels, on a CUDA device: adapters are put where their layer is.
         config: `LoraConfig` or `ArdConfig`.
+        adapter_name: for models that get several, see `add_adapter`.
 
     Returns:
         The same model.
@@ -237,15 +250,49 @@ def wrap(model: Model, config: AdapterConfig) -> Model:
     chosen, layouts, saved = plan_targets(model, config)
     capacity = _capacity(config)
     generator = torch.Generator().manual_seed(config.seed)
-    wrapped = {
-        id(module): _adapter(module, layouts[name], config, capacity, generator) for name, module in chosen.items()
-    }
-    record = Injection(config, {n: p.requires_grad for n, p in model.named_parameters()}, saved)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_inside(name.rpartition(".")[0], saved))
-    _replace(model, wrapped)
-    setattr(model, _ATTRIBUTE, record)
+    layers = [_adapter(module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
+    record = Injection(config, {}, saved, layers, {})
+    record.values = _saved_values(model, record)
+    record.named[adapter_name] = record
+    activate(model, record)
     return model
+
+
+def activate(model: nn.Module, record: Injection) -> None:
+    """Put the adapter of `record` into a model that has none in it."""
+    record.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_inside(name.rpartition(".")[0], record.modules_to_save))
+    _exchange_values(model, record)
+    for layer in record.layers:
+        layer.train(layer.base_layer.training)
+    _replace(model, {id(layer.base_layer): layer for layer in record.layers})
+    setattr(model, _ATTRIBUTE, record)
+
+
+def rest(model: nn.Module) -> Injection:
+    """Take the active adapter out: the model is the plain base, until `activate` puts one in again."""
+    record = injection(model)
+    for name, layer in adapters(model).items():
+        check_unmerged("adapter", name, layer)
+    _take_out(model)
+    _exchange_values(model, record)
+    return record
+
+
+def _saved_values(model: nn.Module, record: Injection) -> dict[str, torch.Tensor]:
+    """Return copies of what is in `modules_to_save` now."""
+    state = {f"{n}.{k}": v for n in record.modules_to_save for k, v in model.get_submodule(n).state_dict().items()}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+@torch.no_grad()
+def _exchange_values(model: nn.Module, record: Injection) -> None:
+    """Exchange what is in `modules_to_save` with what the record keeps; parameters stay the same objects."""
+    kept, record.values = record.values, _saved_values(model, record)
+    for name in record.modules_to_save:
+        for key, value in model.get_submodule(name).state_dict(keep_vars=True).items():
+            value.copy_(kept[f"{name}.{key}"])
 
 
 def plan_targets(
@@ -322,71 +369,38 @@ def _adapter(
     return layer if home.type == "cpu" else layer.to(home)
 
 
-def _remove(model: Model, replacement: dict[int, nn.Module]) -> Model:
+def _take_out(model: nn.Module) -> None:
     record = injection(model)
-    if record.controller is not None:
-        record.controller.detach()
-    if record.sync is not None:
-        record.sync.detach()
-    _replace(model, replacement)
+    _replace(model, {id(layer): layer.base_layer for layer in record.layers})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, True))
     delattr(model, _ATTRIBUTE)
+
+
+def detach(record: Injection) -> None:
+    """Take the hooks of one adapter off its optimizer and its parameters."""
+    for hooked in (record.controller, record.sync):
+        if hooked is not None:
+            hooked.detach()
+
+
+def remove(model: Model) -> Model:
+    """Take the adapters of all names out for good."""
+    for record in injection(model).named.values():
+        detach(record)
+    _take_out(model)
     return model
 
 
 def unwrap(model: Model) -> Model:
     """Take the adapters out, in place: the base layers and their `requires_grad` flags are back as before `wrap`.
 
-    `modules_to_save` keep what they learned.
+    `modules_to_save` keep what they learned under the active adapter.
     """
     injection(model)
-    layers = adapters(model)
-    for name, layer in layers.items():
+    for name, layer in adapters(model).items():
         check_unmerged("unwrap", name, layer)
-    return _remove(model, {id(layer): layer.base_layer for layer in layers.values()})
-
-
-def merge(model: Model) -> Model:
-    """Add every update to its base weight (float32 sum, cast back) and take the adapters out, in place.
-
-    Raises:
-        ValueError: a merged weight is not finite or a base has no floating-point weight; nothing is merged then.
-    """
-    injection(model)
-    layers = adapters(model)
-    for name, layer in layers.items():  # before anything changes
-        check_merge(model, name, layer)
-    for layer in layers.values():
-        layer.merge()
-    return _remove(model, {id(layer): layer.base_layer for layer in layers.values()})
-
-
-def check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool = True) -> None:
-    """Check that an update can be added to its base weight, and (`finite`) that the sum will be a number.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    check_unmerged("merge", name, layer)
-    weight = getattr(layer.base_layer, "weight", None)
-    if isinstance(weight, torch.Tensor) and is_sharded(weight):
-        raise ValueError(
-            f"merge: '{name}' must have a whole weight, got a shard of it (FSDP2); call "
-            "ardlora_ext.save_pretrained(model, ...) and merge in one process"
-        )
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        raise ValueError(f"merge: '{name}' must have a floating-point weight, got {type(layer.base_layer).__name__}")
-    if finite and not all(torch.isfinite(p).all() for p in layer.trained.values()):
-        raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
-    if finite:
-        layer.merged_weight()
-    for other, parameter in model.named_parameters(remove_duplicate=False):
-        owner = other.rpartition(".")[0]
-        if parameter is weight and model.get_submodule(owner) is not layer.base_layer:
-            raise ValueError(
-                f"merge: '{name}' must not share its weight with '{owner}', which has no adapter; untie them"
-            )
+    return remove(model)
 
 
 def check_unmerged(op: str, name: str, layer: LoraLinear) -> None:

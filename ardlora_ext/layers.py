@@ -21,13 +21,18 @@ except ImportError:  # pragma: no cover - transformers is a dependency, its layo
         """Stands in where transformers has no Conv1D."""
 
 
-__all__ = ["Capacity", "Conv1D", "Gate", "LoraLinear", "capacity_of", "fit_rows", "initial_rows"]
+__all__ = ["Capacity", "Conv1D", "Gate", "LoraLinear", "capacity_of", "fit_rows", "initial_rows", "is_plain"]
 
 Capacity = Literal["elastic", "fixed"]
 Gate = Literal["none", "controlled", "trained"]
 
 _CLASS = 8  # rows of a capacity class
 _SMALL_CLASS = 4  # below one class
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Tell whether a weight is its own data, not a subclass that stands for quantised data (torchao, bitsandbytes)."""
+    return type(weight) in (torch.Tensor, nn.Parameter)
 
 
 def capacity_of(rows: int) -> int:
@@ -206,7 +211,7 @@ class LoraLinear(nn.Module):
             return None
         weight: torch.Tensor = getattr(base, "weight")  # noqa: B009 - typed as Tensor | Module
         bias: torch.Tensor | None = getattr(base, "bias")  # noqa: B009
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if not is_plain(weight) or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         return (weight if type(base) is nn.Linear else weight.t()), bias
 

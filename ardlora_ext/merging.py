@@ -1,16 +1,59 @@
-"""Add adapters to their base weights for a while, and take them out again: for evaluation at the base's speed.
-
-`merge_adapter` and `unmerge_adapter` are PEFT's, on the model's one adapter; several named adapters on one model are
-out of scope. To take adapters out for good, see `merge` and `unwrap`.
-"""
+"""Add adapters to their base weights: for good (`merge`), or for a while (`merge_adapter` and `unmerge_adapter`)."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ardlora_ext.inject import adapters, check_merge, injection
-from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.inject import adapters, check_unmerged, injection, is_sharded, remove
+from ardlora_ext.layers import Conv1D, LoraLinear, is_plain
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge(model: Model) -> Model:
+    """Add every update of the active adapter to its base weight (float32 sum, cast back); take all adapters out.
+
+    Raises:
+        ValueError: a merged weight is not finite or a base has no floating-point weight; nothing is merged then.
+    """
+    injection(model)
+    layers = adapters(model)
+    for name, layer in layers.items():  # before anything changes
+        _check_merge(model, name, layer)
+    for layer in layers.values():
+        layer.merge()
+    return remove(model)
+
+
+def _check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool = True) -> None:
+    """Check that an update can be added to its base weight, and (`finite`) that the sum will be a number.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check_unmerged("merge", name, layer)
+    weight = getattr(layer.base_layer, "weight", None)
+    if isinstance(weight, torch.Tensor) and is_sharded(weight):
+        raise ValueError(
+            f"merge: '{name}' must have a whole weight, got a shard of it (FSDP2); call "
+            "ardlora_ext.save_pretrained(model, ...) and merge in one process"
+        )
+    if not isinstance(weight, torch.Tensor) or not is_plain(weight) or not weight.is_floating_point():
+        kinds = [type(layer.base_layer).__name__, type(weight).__name__]
+        raise ValueError(f"merge: '{name}' must have a plain floating-point weight, got {' with '.join(kinds)}")
+    if finite and not all(torch.isfinite(p).all() for p in layer.trained.values()):
+        raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
+    if finite:
+        layer.merged_weight()
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        owner = other.rpartition(".")[0]
+        if parameter is weight and model.get_submodule(owner) is not layer.base_layer:
+            raise ValueError(
+                f"merge: '{name}' must not share its weight with '{owner}', which has no adapter; untie them"
+            )
 
 
 @torch.no_grad()
@@ -31,7 +74,7 @@ def merge_adapter(model: nn.Module, safe_merge: bool = True) -> None:
     injection(model)
     waiting = {name: layer for name, layer in adapters(model).items() if layer.undo_merge is None}
     for name, layer in waiting.items():
-        check_merge(model, name, layer, finite=safe_merge)
+        _check_merge(model, name, layer, finite=safe_merge)
     for layer in waiting.values():
         weight = _weight(layer)
         exact = weight.dtype == torch.float32 and type(layer) is LoraLinear

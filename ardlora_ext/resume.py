@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ardlora_ext import eight_bit, world
 from ardlora_ext.config import config_to_dict
 from ardlora_ext.files import recover, write_set
-from ardlora_ext.inject import injection
+from ardlora_ext.inject import adapters, injection
 from ardlora_ext.layers import fit_rows
 from ardlora_ext.optim import unwrapped
 
@@ -66,7 +66,7 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
     """
     record = injection(model)
     groups, numbers, tensors = _pack_optimizer(unwrapped(optimizer))
-    tensors |= {f"model.{name}": value.detach().clone().contiguous() for name, value in _moving(model).items()}
+    tensors |= {f"model.{name}": value for name, value in moving_state(model).items()}
     generators = world.gather((torch.get_rng_state(), {"python": random.getstate(), "numpy": _numpy_state()}))
     if world.rank() > 0:
         world.wait()
@@ -129,11 +129,15 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
     np.random.set_state(tuple(state["rng"][number]["numpy"]))
 
 
-def _moving(model: nn.Module) -> Tensors:
-    """Return what training changes: trained parameters, buffers, and the ranks that adapters keep as extra state."""
+def moving_state(model: nn.Module) -> Tensors:
+    """Return copies of what training changes: trained parameters, buffers, and the ranks of adapters (extra state)."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    state = model.state_dict()
-    return {name: v for name, v in state.items() if name not in frozen and isinstance(v, torch.Tensor)}
+    quantised = tuple(f"{name}.base_layer." for name in adapters(model))  # some keep their weight in buffers
+    return {
+        name: value.detach().clone().contiguous()
+        for name, value in model.state_dict().items()
+        if name not in frozen and not name.startswith(quantised) and isinstance(value, torch.Tensor)
+    }
 
 
 def _pack_optimizer(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], Tensors]:
@@ -266,7 +270,7 @@ def _check_model(model: nn.Module, state: Mapping[str, Any], values: Tensors) ->
         raise ValueError(
             f"load_state: config must be the saved one, with {key}={then.get(key)!r}, got {now.get(key)!r}"
         )
-    own = _moving(model)
+    own = moving_state(model)
     missing = sorted(own.keys() ^ values.keys())
     if missing:
         raise ValueError(f"load_state: model must train what the saved one did, got a difference in '{missing[0]}'")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -354,3 +356,37 @@ def test_a_copy_is_attached_on_its_own() -> None:
     other = ard.attach(clone, AdamW(trainable(clone)), total_steps=STEPS)
     assert other is not controller
     assert other.step == 0
+
+
+@pytest.mark.parametrize("loop", [plain, closure, loss_scaled])
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_line_before_the_optimizer_is_made(loop: Loop, fused: bool) -> None:
+    expected, _ = run(loop, lambda p: AdamW(p, lr=0.01, fused=fused))
+    model, loss = bed()
+    controller = ard.attach(ard.wrap(model, config(total_steps=STEPS)))
+    SGD([nn.Parameter(torch.zeros(()))], lr=0.1).step()  # not of this model
+    loop(model, AdamW(trainable(model), lr=0.01, fused=fused), loss)
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert controller.step == STEPS
+    assert controller.summary()["phase"] == "frozen"
+
+
+def test_the_first_step_of_an_optimizer_that_cannot_follow_says_so() -> None:
+    model, _ = bed()
+    ard.attach(ard.wrap(model, config()))
+    with pytest.raises(ValueError, match="must hold the adapter parameters, got 7 of 8"):
+        AdamW(trainable(model)[1:]).step()
+    with pytest.raises(ValueError, match="must be one moment per weight, got Adafactor"):
+        Adafactor(trainable(model)).step()
+    ard.unwrap(model)
+    AdamW(trainable(model)).step()
+
+
+def test_waiting_keeps_no_model_alive() -> None:
+    model = bed()[0]
+    ard.attach(ard.wrap(model, config()))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file
 from test_attach import bed
 from test_attach import config as fast_config
 from torch import nn
@@ -22,12 +26,16 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 import ardlora_ext as ard
-from ardlora_ext.callback import ADAPTER, RECORDS
+from ardlora_ext.callback import RECORDS
+from ardlora_ext.resume import moving_state
 
 from conftest import VOCABULARY, bert, trainable
 
 STEPS = 24
 MICRO = 2  # examples in a micro-batch
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
 
 
 @pytest.fixture(autouse=True)
@@ -215,12 +223,12 @@ def test_resumed_training_equals_the_unbroken_one(tmp_path: Path) -> None:
     trainer(tmp_path, unbroken, SaveAt(*PHASE_AT), **options).train()
     for step, phase in PHASE_AT.items():
         checkpoint = tmp_path / f"checkpoint-{step}"
-        saved = json.loads((checkpoint / ADAPTER / "ardlora_state.json").read_text())
+        saved = json.loads((checkpoint / "ardlora_state.json").read_text())
         resumed = classifier()
         made = trainer(tmp_path / "resumed", resumed, **options)
         made.train(resume_from_checkpoint=str(checkpoint))
         assert_equal(resumed, unbroken)
-        plain = ard.load_pretrained(bert()[0], checkpoint / ADAPTER)
+        plain = ard.load_pretrained(bert()[0], checkpoint)
         ranks = {name: module["ranks"] for name, module in saved["modules"].items()}
         assert {name: layer.ranks for name, layer in ard.adapters(plain).items()} == ranks
         found = ard.attach(plain, AdamW(trainable(plain)), total_steps=STEPS)
@@ -269,7 +277,7 @@ def test_logs_records_and_the_best_checkpoint(tmp_path: Path) -> None:
     )
     made.pop_callback(PrinterCallback)
     made.train()
-    keys = {"mean_rank", "adapter_parameters", "rank_phase", "rank_price"}
+    keys = {"mean_rank", "rank_min", "rank_max", "adapter_parameters", "rank_phase", "rank_alpha", "rank_price"}
     for logs in ([r for r in tracker.seen if "loss" in r], [r for r in made.state.log_history if "loss" in r]):
         assert len(logs) == STEPS // 4
         assert all(keys < entry.keys() for entry in logs)
@@ -281,6 +289,70 @@ def test_logs_records_and_the_best_checkpoint(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == controller.records
     ard.save_pretrained(model, tmp_path / "best")
     ard.attach(again := ard.load_pretrained(bert()[0], tmp_path / "best"), AdamW(trainable(again)))
+    # Moments were of the last step's ranks; training goes on from the best.
+    best = controller.step
+    made.args.load_best_model_at_end = False
+    made.train()
+    assert controller.step == best + STEPS
+    assert all(torch.isfinite(p).all() for p in trainable(model))
+
+
+def test_checkpoints_are_as_large_as_the_adapter(tmp_path: Path) -> None:
+    model = classifier()
+    base = sum(p.nbytes for n, p in model.named_parameters() if not p.requires_grad)
+    made = trainer(tmp_path, model, SaveAt(9))
+    made.train()
+    made.save_model(tmp_path / "final")
+    report = ard.parameters_report(model)
+    for folder in (tmp_path / "checkpoint-9", tmp_path / "final"):
+        weights = folder / "model.safetensors"
+        names = load_file(weights)
+        assert not [name for name in names if "base_layer" in name or "embeddings" in name]
+        assert weights.stat().st_size < 4 * report.allocated + 4 * (report.trainable - report.live) + 32768 < base
+    # The folder is a PEFT adapter; its logits are those of the model.
+    torch.manual_seed(0)
+    plain = PeftModel.from_pretrained(bert()[0], tmp_path / "final").eval()
+    inputs = {"input_ids": torch.stack([e["input_ids"] for e in examples(4)])}
+    with torch.no_grad():
+        assert torch.allclose(plain(**inputs).logits, model.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
+    # A copy saves itself, not the original; once merged, the model saves itself whole again.
+    with pytest.warns(UserWarning, match="was never called"):  # a copy is not attached
+        copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    pickle.loads(pickle.dumps(model))
+    merged = ard.merge(model)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, merged(**inputs).logits)
+
+
+def test_a_load_that_misses_the_base_only_in_part_says_so(tmp_path: Path) -> None:
+    model = classifier()
+    trainer(tmp_path, model)
+    moving = moving_state(model)
+    assert model.load_state_dict(moving, strict=False).missing_keys == []
+    whole = model.state_dict()
+    lost = "bert.pooler.dense.base_layer.weight"
+    assert model.load_state_dict({n: v for n, v in whole.items() if n != lost}, strict=False).missing_keys == [lost]
+    assert model.load_state_dict(dict(list(moving.items())[1:]), strict=False).missing_keys == [next(iter(moving))]
+
+
+def test_one_argument_wraps_as_well(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bert()[0]
+    torch.manual_seed(7)
+    made = Trainer(model, arguments(tmp_path), train_dataset=examples(40), callbacks=[ard.RankCallback(config())])
+    made.pop_callback(PrinterCallback)
+    torch.manual_seed(7)
+    made.train()
+    reference = classifier()
+    torch.manual_seed(7)
+    assert_equal(model, plain_loop(reference))
+    late = Trainer(bert()[0], arguments(tmp_path), train_dataset=examples(4))
+    late.add_callback(ard.RankCallback(config()))
+    late.pop_callback(PrinterCallback)
+    with pytest.raises(ValueError, match=r"with a config it must be in Trainer\(callbacks=\[...\]\)"):
+        late.train()
 
 
 def test_it_says_when_ranks_could_not_follow(tmp_path: Path) -> None:

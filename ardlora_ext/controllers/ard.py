@@ -370,6 +370,7 @@ class ArdController(Controller[ArdConfig]):
             "step": self.step,
             "phase": self.phase,
             "mean_rank": float(np.mean(self._unit_rho() if self.target is None else self.target)),
+            "alpha": float(np.mean(self.alpha)),
             "price": float(self.price),
             "budget": None if self.budget is None else int(self.budget),
             "parameters": self.units.costs.parameters(self._rounded() if self.target is None else self.target),
