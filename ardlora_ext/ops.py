@@ -164,7 +164,7 @@ def _run(kernel: Any, operator: Any, first: torch.Tensor, *rest: Any) -> Any:
     """Run the kernel at once, or through the dispatcher where a tracer or a dispatch mode has to see the operator."""
     if torch.is_grad_enabled():  # a backward with create_graph: torch tells that there is no second derivative
         return operator(first, *rest)
-    if type(first) in _PLAIN and not torch._C._len_torch_dispatch_stack():
+    if type(first) in _PLAIN and not first.is_meta and not torch._C._len_torch_dispatch_stack():
         return kernel(first, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(first, *rest)

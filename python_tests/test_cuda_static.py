@@ -38,9 +38,9 @@ ASYNC_COPIES = {"shrink_kernel", "outer_kernel"}
 def rows() -> list[Json]:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on the PATH")
-    if not cuda_static.CSRC.is_dir():
-        pytest.skip("needs the source tree")
-    return cuda_static.measure()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[1] / "csrc"])
+        return cuda_static.measure()
 
 
 def base(row: Json) -> str:
@@ -99,12 +99,13 @@ def test_what_is_missing_is_named(
     missing: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None if name == missing else f"/usr/bin/{name}")
-    monkeypatch.setattr(cuda_static.measure, "__defaults__", (cuda_static.ARCHS, tmp_path))
+    monkeypatch.setattr(cuda_static, "SOURCES", [tmp_path])
     assert main(["cuda-static"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_unknown_architectures_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[1] / "csrc"])
     assert main(["cuda-static", "--arch", "sm_42"]) == 2
     assert "--arch must be one of sm_80, sm_86" in capsys.readouterr().err

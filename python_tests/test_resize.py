@@ -20,6 +20,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 import ardlora_ext as ard
 from ardlora_ext import RankUpdate, UnitUpdate, reference, resize
 from ardlora_ext.layers import Gate, LoraLinear
+from ardlora_ext.units import UnitLayout
 
 from conftest import Attention, trainable
 
@@ -158,6 +159,22 @@ def test_growth_leaves_outputs_bitwise_unchanged(layout: Any, gate: Gate, seed: 
             layer.lora_gate.clamp_(min=0.1)  # opened: it is lora_B (or lora_A) that is zero
             continue
         assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factoring", ["shared", "independent"])
+@pytest.mark.parametrize("kind", ["matrix", "out_heads", "in_heads"])
+def test_growth_moves_no_bit_of_wide_layers(isa: str, kind: Any, factoring: Any, dtype: torch.dtype) -> None:
+    """From rank 1 up through every tile size of the kernels."""
+    layout = UnitLayout(kind, factoring, 1 if kind == "matrix" else 3, 612, 606)
+    layer = LoraLinear(nn.Linear(612, 606).to(dtype), layout, 1, 0.7, max_rank=48)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 612).to(dtype)
+    for step, growth in enumerate((1, 1, 1, 2, 3, 7, 12, 20)):
+        before = layer(x)
+        grown = [UnitUpdate(tuple(range(r)), growth if (u + step) % 2 == 0 else 0) for u, r in enumerate(layer.ranks)]
+        resize.apply(layer, RankUpdate({"": tuple(grown)}))
+        assert torch.equal(layer(x), before), layer.ranks
 
 
 @every_layout

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ardlora_ext.bench.machine import Json, check_writable, write_json
 from ardlora_ext.data import InputError
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = (Path(__file__).resolve().parents[2] / "csrc", Path("csrc"))  # beside the package, or where one works
 ARCHS = ("sm_80", "sm_90")
 COLUMNS = ("kernel", "arch", "threads", "registers", "spills", "smem", "occupancy", "hmma", "ldgsts", "ldsm", "ldg128")
 
@@ -68,7 +68,7 @@ def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
     return blocks * warps * 32 / limits.threads
 
 
-def measure(archs: Sequence[str] = ARCHS, csrc: Path = CSRC) -> list[Json]:
+def measure(archs: Sequence[str] = ARCHS) -> list[Json]:
     """Compile every kernel and return one row for each kernel and architecture.
 
     A row has kernel, arch, threads, registers, spills (bytes of spill stores, loads and stack), smem (bytes of a block,
@@ -81,9 +81,12 @@ def measure(archs: Sequence[str] = ARCHS, csrc: Path = CSRC) -> list[Json]:
     nvcc, compiler = shutil.which("nvcc"), shutil.which(os.environ.get("CXX", "g++"))
     if nvcc is None or compiler is None:
         raise InputError("cuda-static: nvcc and a C++ compiler must be on the PATH")
+    csrc = next((folder for folder in SOURCES if (folder / "cuda").is_dir()), None)
+    if csrc is None:
+        raise InputError(
+            f"cuda-static: the source tree must be beside the package or the working folder, got {SOURCES}"
+        )
     sources = sorted((csrc / "cuda").glob("*.cu"))
-    if not sources:
-        raise InputError(f"cuda-static: the source tree must be beside the package, no kernels in {csrc}")
     for arch in archs:
         if arch not in {f"sm_{number}" for number in _LIMITS}:
             raise InputError(f"cuda-static: --arch must be one of {', '.join(f'sm_{n}' for n in _LIMITS)}, got {arch}")
