@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ardlora_ext import reference
-from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.layers import Conv1D, LoraLinear, is_dense
 
 _TINY = 1e-30  # squared norm of a row of zeros: its magnitude is 0, and so is what comes out
 
@@ -85,7 +85,7 @@ class DoraLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         weight = getattr(base_layer, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        if not is_dense(weight) or weight.dim() != 2:
             raise ValueError(f"wrap: DoRA needs base layers with a dense weight, got {type(base_layer).__name__}")
         super().__init__(base_layer, *args, **kwargs)
         self._cached: _Norm | None = None

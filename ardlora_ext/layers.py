@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import nn
@@ -21,7 +21,17 @@ except ImportError:  # pragma: no cover - transformers is a dependency, its layo
         """Stands in where transformers has no Conv1D."""
 
 
-__all__ = ["Capacity", "Conv1D", "Gate", "LoraLinear", "capacity_of", "fit_rows", "initial_rows", "is_plain"]
+__all__ = [
+    "Capacity",
+    "Conv1D",
+    "Gate",
+    "LoraLinear",
+    "capacity_of",
+    "fit_rows",
+    "initial_rows",
+    "is_dense",
+    "is_plain",
+]
 
 Capacity = Literal["elastic", "fixed"]
 Gate = Literal["none", "controlled", "trained"]
@@ -33,6 +43,11 @@ _SMALL_CLASS = 4  # below one class
 def is_plain(weight: torch.Tensor) -> bool:
     """Tell whether a weight is its own data, not a subclass that stands for quantised data (torchao, bitsandbytes)."""
     return type(weight) in (torch.Tensor, nn.Parameter)
+
+
+def is_dense(weight: object) -> TypeGuard[torch.Tensor]:
+    """Tell whether `weight` holds plain floating-point numbers: not quantised, not sharded."""
+    return isinstance(weight, torch.Tensor) and is_plain(weight) and weight.is_floating_point()
 
 
 def capacity_of(rows: int) -> int:
@@ -205,13 +220,19 @@ class LoraLinear(nn.Module):
         return self.lora_A if self.layout.gate_on_a else self.lora_B
 
     def _dense_base(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Return (weight [N, K], bias) when the base is a plain frozen linear, else None."""
+        """Return (weight [N, K], bias) when the base is a plain frozen linear, else None.
+
+        Also where the weight is a quantised subclass that can be decoded (torchao's): the node then decodes it for the
+        length of its own backward, while the base's would keep decoded weights of all layers or give no gradient.
+        """
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or base._forward_hooks or base._forward_pre_hooks:
             return None
         weight: torch.Tensor = getattr(base, "weight")  # noqa: B009 - typed as Tensor | Module
         bias: torch.Tensor | None = getattr(base, "bias")  # noqa: B009
-        if not is_plain(weight) or weight.requires_grad or (bias is not None and bias.requires_grad):
+        if not is_plain(weight) and (torch.compiler.is_compiling() or not ops.can_decode(weight)):
+            return None
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         return (weight if type(base) is nn.Linear else weight.t()), bias
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ardlora_ext.inject import adapters, check_unmerged, injection, is_sharded, remove
-from ardlora_ext.layers import Conv1D, LoraLinear, is_plain
+from ardlora_ext.layers import Conv1D, LoraLinear, is_dense
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,9 +41,12 @@ def _check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool = 
             f"merge: '{name}' must have a whole weight, got a shard of it (FSDP2); call "
             "ardlora_ext.save_pretrained(model, ...) and merge in one process"
         )
-    if not isinstance(weight, torch.Tensor) or not is_plain(weight) or not weight.is_floating_point():
+    if not is_dense(weight):
         kinds = [type(layer.base_layer).__name__, type(weight).__name__]
-        raise ValueError(f"merge: '{name}' must have a plain floating-point weight, got {' with '.join(kinds)}")
+        raise ValueError(
+            f"merge: '{name}' must have a plain floating-point weight, got {' with '.join(kinds)}; save the adapter "
+            "and merge it into the model that was quantised"
+        )
     if finite and not all(torch.isfinite(p).all() for p in layer.trained.values()):
         raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
     if finite:

@@ -54,6 +54,11 @@ def _check(op: str, *tensors: torch.Tensor) -> None:
             raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, got {t.dtype}")
 
 
+def can_decode(weight: torch.Tensor) -> bool:
+    """Tell whether a weight is quantised by a tensor subclass with a `dequantize` of its own."""
+    return type(weight).dequantize is not torch.Tensor.dequantize
+
+
 def _address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -132,7 +137,10 @@ def _backward_kernel(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx starts as dy W (zeros without a weight) and the adapter's part is accumulated into it in place."""
     dy2, x2 = _rows(dy), _rows(x)
-    dx = dy2 @ weight if need_dx and weight is not None else dy2.new_zeros(x2.shape if need_dx else 0)
+    if need_dx and weight is not None:
+        dx = dy2 @ (weight.dequantize() if can_decode(weight) else weight)
+    else:
+        dx = dy2.new_zeros(x2.shape if need_dx else 0)
     d_h = torch.empty_like(h)
     d_a = torch.empty_like(lora_A, dtype=torch.float32)
     d_b = torch.empty_like(lora_B, dtype=torch.float32)

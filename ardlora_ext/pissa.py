@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ardlora_ext import ops, reference
-from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.layers import Conv1D, LoraLinear, is_dense
 from ardlora_ext.units import UnitLayout
 
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a Kaiming row of lora_A, whatever its width
@@ -75,7 +75,7 @@ class PissaLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         weight = getattr(base_layer, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        if not is_dense(weight) or weight.dim() != 2:
             raise ValueError(
                 f"wrap: init='pissa' needs base layers with a dense weight, got {type(base_layer).__name__}"
             )
