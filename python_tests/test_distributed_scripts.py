@@ -45,7 +45,8 @@ def script(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "train.py"])
 def test_tutorials(name: str, tmp_path: Path) -> None:
     ends = workers.run_script(2, script(tmp_path, name))
-    assert all(compared > 10 for _, compared in ends), "both took part in every step"
+    assert all(compared > 10 for _, compared, _ in ends), "both took part in every step"
+    assert all((forwards == 0) == ("fsdp" in name) for _, _, forwards in ends)
     assert list(tmp_path.rglob("adapter_model.safetensors"))
 
 

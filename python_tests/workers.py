@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ardlora_ext import world
 
@@ -54,11 +56,11 @@ def run(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     return [value for _, value in outcomes]
 
 
-def run_script(size: int, script: Path) -> list[tuple[str, int]]:
-    """Run a script as `torchrun --nproc-per-node size` does, in its folder.
+def run_script(size: int, script: Path) -> list[tuple[str, int, int]]:
+    """Run a script as `torchrun --nproc-per-node size` and `accelerate launch --cpu` do, in its folder.
 
     Returns:
-        What each process prints, and how many times all of them compared their decisions.
+        What each process prints, how many times all of them compared their decisions, and how often DDP ran.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -66,13 +68,19 @@ def run_script(size: int, script: Path) -> list[tuple[str, int]]:
     return run(size, _script, size, script, port)
 
 
-def _script(rank: int, size: int, script: Path, port: int) -> tuple[str, int]:
+def _script(rank: int, size: int, script: Path, port: int) -> tuple[str, int, int]:
     dist.destroy_process_group()  # the script makes its own
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     os.chdir(script.parent)
-    compared = 0
-    agree = world.agree
+    compared = forwards = 0
+    agree, forward = world.agree, DistributedDataParallel.forward
+
+    def forwarded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        return forward(module, *args, **kwargs)
 
     def counted(*args: Any) -> None:
         nonlocal compared
@@ -81,8 +89,9 @@ def _script(rank: int, size: int, script: Path, port: int) -> tuple[str, int]:
 
     with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "agree", counted)
+        patch.setattr(DistributedDataParallel, "forward", forwarded)
         runpy.run_path(str(script), run_name="__main__")
-    return printed.getvalue(), compared
+    return printed.getvalue(), compared, forwards
 
 
 def _receive(reader: Connection) -> tuple[bool, Any]:
