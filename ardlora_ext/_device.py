@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ardlora_ext._native import DTYPE_CODES, core, threads
 from ardlora_ext.units import native_table
 
-__all__ = ["check_device", "device_rule", "lora_call", "rank_resize", "row_dots", "set_gates"]
+__all__ = ["check_device", "device_rule", "importance", "lora_call", "rank_resize", "row_dots", "set_gates"]
 
 
 def _on_cuda(device: torch.device) -> bool:
@@ -128,6 +128,29 @@ def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device
     core.cuda_row_dots(table.data_ptr(), jobs, rows, out.data_ptr(), *_stream(device))
     result: NDArray[np.float32] = out.cpu().numpy()
     return result
+
+
+def importance(blocks: NDArray[np.int64], beta1: float, beta2: float, device: torch.device) -> bool:
+    """Move the running means of every entry's importance on by one step: `reference.importance_step` for all blocks.
+
+    Args:
+        blocks: [n, 7] int64: addresses of weight, gradient, sensitivity and uncertainty [rows, columns], rows, columns,
+            dtype code of weight and gradient; the means are float32, all are contiguous.
+        beta1: of the sensitivity.
+        beta2: of the uncertainty.
+        device: where they are.
+
+    Returns:
+        False if an entry of weight * gradient is not finite: nothing has changed then.
+    """
+    if not _on_cuda(device):
+        return core.importance(blocks, beta1, beta2, threads())
+    words, jobs, rows = core.cuda_row_table(blocks)
+    table = _to_device(words, device)
+    workspace = torch.empty(2 * rows + 1, dtype=torch.float32, device=device)  # row sums and their verdict, then scores
+    score = workspace.data_ptr() + 4 * (rows + 1)
+    core.cuda_importance(table.data_ptr(), jobs, rows, beta1, beta2, workspace.data_ptr(), score, *_stream(device))
+    return bool(workspace[rows].item() == 1.0)
 
 
 def set_gates(

@@ -100,6 +100,20 @@ def row_dots(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return (weight * grad).sum(dim=1)
 
 
+def importance_step(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    sensitivity: torch.Tensor,
+    uncertainty: torch.Tensor,
+    beta1: float,
+    beta2: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the next running means of I = |w dL/dw| and of |I - its mean| (AdaLoRA); the latter sees the new mean."""
+    entry = (weight * grad).abs()
+    sensitivity = beta1 * sensitivity + (1.0 - beta1) * entry
+    return sensitivity, beta2 * uncertainty + (1.0 - beta2) * (entry - sensitivity).abs()
+
+
 def rank_resize(buffer: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
     """Return the rows `index` of `buffer`; -1 gives a row of zeros."""
     out = buffer.new_zeros(len(index), *buffer.shape[1:])

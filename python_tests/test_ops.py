@@ -258,6 +258,48 @@ def test_row_dots(isa: str, dtype: torch.dtype) -> None:
     assert ((torch.from_numpy(out).double() - expected).abs() <= 1e-6 * scale).all()
 
 
+def importance_blocks(dtypes: list[torch.dtype]) -> list[tuple[torch.Tensor, ...]]:
+    """Weight, gradient, sensitivity and uncertainty of factors of odd sizes, one of them large enough for threads."""
+    shapes = ((3, 70), (1, 1), (9, 33), (0, 5), (130, 1030))
+    return [
+        (torch.randn(s).to(d), torch.randn(s).to(d), torch.rand(s), torch.rand(s))
+        for s, d in zip(shapes, itertools.cycle(dtypes), strict=False)
+    ]
+
+
+def importance_table(blocks: list[tuple[torch.Tensor, ...]]) -> np.ndarray:
+    rows = [(*(t.data_ptr() for t in b), *b[0].shape, DTYPE_CODES[b[0].dtype]) for b in blocks]
+    return np.array(rows, dtype=np.int64)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16, torch.float32], [torch.float16]])
+def test_importance_follows_its_equations(isa: str, dtypes: list[torch.dtype]) -> None:
+    blocks = importance_blocks(dtypes)
+    expected = [reference.importance_step(*(t.double() for t in b), 0.85, 0.9) for b in blocks]
+    again = [(w, g, s.clone(), u.clone()) for w, g, s, u in blocks]
+    assert core.importance(importance_table(blocks), 0.85, 0.9, 1)
+    assert core.importance(importance_table(again), 0.85, 0.9, 3)
+    for (_, _, s, u), (exact_s, exact_u), (_, _, same_s, same_u) in zip(blocks, expected, again, strict=True):
+        torch.testing.assert_close(s.double(), exact_s, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(u.double(), exact_u, rtol=1e-6, atol=1e-6)
+        assert torch.equal(s, same_s), "the same for any number of threads"
+        assert torch.equal(u, same_u)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (2, 296), (4, 130 * 1030 - 1), (4, 70_000)])
+def test_importance_changes_nothing_where_a_gradient_is_not_finite(
+    isa: str, bad: float, place: tuple[int, int]
+) -> None:
+    blocks = importance_blocks([torch.float32])
+    blocks[place[0]][1].view(-1)[place[1]] = bad
+    before = [(s.clone(), u.clone()) for _, _, s, u in blocks]
+    assert not core.importance(importance_table(blocks), 0.85, 0.9, 2)
+    for (_, _, s, u), (old_s, old_u) in zip(blocks, before, strict=True):
+        assert torch.equal(s, old_s)
+        assert torch.equal(u, old_u)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), rows=st.integers(1, 12), cols=st.integers(1, 9), in_place=st.booleans())
 def test_rank_resize_is_a_gather_in_any_order(data: st.DataObject, rows: int, cols: int, in_place: bool) -> None:

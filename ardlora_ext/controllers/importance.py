@@ -13,29 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ardlora_ext import _device
+from ardlora_ext._native import DTYPE_CODES
 from ardlora_ext.controllers.allocate import Floats
 from ardlora_ext.layers import LoraLinear
 
 _FACTORS = ("lora_E", "lora_A", "lora_B")
 Tensors = list[torch.Tensor]
-
-
-def entry_sensitivity(weights: Tensors, grads: Tensors) -> Tensors:
-    """Return I = |w dL/dw| of every entry, as float32: the first-order effect of removing it."""
-    wide = [[t if t.dtype == torch.float32 else t.float() for t in ts] for ts in (weights, grads)]
-    products = torch._foreach_mul(*wide)
-    torch._foreach_abs_(products)
-    return list(products)
-
-
-def smooth(entry: Tensors, sensitivity: Tensors, uncertainty: Tensors, beta1: float, beta2: float) -> None:
-    """Move the averages Ibar and Ubar on by one step, in place; `entry` is used up. Ubar sees the new Ibar."""
-    torch._foreach_mul_(sensitivity, beta1)
-    torch._foreach_add_(sensitivity, entry, alpha=1.0 - beta1)
-    torch._foreach_sub_(entry, sensitivity)
-    torch._foreach_abs_(entry)
-    torch._foreach_mul_(uncertainty, beta2)
-    torch._foreach_add_(uncertainty, entry, alpha=1.0 - beta2)
 
 
 def component_scores(sensitivity: Tensors, uncertainty: Tensors) -> torch.Tensor:
@@ -83,23 +67,23 @@ class Importance:
         Returns:
             False if a gradient is not finite: nothing has changed then.
         """
-        weights, grads, ibar, ubar = Tensors(), Tensors(), Tensors(), Tensors()
+        jobs: dict[torch.device, list[tuple[int, ...]]] = {}
+        held = Tensors()  # contiguous copies of gradients, where one was needed
         for m, layer in enumerate(self.layers):
             rows = sum(layer.ranks)
             for f, factor in enumerate(_FACTORS):
                 parameter = layer.factors[factor]
-                if rows and parameter.grad is not None:
-                    weights.append(parameter.detach()[:rows])
-                    grads.append(parameter.grad[:rows])
-                    ibar.append(self.sensitivity[m][f])
-                    ubar.append(self.uncertainty[m][f])
-        if not weights:
-            return True
-        entry = entry_sensitivity(weights, grads)
-        if not torch.isfinite(torch.stack(torch._foreach_norm(entry))).all():
-            return False
-        smooth(entry, ibar, ubar, self.beta1, self.beta2)
-        return True
+                if not rows or parameter.grad is None:
+                    continue
+                grad = parameter.grad[:rows].contiguous()
+                held.append(grad)
+                buffers = parameter, grad, self.sensitivity[m][f], self.uncertainty[m][f]
+                job = *(t.data_ptr() for t in buffers), rows, grad.shape[1], DTYPE_CODES[grad.dtype]
+                jobs.setdefault(grad.device, []).append(job)
+        return all(
+            _device.importance(np.array(blocks, dtype=np.int64), self.beta1, self.beta2, device)
+            for device, blocks in jobs.items()
+        )
 
     def module_scores(self) -> Tensors:
         """Return S [components] of each module; the last known after `release`."""

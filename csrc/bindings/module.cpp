@@ -137,6 +137,22 @@ void bind_controller_passes(py::module_& m) {
       },
       py::arg("blocks"), py::arg("dtype"), py::arg("threads"));
   m.def(
+      "importance",
+      [](const IndexArray& table, double beta1, double beta2, int threads) {
+        // [n, 7]: addresses of weight, gradient, sensitivity and uncertainty, rows, columns, dtype code
+        ARDLORA_CHECK(table.ndim() == 2 && table.shape(1) == 7, "importance: blocks must be [n, 7]");
+        const auto r = table.unchecked<2>();
+        std::vector<ImportanceBlock> blocks;
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
+          blocks.push_back({reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<const void*>(r(i, 1)),
+                            reinterpret_cast<float*>(r(i, 2)), reinterpret_cast<float*>(r(i, 3)), r(i, 4) * r(i, 5),
+                            dtype_from_code(static_cast<int>(r(i, 6)), "importance")});
+        }
+        py::gil_scoped_release release;
+        return update_importance(blocks, beta1, beta2, threads);
+      },
+      py::arg("blocks"), py::arg("beta1"), py::arg("beta2"), py::arg("threads"));
+  m.def(
       "rank_resize",
       [](const IndexArray& moves, const std::vector<std::vector<std::int64_t>>& plans, int threads) {
         const std::vector<RowMove> jobs = row_moves(moves);

@@ -98,6 +98,10 @@ using PairHiddenFn = void (*)(const float* h, std::int64_t h_stride, std::int64_
 // The columns of rows [m_begin, m_end) that dropout keeps; keep is at the first of them, blocks of 128 columns.
 using KeepBitsFn = void (*)(const Dropout&, std::int64_t m_begin, std::int64_t m_end, std::int64_t cols,
                             std::uint32_t* keep, std::int64_t keep_stride);
+// Of contiguous entries (kernels/importance.inl).
+using FiniteFn = float (*)(const void* weight, const void* grad, std::int64_t n);
+using ImportanceFn = void (*)(const void* weight, const void* grad, float* sensitivity, float* uncertainty,
+                              std::int64_t n, double beta1, double beta2);
 using RowDotFn = float (*)(const void* a, const void* b, std::int64_t n);
 
 // The roofline's loops: kPeakChains independent multiply-adds of whole vectors per step; passes over memory.
@@ -127,6 +131,8 @@ struct KernelTable {
   ActivationKernels activation[kDTypeCount];
   KeepBitsFn keep_bits;
   RowDotFn row_dot[kDTypeCount][kDTypeCount];  // [a][b]: of one type, or b float
+  FiniteFn importance_finite[kDTypeCount];     // 0, or NaN where an entry of weight * grad is not finite
+  ImportanceFn importance_update[kDTypeCount];
   PeakLoopFn fma_loop;
   PeakLoopFn pair_loop;  // of bf16 pairs; null where the instruction set has none
   StreamReadFn stream_read;

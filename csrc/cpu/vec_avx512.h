@@ -42,6 +42,7 @@ struct Vec {
     return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
   }
   Vec keep(std::uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
+  Vec abs() const { return {_mm512_abs_ps(v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
 
  private:

@@ -36,6 +36,7 @@ struct Vec {
   }
   static Vec pair_sum(Vec a, Vec) { return a; }  // of a single lane: never asked for
   Vec keep(std::uint32_t bits) const { return {(bits & 1u) != 0 ? v : 0.0f}; }
+  Vec abs() const { return {v < 0.0f ? -v : v}; }
   float sum() const { return v; }
 };
 

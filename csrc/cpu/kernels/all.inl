@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/dropout.inl"
 #include "cpu/kernels/expand.inl"
+#include "cpu/kernels/importance.inl"
 #include "cpu/kernels/outer.inl"
 #include "cpu/kernels/roofline.inl"
 #include "cpu/kernels/row_dot.inl"
