@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ardlora_ext import reference
 from ardlora_ext.config import config_from_dict
 from ardlora_ext.export import STATE, STATE_WEIGHTS
 from ardlora_ext.peft_files import PeftAdapter, read_peft
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.reexport import stored_factors
 
 LOADERS = ("PEFT", "vLLM", "llama.cpp")
 
@@ -97,23 +96,9 @@ class _Trained:
         """Return the s that brings s B A nearest to the trained update; 1 for an update of zero."""
         if name not in self.modules:
             raise ValueError(f"check_adapter: '{name}' must be a module of {STATE}")
-        written, trained = b @ a, self._update(name)
+        trained_a, trained_b = stored_factors(name, self.modules[name], self.config, self.tensors)
+        written, trained = b @ a, trained_b @ trained_a
         square = float(written.square().sum())
         if square == 0.0:
             return 1.0 if float(trained.square().sum()) == 0.0 else math.nan
         return float((trained * written).sum()) / square
-
-    def _update(self, name: str) -> torch.Tensor:
-        """Return the trained update of a module [out_features, in_features]."""
-        entry = self.modules[name]
-        factors = [self.tensors[f"{name}.lora_{factor}"].float() for factor in "AB"]
-        sizes = entry["in_features"], entry["out_features"]
-        cut = {"matrix": 1, "in_heads": sizes[0] // factors[0].shape[1], "out_heads": sizes[1] // factors[1].shape[1]}
-        layout = UnitLayout(entry["kind"], entry["factoring"], cut[entry["kind"]], *sizes)
-        gate, scaling = self.tensors.get(f"{name}.gate"), self.config.scaling
-        update = reference.lora_delta(layout, entry["ranks"], factors[0], factors[1], gate, scaling)
-        if f"{name}.initial_A" in self.tensors:  # PiSSA trains what is left after its start
-            start = [self.tensors[f"{name}.initial_{factor}"].float() for factor in "AB"]
-            ranks = [min(self.config.initial_rank, layout.max_rank)] * layout.units
-            update = update - reference.lora_delta(layout, ranks, start[0], start[1], None, scaling)
-        return update

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -89,14 +90,46 @@ def _peft_files(
     record = injection(model)
     dora = isinstance(record.config, DoraConfig)
     folded = {name: layer.fold() for name, layer in layers.items()}
-    folded = {name: factors for name, factors in folded.items() if dora or len(factors[0]) > 0}
-    live = {name: layers[name] for name in folded}
+    magnitudes = {name: layers[name].extras["lora_magnitude_vector"].detach().clone() for name in layers if dora}
+    kind = type(model).__name__
+    base = getattr(model, "config", None)
+    live = [layer for name, layer in layers.items() if dora or len(folded[name][0])]
+    about: dict[str, Any] = {
+        "task_type": next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None),
+        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "lora_dropout": record.config.lora_dropout,
+        "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live),
+        "modules_to_save": list(record.modules_to_save) or None,
+    }
+    return peft_files(folded, magnitudes, _saved_modules(model), about, form, limit)
+
+
+def peft_files(
+    folded: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    magnitudes: Mapping[str, torch.Tensor],
+    saved: Mapping[str, torch.Tensor],
+    about: Mapping[str, Any],
+    form: Form,
+    limit: int | None,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Exported]:
+    """Return PEFT's adapter_config, its tensors, and what became of the ranks.
+
+    Args:
+        folded: plain factors (A [r, in_features], B [out_features, r]) by module, their product the update.
+        magnitudes: DoRA's, by module; none for other methods.
+        saved: tensors of `modules_to_save` by full name.
+        about: what the config says of the base model.
+        form: see `save_pretrained`.
+        limit: largest rank of a module, or None.
+    """
+    dora = bool(magnitudes)
+    live = {name: factors for name, factors in folded.items() if dora or len(factors[0]) > 0}
     errors = dict.fromkeys(live, 0.0)
-    for name, (a, b) in folded.items():
+    for name, (a, b) in live.items():
         if limit is not None and len(a) > limit:
             a, b, errors[name] = _truncated(a, b, limit)
-            folded[name] = a, b
-    ranks = {name: max(1, len(a)) for name, (a, _) in folded.items()}
+            live[name] = a, b
+    ranks = {name: max(1, len(a)) for name, (a, _) in live.items()}
     rank = max((1, *ranks.values()))
     if form == "portable":
         served = next((r for r in _SERVED_RANKS if r >= rank), rank)
@@ -104,30 +137,23 @@ def _peft_files(
         ranks = dict.fromkeys(ranks, rank)
     patterns = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
     tensors = {}
-    for name, (a, b) in folded.items():
+    for name, (a, b) in live.items():
         prefix = f"base_model.model.{name}"
         if dora:  # PEFT takes the norm of W + B A itself, at a scale of 1
-            tensors[f"{prefix}.lora_magnitude_vector"] = live[name].extras["lora_magnitude_vector"].detach().clone()
+            tensors[f"{prefix}.lora_magnitude_vector"] = magnitudes[name]
         tensors[f"{prefix}.lora_A.weight"] = _padded(a, ranks[name])
         tensors[f"{prefix}.lora_B.weight"] = _padded(b.T, ranks[name]).T.contiguous()
-    for name, value in _saved_modules(model).items():
-        tensors[f"base_model.model.{name}"] = value
-    kind = type(model).__name__
-    base = getattr(model, "config", None)
+    tensors |= {f"base_model.model.{name}": value for name, value in saved.items()}
     config: dict[str, Any] = {
+        **about,
         "peft_type": "LORA",
-        "task_type": next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None),
-        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
-        "lora_dropout": record.config.lora_dropout,
         "use_rslora": False,
         "use_dora": dora,
         "bias": "none",
-        "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live.values()),
         "target_modules": sorted(live),
-        "modules_to_save": list(record.modules_to_save) or None,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
     }
@@ -156,7 +182,8 @@ def _raw_tensors(model: nn.Module, layers: dict[str, LoraLinear]) -> dict[str, t
     return raw | {f"saved.{name}": value for name, value in _saved_modules(model).items()}
 
 
-def _json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """Return the bytes of a JSON file."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
@@ -183,10 +210,7 @@ def save_pretrained(
         ValueError: the model is not wrapped, an adapter holds NaN or Inf, an option is out of range.
         OSError: the directory cannot be written.
     """
-    if form not in ("portable", "compact"):
-        raise ValueError(f"save_pretrained: form must be 'portable' or 'compact', got {form!r}")
-    if compress is not None and compress < 1:
-        raise ValueError(f"save_pretrained: compress must be >= 1, got {compress}")
+    check_form("save_pretrained", form, compress)
     record = injection(model)
     layers = adapters(model)
     raw = _raw_tensors(model, layers)
@@ -209,9 +233,21 @@ def save_pretrained(
         "controller": controller,
         "sha256": {STATE_WEIGHTS: hashlib.sha256(raw_weights).hexdigest()},
     }
-    files = {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: _json(config), STATE_WEIGHTS: raw_weights, STATE: _json(state)}
+    files = {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: to_json(config), STATE_WEIGHTS: raw_weights, STATE: to_json(state)}
     write_set(Path(directory), files)
     return exported
+
+
+def check_form(op: str, form: str, compress: int | None) -> None:
+    """Check the options of an export.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if form not in ("portable", "compact"):
+        raise ValueError(f"{op}: form must be 'portable' or 'compact', got {form!r}")
+    if compress is not None and compress < 1:
+        raise ValueError(f"{op}: compress must be >= 1, got {compress}")
 
 
 def _layer_state(layer: LoraLinear) -> dict[str, Any]:
@@ -225,7 +261,7 @@ def _layer_state(layer: LoraLinear) -> dict[str, Any]:
     }
 
 
-def _read_state(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read and check both state files.
 
     Raises:
@@ -274,7 +310,7 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
         FileNotFoundError: no `ardlora_state.json` there.
         ValueError: the state is corrupt, foreign, or of another model; the model is unchanged then.
     """
-    state, tensors = _read_state(Path(directory))
+    state, tensors = read_state(Path(directory))
     config = config_from_dict(state["config"])
     _check_model(model, config, state, tensors)
     wrap(model, config)

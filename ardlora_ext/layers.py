@@ -287,22 +287,7 @@ class LoraLinear(nn.Module):
 
         Units, gates and scaling are folded in; `hidden` is the rank of the result.
         """
-        hidden = self.table.hidden
-        a = torch.zeros(hidden, self.layout.in_features)
-        b = torch.zeros(hidden, self.layout.out_features)
-        own = 0
-        for (a_rows, b_rows, in_cols, out_cols), r in zip(
-            reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True
-        ):
-            h = slice(0, r) if self.layout.shared else slice(own, own + r)
-            gate = (
-                self.lora_A.new_ones(r, 1, dtype=torch.float32) if self.gate is None else self.gate[own : own + r, None]
-            )
-            on_a, on_b = (gate, 1.0) if self.layout.gate_on_a else (1.0, gate)
-            a[h, in_cols] = on_a * self.lora_A[a_rows].float()
-            b[h, out_cols] = self.scaling * on_b * self.lora_B[b_rows].float()
-            own += r
-        return a, b.T.contiguous()
+        return fold(self.layout, self.ranks, self.lora_A, self.lora_B, self.gate, self.scaling)
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
@@ -337,6 +322,28 @@ def fit_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     if len(tensor) >= rows:
         return tensor[:rows]
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
+def fold(
+    layout: UnitLayout,
+    ranks: Sequence[int],
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return plain LoRA factors (A [hidden, in_features], B [out_features, hidden]) in float32 of units at `ranks`."""
+    hidden = layout.table(ranks).hidden
+    a, b = torch.zeros(hidden, layout.in_features), torch.zeros(hidden, layout.out_features)
+    own = 0
+    for (a_rows, b_rows, in_cols, out_cols), r in zip(reference.unit_slices(layout, ranks), ranks, strict=True):
+        h = slice(0, r) if layout.shared else slice(own, own + r)
+        gates = lora_A.new_ones(r, 1, dtype=torch.float32) if gate is None else gate[own : own + r, None]
+        on_a, on_b = (gates, 1.0) if layout.gate_on_a else (1.0, gates)
+        a[h, in_cols] = on_a * lora_A[a_rows].float()
+        b[h, out_cols] = scaling * on_b * lora_B[b_rows].float()
+        own += r
+    return a, b.T.contiguous()
 
 
 def initial_rows(rows: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:

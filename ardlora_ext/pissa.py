@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ardlora_ext import ops, reference
-from ardlora_ext.layers import Conv1D, LoraLinear, is_dense
+from ardlora_ext.layers import Conv1D, LoraLinear, fold, is_dense
 from ardlora_ext.units import UnitLayout
 
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a Kaiming row of lora_A, whatever its width
@@ -122,11 +122,5 @@ class PissaLinear(LoraLinear):
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return plain factors of B A - B0 A0: the two products side by side, of the sum of their ranks."""
         a, b = super().fold()
-        hidden, own = self.layout.table(self.initial_ranks).hidden, 0
-        a0, b0 = torch.zeros(hidden, a.shape[1]), torch.zeros(hidden, b.shape[0])
-        slices = reference.unit_slices(self.layout, self.initial_ranks)
-        for (a_rows, b_rows, cols, out), r in zip(slices, self.initial_ranks, strict=True):
-            h = slice(0, r) if self.layout.shared else slice(own, own + r)
-            a0[h, cols], b0[h, out] = self.initial_A[a_rows].float(), -self.scaling * self.initial_B[b_rows].float()
-            own += r
-        return torch.cat([a, a0]), torch.cat([b, b0.T], dim=1)
+        a0, b0 = fold(self.layout, self.initial_ranks, self.initial_A, self.initial_B, None, -self.scaling)
+        return torch.cat([a, a0]), torch.cat([b, b0], dim=1)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from ardlora_ext import cli
+from ardlora_ext import cli, subcommands
 from ardlora_ext.bench import cli as bench_cli
 
 ROOT = Path(__file__).parents[1]
@@ -60,10 +60,11 @@ def commands(block: Block) -> list[list[str]]:
 def parse(words: list[str]) -> None:
     """Have the command line's own parser judge a command; it exits where it refuses."""
     module, arguments = words[2], words[3:]
-    if module == "ardlora_ext.bench":
-        bench_cli._parser(arguments[:1]).parse_args(arguments)
-    elif module == "ardlora_ext" and arguments[:1] != ["bench"]:
-        cli._parser().parse_args(arguments)
+    if module == "ardlora_ext" and arguments[:1] == ["bench"]:
+        module, arguments = "ardlora_ext.bench", arguments[1:]
+    line = {"ardlora_ext": cli, "ardlora_ext.bench": bench_cli}.get(module)
+    if line is not None:
+        subcommands.parse(arguments, line.PROG, line.DESCRIPTION, line.COMMANDS)
 
 
 def _has(language: str) -> list[Path]:

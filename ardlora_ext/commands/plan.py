@@ -1,0 +1,129 @@
+"""`plan`: what adapters on a model would cost, from its config alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
+from ardlora_ext.data import InputError
+from ardlora_ext.finetune import METHODS
+from ardlora_ext.subcommands import add_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ardlora_ext.plan import Plan
+
+_DESCRIPTION = """\
+Tell what adapters on a model would cost: matched modules, units, parameters, and bytes of weights, gradients, Adam's
+moments, scores and activations saved for backward, beside PEFT's LoRA. No weights are loaded: the forward pass is
+traced on tensors that have shapes and no memory. Units: bytes in KiB, MiB, GiB (powers of 1024), per process.
+"""
+_EPILOG = """\
+MODEL is a folder with a config.json, or one of: llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, paligemma-2-3b,
+all-minilm-l6-v2, bert-base, vit-base.
+
+examples:
+  python -m ardlora_ext plan llama-3.1-8b
+  python -m ardlora_ext plan llama-3.1-70b --r 16 --paper --gpu h100
+  python -m ardlora_ext plan my-model/ --method lora --granularity matrix --batch-size 8 --length 512 --json plan.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.add_argument("model", metavar="MODEL", help="folder of a config.json, or a built-in name (below)")
+    add_config(parser)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the frozen weights"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", default=1, help="sequences or images of a step")
+    parser.add_argument("--length", type=int, metavar="TOKENS", default=2048, help="length of a sequence")
+    parser.add_argument("--method", choices=METHODS, default="ard", help="what decides the ranks")
+    parser.add_argument("--r", type=int, metavar="RANK", default=8, help="rank of every unit at the start")
+    parser.add_argument("--r-max", type=int, metavar="RANK", help="largest rank of a unit (default: 4 r for ard)")
+    parser.add_argument("--granularity", choices=("head", "matrix", "layer"), default="head", help="what has a rank")
+    parser.add_argument(
+        "--factoring", choices=("shared", "independent"), default="shared", help="of the heads of a matrix"
+    )
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=("all-linear",),
+        metavar="NAME",
+        help="suffixes of the modules to adapt (default: all-linear)",
+    )
+    parser.add_argument("--paper", action="store_true", help="add the arithmetic behind the paper's 0.32 %% and 41 %%")
+    parser.add_argument("--gpu", choices=("a100", "h100", "h200"), help="add estimates for TP and FSDP over such GPUs")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the numbers there instead of printing tables; - for stdout"
+    )
+
+
+def run(arguments: argparse.Namespace, command: str) -> None:
+    """Print the plan, or write it as JSON."""
+    import torch
+    import transformers
+
+    from ardlora_ext.plan import make_plan, skeleton
+
+    transformers.logging.set_verbosity_error()
+    for name in ("batch_size", "length"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"plan: --{name.replace('_', '-')} must be >= 1, got {getattr(arguments, name)}")
+    name, model = skeleton(arguments.model, getattr(torch, arguments.dtype))
+    try:
+        plan = make_plan(name, model, _config(arguments), arguments.batch_size, arguments.length)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"plan: {error}") from error
+    if arguments.json is None:
+        from rich.console import Console
+
+        from ardlora_ext.plan.cluster import GPUS
+        from ardlora_ext.plan.show import show
+
+        gpu = (arguments.gpu, GPUS[arguments.gpu]) if arguments.gpu else None
+        show(plan, model, Console(), gpu, arguments.paper)
+        return
+    text = json.dumps(_json(plan, model, arguments), indent=2) + "\n"
+    if str(arguments.json) == "-":
+        print(text, end="")
+        return
+    try:
+        arguments.json.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"plan: --json must be a file that can be written, got {arguments.json}: {error}") from error
+
+
+def _config(arguments: argparse.Namespace) -> AdapterConfig:
+    """Return the method's config at its own defaults."""
+    names = tuple(arguments.target_modules)
+    common: dict[str, Any] = {"target_modules": "all-linear" if names == ("all-linear",) else names}
+    r, method = arguments.r, arguments.method
+    if method == "ard":
+        ard = {"granularity": arguments.granularity, "factoring": arguments.factoring, "r_max": arguments.r_max}
+        return ArdConfig(r0=r, **ard, **common)
+    if method == "elalora":
+        return ElaConfig(r=r, r_max=arguments.r_max, **common)
+    if method == "adalora":
+        return AdaConfig(target_r=r, init_r=math.ceil(1.5 * r), **common)
+    return (DoraConfig if method == "dora" else LoraConfig)(r=r, **common)
+
+
+def _json(plan: Plan, model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
+    from ardlora_ext.plan.cluster import GPUS, shardings
+    from ardlora_ext.plan.paper import readings, savings
+
+    found = plan.as_json()
+    if arguments.paper:
+        found["readings"] = [asdict(reading) for reading in readings(model, plan)]
+        found["savings"] = [asdict(saving) for saving in savings(plan)]
+    if arguments.gpu:
+        found["shardings"] = [asdict(sharding) for sharding in shardings(plan, GPUS[arguments.gpu])]
+    return found

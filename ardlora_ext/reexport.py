@@ -1,0 +1,124 @@
+"""Write what `save_pretrained` saved once more in another PEFT form, from its files alone: no base model is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+
+from ardlora_ext.config import AdapterConfig, config_from_dict
+from ardlora_ext.export import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    STATE,
+    STATE_WEIGHTS,
+    Exported,
+    Form,
+    check_form,
+    peft_files,
+    read_state,
+    to_json,
+)
+from ardlora_ext.files import write_set
+from ardlora_ext.layers import fold
+from ardlora_ext.units import UnitLayout
+
+Tensors = dict[str, torch.Tensor]
+
+
+def reexport(
+    source: str | Path, directory: str | Path, *, form: Form = "portable", compress: int | None = None
+) -> Exported:
+    """Write the checkpoint in `source` to `directory` as `save_pretrained` would have with these options.
+
+    `ardlora_state.*` holds the live factors as they were trained, so nothing that an earlier `compress` cut is lost.
+
+    Args:
+        source: what `save_pretrained` wrote.
+        directory: where to write, may be `source`; made if missing.
+        form: `portable` or `compact`, see `save_pretrained`.
+        compress: largest rank of the PEFT checkpoint.
+
+    Returns:
+        The ranks written, and the relative error of each module that `compress` cut.
+
+    Raises:
+        FileNotFoundError: `source` holds no such checkpoint.
+        ValueError: its files are corrupt or foreign, or an option is out of range; nothing is written then.
+        OSError: the directory cannot be written.
+    """
+    check_form("reexport", form, compress)
+    source = Path(source)
+    state, tensors = read_state(source)
+    config = config_from_dict(state["config"])
+    folded = {name: stored_factors(name, entry, config, tensors) for name, entry in state["modules"].items()}
+    magnitudes = _of(tensors, "", ".lora_magnitude_vector")
+    peft_config, peft_tensors, exported = peft_files(
+        folded, magnitudes, _of(tensors, "saved.", ""), _about(source), form, compress
+    )
+    files = {
+        ADAPTER_WEIGHTS: save_tensors(peft_tensors, {"format": "pt"}),
+        ADAPTER_CONFIG: to_json(peft_config),
+        STATE_WEIGHTS: (source / STATE_WEIGHTS).read_bytes(),
+        STATE: to_json(state),
+    }
+    write_set(Path(directory), files)
+    return exported
+
+
+def _about(source: Path) -> dict[str, Any]:
+    """Return the old adapter_config.json: what it says of the base model stays."""
+    path = source / ADAPTER_CONFIG
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as cause:
+        raise ValueError(f"reexport: {path} must be JSON, got {cause}") from cause
+    if not isinstance(about, dict):
+        raise ValueError(f"reexport: {path} must hold an object, got {type(about).__name__}")
+    return about
+
+
+def _of(tensors: Tensors, prefix: str, suffix: str) -> Tensors:
+    """Return the tensors whose names have this prefix and suffix, without them."""
+    return {
+        name.removeprefix(prefix).removesuffix(suffix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix) and name.endswith(suffix)
+    }
+
+
+def stored_factors(
+    name: str, entry: Mapping[str, Any], config: AdapterConfig, tensors: Tensors
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return plain factors (A [r, in_features], B [out_features, r]) of a module's trained update.
+
+    Args:
+        name: of the module.
+        entry: about it in `ardlora_state.json`.
+        config: of the run.
+        tensors: of `ardlora_state.safetensors`.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    try:
+        ranks = list(entry["ranks"])
+        layout = UnitLayout(
+            entry["kind"], entry["factoring"], len(ranks), entry["in_features"], entry["out_features"]
+        )
+        a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+    except KeyError as cause:
+        raise ValueError(f"'{name}' must have factors and ranks in the saved state, got no {cause}") from cause
+    shapes, (a_rows, b_rows) = (a.shape, b.shape), layout.rows(ranks)
+    if shapes != ((a_rows, layout.a_width), (b_rows, layout.b_width)):
+        raise ValueError(f"factors of '{name}' must fit its ranks {ranks}, got shapes {[list(s) for s in shapes]}")
+    a, b = fold(layout, ranks, a, b, tensors.get(f"{name}.gate"), config.scaling)
+    if f"{name}.initial_A" in tensors:  # PiSSA trains what is left after its start
+        start = [min(config.initial_rank, layout.max_rank)] * layout.units
+        a0, b0 = fold(layout, start, tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"], None, -config.scaling)
+        a, b = torch.cat([a, a0]), torch.cat([b, b0], dim=1)
+    return a, b
