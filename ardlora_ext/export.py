@@ -233,7 +233,12 @@ def save_pretrained(
         "controller": controller,
         "sha256": {STATE_WEIGHTS: hashlib.sha256(raw_weights).hexdigest()},
     }
-    files = {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: to_json(config), STATE_WEIGHTS: raw_weights, STATE: to_json(state)}
+    files = {
+        ADAPTER_WEIGHTS: weights,
+        ADAPTER_CONFIG: to_json(config),
+        STATE_WEIGHTS: raw_weights,
+        STATE: to_json(state),
+    }
     write_set(Path(directory), files)
     return exported
 

@@ -107,9 +107,7 @@ def stored_factors(
     """
     try:
         ranks = list(entry["ranks"])
-        layout = UnitLayout(
-            entry["kind"], entry["factoring"], len(ranks), entry["in_features"], entry["out_features"]
-        )
+        layout = UnitLayout(entry["kind"], entry["factoring"], len(ranks), entry["in_features"], entry["out_features"])
         a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
     except KeyError as cause:
         raise ValueError(f"'{name}' must have factors and ranks in the saved state, got no {cause}") from cause

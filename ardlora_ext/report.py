@@ -97,15 +97,16 @@ class Figure:
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
-def write_report(folder: Path) -> Path:
-    """Draw report.html from the files that a run saved in `folder`."""
+def write_report(folder: Path, target: Path | None = None) -> Path:
+    """Draw the page of the run that saved its files in `folder`; `target` is report.html in it by default."""
     metrics, records = load_run(folder)
     try:
         html = render(metrics, records)
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"report: {folder / METRICS_FILE} must be complete, got none or an unfit {error}") from error
-    write_atomic(folder / REPORT_FILE, html)
-    return folder / REPORT_FILE
+    target = target or folder / REPORT_FILE
+    write_atomic(target, html)
+    return target
 
 
 def render(metrics: Json, records: list[Json]) -> str:

@@ -3,8 +3,8 @@
     def add_arguments(parser: argparse.ArgumentParser) -> None: ...
     def run(arguments: argparse.Namespace, command: str) -> int | None: ...   # command: the line that repeats this run
 
-A module whose parser has `--config FILE` (`add_config`) takes its options from a YAML or JSON file too, as transformers'
-and TRL's scripts do; what stands on the command line wins.
+A module whose parser has `--config FILE` (`add_config`) takes its options from a YAML or JSON file too, as
+transformers' and TRL's scripts do; what stands on the command line wins.
 """
 
 from __future__ import annotations

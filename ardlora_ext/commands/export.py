@@ -41,4 +41,5 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     cut = {name: error for name, error in done.errors.items() if error > 0.0}
     if cut:
         worst = max(cut, key=lambda name: cut[name])
-        print(f"{len(cut)} modules were cut to rank {arguments.compress}; largest relative error {cut[worst]:.3g}, {worst}")
+        cuts = f"{len(cut)} modules were cut to rank {arguments.compress}"
+        print(f"{cuts}; largest relative error {cut[worst]:.3g} ({worst})")

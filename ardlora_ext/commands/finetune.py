@@ -51,7 +51,11 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
     )
     data.add_argument("--task", choices=("auto", "classification", "lm"), default=Settings.task, help="what to learn")
     data.add_argument(
-        "--max-length", type=int, metavar="TOKENS", default=Settings.max_length, help="length of a text or block at most"
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        default=Settings.max_length,
+        help="length of a text or block at most",
     )
 
 
@@ -61,7 +65,11 @@ def _add_ranks(ranks: argparse._ArgumentGroup) -> None:
         "--lora-dropout", type=float, metavar="P", default=0.0, help="share of the adapters' input that is dropped"
     )
     ranks.add_argument(
-        "--r", type=int, metavar="RANK", default=Settings.r, help="rank of every unit at the start (adalora: at the end)"
+        "--r",
+        type=int,
+        metavar="RANK",
+        default=Settings.r,
+        help="rank of every unit at the start (adalora: at the end)",
     )
     ranks.add_argument(
         "--budget",

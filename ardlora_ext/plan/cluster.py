@@ -1,4 +1,4 @@
-"""Several GPUs on paper: bytes on each, bytes on the wire, and the adapters' share of the time. Estimated, not measured.
+"""Several GPUs on paper: bytes on each and on the wire, the adapters' share of the time. Estimated, not measured.
 
 Sharding as in Megatron and FSDP2. Tensor parallelism (TP) cuts q, k, v and the first MLP matrices by output, the
 attention's and MLP's output by input, and the factor of an adapter that spans the cut side with them; activations are

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
@@ -145,14 +144,25 @@ class Plan:
 
     @property
     def full_bytes(self) -> int:
-        """Weights, gradients and Adam's moments of full fine-tuning, all in the dtype of the weights (as torch does)."""
+        """Weights, gradients and Adam's moments of full fine-tuning, all in the dtype of the weights, as in torch."""
         return 4 * self.training.base
 
     def as_json(self) -> Json:
         """Return numbers and strings only."""
         names = ("training", "final", "peft_mean", "peft_max")
         sizes: Json = {n: {**asdict(getattr(self, n)), "total": getattr(self, n).total} for n in names}
-        plain = ("model", "dtype", "batch", "length", "parameters", "trained_whole", "budget", "checkpointed", "units", "problem")
+        plain = (
+            "model",
+            "dtype",
+            "batch",
+            "length",
+            "parameters",
+            "trained_whole",
+            "budget",
+            "checkpointed",
+            "units",
+            "problem",
+        )
         return {
             **{name: getattr(self, name) for name in plain},
             "method": type(self.config).__name__,

@@ -1,4 +1,4 @@
-"""The arithmetic behind two figures of ARD-LoRA's abstract (arXiv:2506.18267): 0.32 % of the parameters, 41 % less memory.
+"""The arithmetic behind two figures of ARD-LoRA's abstract (arXiv:2506.18267): 0.32 % of parameters, 41 % of memory.
 
 The paper does not say which matrices are adapted, how heads share factors, or what the 41 % are relative to. What its
 figures would mean on a given model can be computed.

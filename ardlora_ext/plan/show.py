@@ -17,13 +17,11 @@ _ROWS = ("base", "weights", "gradients", "moments", "scores", "head", "activatio
 
 def size(number: float) -> str:
     """Write bytes in the largest binary unit that leaves at least 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024:
-            break
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    while abs(number) >= 1024 and len(units) > 1:
         number /= 1024
-    else:
-        unit = "TiB"
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.2f} {unit}"
+        units.pop()
+    return f"{number:.0f} B" if units[-1] == "B" else f"{number:.2f} {units[-1]}"
 
 
 def show(plan: Plan, model: nn.Module, console: Console, gpu: tuple[str, Gpu] | None, paper: bool) -> None:
@@ -121,7 +119,16 @@ def _paper(plan: Plan, model: nn.Module, console: Console) -> None:
 
 def _cluster(plan: Plan, name: str, gpu: Gpu) -> Table:
     title = f"several GPUs ({name}), estimated, not measured; {plan.batch} x {plan.length} tokens per FSDP group"
-    columns = ("TP", "FSDP", "on each GPU", "gradients sent", "if all trained", "base gathered", "TP extra", "time share")
+    columns = (
+        "TP",
+        "FSDP",
+        "on each GPU",
+        "gradients sent",
+        "if all trained",
+        "base gathered",
+        "TP extra",
+        "time share",
+    )
     table = _table(title, columns, 0)
     for s in shardings(plan, gpu):
         sent = (size(v) for v in (s.gpu_bytes, s.reduced, s.reduced_full, s.gathered, s.tp_extra))

@@ -7,13 +7,15 @@ rank-sized H is taken out and added again by formula, because it depends on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import masking_utils
 
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.inject import adapters, plan_targets, unwrap, wrap
@@ -107,7 +109,7 @@ def trace(model: nn.Module, config: AdapterConfig, batch: int, length: int) -> T
     """
     chosen, layouts, _ = plan_targets(model, config)
     model.train()
-    with fake_mode(model):
+    with fake_mode(model), _one_text_a_row():
         try:
             with torch.no_grad():
                 _loss(model, batch, length)
@@ -127,6 +129,12 @@ def trace(model: nn.Module, config: AdapterConfig, batch: int, length: int) -> T
     inner = tuple(b.saved - sum(v for n, v in h.items() if n.startswith(name + ".")) for name, b in blocks.items())
     boundaries = sum(block.output for block in blocks.values())
     return Trace(rows, total - sum(h.values()), peft - sum(_H_BYTES * m for m in rows.values()), inner, boundaries)
+
+
+def _one_text_a_row() -> AbstractContextManager[Any]:
+    """Tell transformers that no row packs several texts, which it would look for in values: then there is no mask."""
+    name = "find_packed_sequence_indices"
+    return mock.patch.object(masking_utils, name, return_value=None) if hasattr(masking_utils, name) else nullcontext()
 
 
 def _row_counter(rows: dict[str, int], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -176,9 +184,7 @@ class _Block:
     output: int = 0
 
 
-def _count(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: int, length: int
-) -> tuple[int, dict[str, _Block]]:
+def _count(model: nn.Module, layers: Mapping[str, nn.Module], batch: int, length: int) -> tuple[int, dict[str, _Block]]:
     """Run forward and loss; return the bytes saved, and those of each of `layers`."""
     counter = SavedBytes(model)
     blocks = {name: _Block() for name in layers}

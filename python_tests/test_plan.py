@@ -1,0 +1,92 @@
+"""`plan`: its bytes against what training really holds, its arithmetic against the paper's figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import ardlora_ext as ard
+from ardlora_ext.cli import main
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.plan import make_plan, skeleton
+from ardlora_ext.plan.trace import SavedBytes
+
+BATCH, LENGTH = 2, 24
+
+
+def make_config(kind: str) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "bert":
+        return BertConfig(**sizes, vocab_size=90, num_labels=3, architectures=["BertForSequenceClassification"])
+    return LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=90, architectures=["LlamaForCausalLM"])
+
+
+def held(kind: str, config: AdapterConfig) -> dict[str, int]:
+    """Bytes of one real training step."""
+    model: Any = (BertForSequenceClassification if kind == "bert" else LlamaForCausalLM)(make_config(kind))
+    base = sum(p.numel() * p.element_size() for p in model.parameters())
+    ard.wrap(model, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ard.attach(model, optimizer, total_steps=100)
+    ids = torch.randint(90, (BATCH, LENGTH))
+    labels = torch.randint(3, (BATCH,)) if kind == "bert" else ids
+    with SavedBytes(model).counting() as saved:
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        activations = saved.total
+    loss.backward()
+    adapters = [p for layer in ard.inject.adapters(model).values() for p in layer.trained.values()]
+    gradients = sum(p.grad.numel() * 4 for p in adapters if p.grad is not None)
+    optimizer.step()
+    moments = sum(
+        v.numel() * v.element_size() for p in adapters for k, v in optimizer.state[p].items() if k.startswith("exp_avg")
+    )
+    return {"base": base, "gradients": gradients, "moments": moments, "activations": activations}
+
+
+CONFIGS = [
+    ard.LoraConfig(r=5),
+    ard.ArdConfig(r0=4, granularity="matrix"),
+    ard.ArdConfig(r0=4, granularity="head"),
+    ard.ElaConfig(r=4),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["lora", "ard-matrix", "ard-head", "elalora"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_bytes_are_what_training_holds(kind: str, config: AdapterConfig, tmp_path: Path) -> None:
+    make_config(kind).save_pretrained(tmp_path)
+    name, model = skeleton(str(tmp_path), torch.float32)
+    plan = make_plan(name, model, config, BATCH, LENGTH)
+    assert not plan.problem
+    measured = held(kind, config)
+    for key, value in measured.items():
+        assert getattr(plan.training, key) == pytest.approx(value, rel=0.03), key
+
+
+def test_a_plan_loads_and_changes_nothing(tmp_path: Path) -> None:
+    make_config("llama").save_pretrained(tmp_path)
+    name, model = skeleton(str(tmp_path), torch.bfloat16)
+    before = {n: p.shape for n, p in model.named_parameters()}
+    make_plan(name, model, ard.LoraConfig(r=2), 1, 8)
+    assert {n: p.shape for n, p in model.named_parameters()} == before
+    assert all(p.device.type == "meta" or type(p.data).__name__ == "FakeTensor" for p in model.parameters())
+
+
+def test_arithmetic_of_the_papers_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaMA-3.1-70B, all linear: 12.94 M parameters per rank, so rank 16 is 0.29 %, near the 0.32 % of the abstract."""
+    assert main(["plan", "llama-3.1-70b", "--length", "128", "--r", "16", "--method", "lora", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 70_553_706_496
+    curve = {point["rank"]: point for point in found["curve"]}
+    assert curve[1]["parameters"] == pytest.approx(12.94e6, rel=1e-3)
+    assert curve[16]["share"] == pytest.approx(0.0029, abs=5e-5)
+
+
+def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama-9"]) == 2
+    assert "llama-9" in capsys.readouterr().err
