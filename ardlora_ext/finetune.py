@@ -251,6 +251,27 @@ def prepare(settings: Settings, corpus: Corpus) -> Job:
     return Job(settings, model, collate, train_features, test_features, steps, optimizer, schedule, controller, config)
 
 
+def dry_run(settings: Settings) -> None:
+    """Print what a run would adapt, and the bytes it would hold; no weights and no data are loaded.
+
+    Raises:
+        InputError: the model or an option is refused, as a run would refuse it.
+    """
+    from rich.console import Console
+
+    from ardlora_ext.plan import make_plan, skeleton
+    from ardlora_ext.plan.show import show
+
+    name, model = skeleton(str(settings.model or "all-minilm-l6-v2"), torch.float32)
+    heads = () if "CausalLM" in type(model).__name__ else head_modules(model)
+    try:
+        config = _adapter_config(settings, heads, settings.max_steps or 1000)  # phases scale with the steps
+        plan = make_plan(name, model, config, settings.batch_size, settings.max_length)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(str(error)) from error
+    show(plan, model, Console(), None, paper=False)
+
+
 def train(job: Job, trace: Trace) -> None:
     """Take `job.steps` optimizer steps, with a progress bar, and keep in `trace` what happened."""
     settings, total = job.settings, job.steps

@@ -90,3 +90,24 @@ def test_arithmetic_of_the_papers_model(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "llama-9"]) == 2
     assert "llama-9" in capsys.readouterr().err
+
+
+def test_dry_run_takes_its_options_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_config("llama").save_pretrained(tmp_path)
+    options = tmp_path / "run.yaml"
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "a"}\n')
+    options.write_text(f"model: {tmp_path}\ndata: {data}\nmethod: lora\nr: 3\nout: {tmp_path / 'out'}\n")
+    assert main(["finetune", "--config", str(options), "--dry-run"]) == 0
+    per_rank = 2 * (6 * 64 + 2 * 32 + 3 * (64 + 176))
+    assert f"budget {3 * per_rank:,}" in " ".join(capsys.readouterr().out.split())
+    assert main(["finetune", "--config", str(options), "--r", "2", "--dry-run"]) == 0  # the command line wins
+    assert f"budget {2 * per_rank:,}" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_in_the_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = tmp_path / "run.json"
+    options.write_text('{"rank": 3}')
+    assert main(["plan", "bert-base", "--config", str(options)]) == 2
+    assert "must hold options of plan, got 'rank'" in capsys.readouterr().err

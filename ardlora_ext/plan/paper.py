@@ -14,6 +14,7 @@ from ardlora_ext.config import AdapterConfig, ArdConfig
 from ardlora_ext.heads import head_cut
 from ardlora_ext.inject import plan_targets
 from ardlora_ext.plan.memory import Plan, live_parameters, uniform
+from ardlora_ext.units import Factoring
 
 SHARE, SAVED = 0.0032, 0.41
 _QV = ("q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin")
@@ -58,7 +59,7 @@ def readings(model: nn.Module, plan: Plan) -> list[Reading]:
 
 
 def _config(names: list[str], factoring: str) -> AdapterConfig:
-    literal = "independent" if factoring == "independent" else "shared"
+    literal: Factoring = "independent" if factoring == "independent" else "shared"
     return ArdConfig(target_modules=names, granularity="head", factoring=literal, modules_to_save=())
 
 
