@@ -245,12 +245,10 @@ def _start_rows(change: _Change, live: int, generator: torch.Generator) -> None:
     if len(old) > 0 and len(old) + len(fresh) <= layer.layout.a_width:
         norm = new.norm(dim=1).mean()
         basis = torch.linalg.qr(rows[old].float().cpu().T).Q
-        for i in range(len(fresh)):
-            v = new[i] - basis @ (basis.T @ new[i])
-            v = v - basis @ (basis.T @ v)  # twice is enough for full accuracy
-            new[i] = v / v.norm()
-            basis = torch.cat([basis, new[i, :, None]], dim=1)
-        new *= norm
+        for _ in range(2):  # twice is enough for full accuracy
+            new = new - (new @ basis) @ basis.T
+        q, r = torch.linalg.qr(new.T)
+        new = norm * (q * r.diagonal().sign()).T
     rows[fresh] = new.to(rows)
 
 

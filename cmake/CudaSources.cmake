@@ -13,7 +13,7 @@ macro(ardlora_add_cuda_sources target)
   endif()
   if(ardlora_cuda_mode)
     if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100 120-real) # newer ones by the PTX of 100
     endif()
     enable_language(CUDA)
     target_sources(${target} PRIVATE csrc/cuda/controller.cu csrc/cuda/launch.cu csrc/cuda/lora_linear.cu)

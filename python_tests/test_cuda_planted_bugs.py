@@ -55,18 +55,17 @@ BUGS = (
     Bug(
         "last row off by one",
         "lora",
-        "mma_tile.cuh",
-        "const bool valid = inside && row + r < x.rows;",
-        "const bool valid = inside && row + r < x.rows - PLANTED;",
+        "outer.cuh",
+        "p.x.rows - step * kRows, ranks",
+        "p.x.rows - PLANTED - step * kRows, ranks",
     ),
     Bug("missing zero fill", "lora", "mma_tile.cuh", "valid ? 16 : 0);", "valid || PLANTED ? 16 : 0);"),
     Bug(
-        "swapped fragment",
+        "wrong fragment",
         "lora",
-        "mma_tile.cuh",
-        "ldmatrix<4, true>(b, t.address(step + r + matrix % 2 * 8, column + matrix / 2 * 8));",
-        "const int swap = PLANTED ? matrix % 2 * 2 + matrix / 2 : matrix;\n"
-        "    ldmatrix<4, true>(b, t.address(step + r + swap % 2 * 8, column + swap / 2 * 8));",
+        "outer.cuh",
+        "multiply_add<T>(acc[i][2 * j + 1], a[i], b + 2);",
+        "multiply_add<T>(acc[i][2 * j + 1], a[i], PLANTED ? b : b + 2);",
     ),
     Bug(
         "wrong gate",

@@ -23,13 +23,14 @@ def penalty(rows: torch.Tensor, form: Form) -> torch.Tensor:
 
 
 def penalty_gradient(rows: torch.Tensor, form: Form) -> torch.Tensor:
-    """Return the gradient of `penalty` by the rows [r, width]; 0 where the norm is 0."""
-    error = rows @ rows.T
-    error.diagonal().sub_(1.0)
+    """Return the gradient of `penalty` by the rows [..., r, width]; 0 where the norm is 0."""
+    error = rows @ rows.mT
+    error.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    gradient = error @ rows
     if form == "squared":
-        return 4.0 * (error @ rows)
-    norm = error.norm()
-    return (2.0 / norm) * (error @ rows) if norm > 0.0 else torch.zeros_like(rows)
+        return 4.0 * gradient
+    norm = error.flatten(-2).norm(dim=-1)[..., None, None]
+    return torch.where(norm > 0.0, 2.0 / norm * gradient, 0.0)
 
 
 def share(rank: int, width: int, units: int, form: Form) -> float:

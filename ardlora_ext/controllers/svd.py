@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -74,20 +75,20 @@ class SvdController(Controller[Config]):
     def _add_orthogonality(self, weight: float) -> None:
         """Add the gradient of the regulariser to the factors of every layer in train mode."""
         form, rank = self.config.orth_form, self.config.initial_rank
+        equal: dict[tuple[int, int, torch.dtype, torch.device], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for layer in self.units.layers:
-            if not layer.training:
-                continue
+            begins = layer.table.unit_begin
             for factor in (layer.lora_A, layer.lora_B):
-                if factor.grad is None:
+                if not layer.training or factor.grad is None:
                     continue
-                strength = weight * share(rank, factor.shape[1], len(self.units), form)
-                begin = 0
-                for r in layer.ranks:
-                    rows = slice(begin, begin + r)
-                    if r:
-                        gradient = penalty_gradient(factor[rows].float(), form)
-                        factor.grad[rows].add_(gradient.to(factor.dtype), alpha=strength)
-                    begin += r
+                for begin, end in pairwise(begins):
+                    key = end - begin, factor.shape[1], factor.dtype, factor.device
+                    equal.setdefault(key, []).append((factor[begin:end], factor.grad[begin:end]))
+        for (r, width, dtype, _), units in equal.items():  # all of one shape in one product
+            if r:
+                gradient = penalty_gradient(torch.stack([rows for rows, _ in units]).float(), form).to(dtype)
+                strength = weight * share(rank, width, len(self.units), form)
+                torch._foreach_add_([grad for _, grad in units], gradient.unbind(), alpha=strength)
 
     def _score(self) -> None:
         """Take this step's gradients into the scores; gradients with NaN or Inf are left out, with one record."""
