@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -33,13 +33,20 @@ def head_cut(name: str) -> Cut | None:
     return None
 
 
-def config_head_dims(model: nn.Module) -> list[int]:
-    """Return the head widths a transformers config states (text and vision parts may differ), widest scope first."""
+def config_head_dims(model: nn.Module, name: str = "") -> list[int]:
+    """Return the head widths that transformers configs state for the module `name`, the nearest config first.
+
+    Text and vision parts have configs, and head widths, of their own.
+    """
+    configs = []
+    scope: Any = model
+    for part in ["", *name.split(".")]:
+        scope = getattr(scope, part, None) if part else scope
+        configs.append(getattr(scope, "config", None))
+    configs.reverse()
+    configs += [getattr(configs[-1], part, None) for part in ("text_config", "vision_config")]
     dims: list[int] = []
-    top = getattr(model, "config", None)
-    for config in (top, getattr(top, "text_config", None), getattr(top, "vision_config", None)):
-        if config is None:
-            continue
+    for config in configs:
         heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
         hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
         dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
@@ -77,7 +84,7 @@ def unit_layout(model: nn.Module, name: str, in_features: int, out_features: int
     found = _explicit(name, config.head_dim)
     if found is None and config.head_dim is None:
         cut = head_cut(name)
-        dims = config_head_dims(model)
+        dims = config_head_dims(model, name)
         if cut is None or not dims:
             return whole
         features = out_features if cut == "out" else in_features
