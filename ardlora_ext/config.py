@@ -250,8 +250,10 @@ class ArdConfig(AdapterConfig):
 class SvdConfig(AdapterConfig):
     """What ElaLoRA and AdaLoRA share: W' = W + scaling * P diag(lambda) Q, scored components, three phases.
 
-    A unit owns rows of both factors: `granularity` is `matrix`, or `head` with `factoring="independent"`. Names are
-    those of PEFT's AdaLoraConfig where it has them.
+    A component is scored, kept or dropped with its own row of P and of Q, so a unit must own rows of both:
+    `granularity` is `matrix`, or `head` with `factoring="independent"`. Heads that share a factor have no such form:
+    its rows serve them all, and can be neither orthonormal for each nor dropped with one. Names are those of PEFT's
+    AdaLoraConfig where it has them.
 
     Attributes:
         total_steps: optimizer steps of the run. `None`: `attach(..., total_steps=...)` tells.
@@ -289,8 +291,8 @@ class SvdConfig(AdapterConfig):
         own_rows = self.granularity == "matrix" or (self.granularity, self.factoring) == ("head", "independent")
         _require(
             own_rows,
-            f"{owner}: granularity must be 'matrix', or 'head' with factoring='independent', got {self.granularity!r} "
-            f"with {self.factoring!r}",
+            f"{owner}: granularity must be 'matrix', or 'head' with factoring='independent' (a unit must own rows), "
+            f"got {self.granularity!r} with {self.factoring!r}",
         )
         _choice(owner, "orth", self.orth, (None, "squared", "norm"))
         _choice(owner, "start", self.start, ("gaussian", "orthonormal"))
@@ -354,7 +356,9 @@ class ElaConfig(SvdConfig):
         grace: optimizer steps in which a new component is no candidate. `None`: until its averages have filled,
             3 / (1 - beta1); 0 in code mode.
         rank1_candidate: let units of rank 1 grow; the paper's never can again.
-        allocation: `importance`, or a control: `random_grow` (random units grow), `random` (random ones shrink too).
+        allocation: `importance`, or a control: `random_grow` (random units grow), `random` (random ones shrink too),
+            `none` (nothing moves: the same form, scores and, in code mode, restarts at a fixed rank).
+        target_r: a control: mean rank at the end, other than r. Below r rounds only prune, above it they only grow.
     """
 
     r: int = 8
@@ -367,13 +371,15 @@ class ElaConfig(SvdConfig):
     new_norm: Literal["mean", "unit"] = "mean"
     grace: int | None = None
     rank1_candidate: bool = False
-    allocation: Literal["importance", "random_grow", "random"] = "importance"
+    allocation: Literal["importance", "random_grow", "random", "none"] = "importance"
+    target_r: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _choice("ElaConfig", "mode", self.mode, ("paper", "code"))
         _choice("ElaConfig", "new_norm", self.new_norm, ("mean", "unit"))
-        _choice("ElaConfig", "allocation", self.allocation, ("importance", "random_grow", "random"))
+        _choice("ElaConfig", "allocation", self.allocation, ("importance", "random_grow", "random", "none"))
+        _require(self.target_r is None or self.target_r >= 1, f"ElaConfig: target_r must be >= 1, got {self.target_r}")
         for name in ("r", "k", "b"):
             _require(getattr(self, name) >= 1, f"ElaConfig: {name} must be >= 1, got {getattr(self, name)}")
         _require(self.r_max is None or self.r_max >= self.r, f"ElaConfig: r_max must be >= r, got {self.r_max}")

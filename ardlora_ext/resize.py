@@ -281,6 +281,8 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
     if optimizer is not None and update.optimizer != "follow":
         pin_lr(optimizer)
     if not changes:
+        if optimizer is not None and update.optimizer == "restarted":
+            restart(optimizer)
         return
     gates = [_new_gates(change.layer, change.units) for change in changes]
     _move(changes)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ardlora_ext as ard
-from ardlora_ext.bench import stats, tasks, tiny
+from ardlora_ext.bench import quality_report, stats, tasks, tiny
 from ardlora_ext.bench.cli import main
 from ardlora_ext.bench.methods import RECIPES, MethodUnavailable, Plan, parse, random_ranks, set_ranks
 from ardlora_ext.bench.planted import PlantedBed, nested_oracle, oracle_loss, oracle_ranks, plant
@@ -302,6 +302,21 @@ def test_real_bed_scores_classes_and_numbers(name: str, monkeypatch: pytest.Monk
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_compared_by_quantile(capsys: pytest.CaptureFixture[str]) -> None:
+    methods = [parse(m) for m in ("elalora:allocation=none", "elalora", "lora")]
+    found = compare(BED, methods, Effort(3, 1, (1e-2,)), methods[0].label)
+    for row in found.rows:
+        assert (row["scores"] is None) == (row["method"] == "lora")
+    for row in found.reported("elalora"):
+        row["scores"] = [2 * score for score in found.reported(methods[0].label)[row["seed"]]["scores"]]
+    quality_report.print_table(found)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scores of")]
+    assert lines == [
+        f"scores of elalora / {methods[0].label}, by quantile: "
+        + ", ".join(f"{q:.0%} 2 [2, 2]" for q in (0.1, 0.25, 0.5, 0.75, 0.9))
+    ]
 
 
 def test_quick_run_prints_a_table_and_writes_json_and_plot(tmp_path: Path) -> None:

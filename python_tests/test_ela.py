@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -205,6 +206,37 @@ def test_budget_is_conserved_at_every_step(allocation: str) -> None:
         assert "score" in record["reason"] or "highest" in record["reason"]
 
 
+@pytest.mark.parametrize(("r", "target"), [(6, 4), (2, 4), (1, 2)])
+def test_a_target_is_met_by_pruning_or_by_growing_alone(r: int, target: int) -> None:
+    run = Run(120, r=r, target_r=target, deltaT=4, grace=0, rank1_candidate=r == 1)
+    totals = [5 * r]
+    for _ in range(120):
+        run.step()
+        totals.append(sum(run.ranks))
+        assert min(run.ranks) >= 1
+    steps = [b - a for a, b in itertools.pairwise(totals)]
+    assert totals[-1] == 5 * target
+    assert all(0 <= step * (1 if target > r else -1) <= 3 for step in steps)
+    assert {record["pruned" if target > r else "grown"] for record in run.controller.records} == {0}
+    model, _ = prepared(r=2, target_r=30, deltaT=4)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"target_r must be within \d+ components of the first 10, .* got 150"):
+        ard.attach(model, optimizer, total_steps=120)
+
+
+@pytest.mark.parametrize("mode", ["paper", "code"])
+def test_without_an_allocation_only_the_optimizer_is_restarted(mode: str) -> None:
+    run = Run(60, allocation="none", mode=mode, deltaT=10)
+    counts = []
+    for _ in range(60):
+        run.step()
+        counts.append(int(run.optimizer.state[next(iter(run.optimizer.state))]["step"]) if run.optimizer.state else 0)
+        assert run.ranks == [4] * 5
+    assert run.controller.rounds == 3
+    assert counts.count(0) == (3 if mode == "code" else 0)
+    assert all(module for module in run.controller.scores().values())
+
+
 def test_kept_rows_keep_their_moments_bitwise_over_many_rounds() -> None:
     run = Run(130, deltaT=2, grace=0, scheduler=False, tinit=10, tfinal=10)
     layers = ard.adapters(run.model)
@@ -351,6 +383,7 @@ def test_finalize_ends_the_moves() -> None:
         ({"orth_reg_weight": -0.1}, "orth_reg_weight must be >= 0"),
         ({"mode": "fast"}, "mode must be one of 'paper', 'code'"),
         ({"r_max": 2}, "r_max must be >= r"),
+        ({"target_r": 0}, "target_r must be >= 1, got 0"),
         ({"capacity": "fixed"}, "r_max must be given with capacity='fixed'"),
         ({"granularity": "head"}, "head' with factoring='independent'"),
         ({"granularity": "layer"}, "granularity must be"),

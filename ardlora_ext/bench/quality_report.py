@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from ardlora_ext.bench.quality import Comparison, mean_interval
-from ardlora_ext.bench.trial import Row
+from ardlora_ext.bench.stats import paired
+from ardlora_ext.bench.trial import SCORE_QUANTILES, Row
 from ardlora_ext.plots import FAINT, GRID, INK, KIND_COLOURS
 
 _WIDTH = 200  # columns a table may have where the output is not a terminal
@@ -57,9 +59,23 @@ def print_table(found: Comparison, console: Console | None = None) -> None:
     console.print(table)
     for label, reason in found.missing.items():
         console.print(f"{label}: not available ({reason})", style="yellow", highlight=False)
+    for label in found.chosen:
+        _print_scores(found, label, console)
     edges = [m for m, lr in found.chosen.items() if _at_edge(found, m, lr)]
     if edges:
         console.print(f"best learning rate at the edge of the grid: {', '.join(edges)}", style="yellow")
+
+
+def _print_scores(found: Comparison, label: str, console: Console) -> None:
+    """Print how many times as high the quantiles of a method's importance scores are as the reference's."""
+    ours, theirs = ([row["scores"] for row in found.reported(m)] for m in (label, found.reference))
+    if label == found.reference or not ours or None in ours or None in theirs or len(ours) != len(theirs):
+        return
+    cells = []
+    for q, *pair in zip(SCORE_QUANTILES, np.log(ours).T, np.log(theirs).T, strict=True):
+        ratio = paired(*pair)
+        cells.append(f"{q:.0%} {math.exp(ratio.mean):.3g} [{math.exp(ratio.low):.3g}, {math.exp(ratio.high):.3g}]")
+    console.print(f"scores of {label} / {found.reference}, by quantile: " + ", ".join(cells), highlight=False)
 
 
 def _cells(found: Comparison, label: str) -> list[str]:

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 import ardlora_ext as ard
 from ardlora_ext.bench.methods import Method, Plan, Ranks
+from ardlora_ext.controllers.svd import SvdController
 from ardlora_ext.data import InputError
 
 Row = dict[str, Any]
 
 _WARMUP = 0.05
+SCORE_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,17 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int, tuning: bool = Fal
         "moves": track.moves,
         "flips": track.flips,
         "seconds": seconds,
+        "scores": score_quantiles(controller),
         "ranks": {name: list(layer.ranks) for name, layer in ard.adapters(task.model).items()},
     }
+
+
+def score_quantiles(controller: Any) -> list[float] | None:
+    """Return the `SCORE_QUANTILES` of the last importance scores, where a method has any."""
+    if not isinstance(controller, SvdController):
+        return None
+    scores = [score for module in controller.scores().values() for score in module]
+    return [float(q) for q in np.quantile(scores, SCORE_QUANTILES)]
 
 
 def _train(task: Task, optimizer: torch.optim.Optimizer, steps: int, track: RankTrack, tuning: bool) -> float | None:

@@ -82,6 +82,20 @@ def exchange(pool: Pool, unit: Ints, room: Ints, b: int, growth_order: Ints | No
     return low[: len(high)], np.array(high, dtype=np.int64)
 
 
+def one_way(pool: Pool, unit: Ints, room: Ints, b: int, missing: int) -> tuple[Ints, Ints]:
+    """Choose up to b components to prune where there are too many (`missing` < 0), else those whose units grow."""
+    none = np.empty(0, dtype=np.int64)
+    if missing < 0:
+        return pool.members[pool.prunable][: min(b, -missing)], none
+    high: list[int] = []
+    left = room.copy()
+    for c in pool.members[::-1]:
+        if len(high) < min(b, missing) and left[unit[c]] > 0:
+            left[unit[c]] -= 1
+            high.append(int(c))
+    return none, np.array(high, dtype=np.int64)
+
+
 def with_ties(low: Ints, pool: Pool, unit: Ints, scores: Floats) -> Ints:
     """Return `low` and every candidate of the units it names that ties with its highest score (ElaLoRA's code)."""
     members = pool.members[pool.prunable]
@@ -102,14 +116,30 @@ class ElaController(SvdController[ElaConfig]):
         live, b = self.units.live(), self.config.b
         _ = self.phases  # raises where the run is too short
         if self.step == 0:
+            self._check_target(int(live.sum()))
             pool = self._pool(np.zeros(int(live.sum())))
-            if pool.exchanges < b:
+            if self.config.target_r is None and pool.exchanges < b:
                 raise ValueError(
                     f"attach: the pool of candidates must hold 2 b = {2 * b} components so that those pruned and those "
                     f"grown differ, got {len(pool.members)} from {len(live)} units with min(k, r - 1) each; "
                     f"use b <= {pool.exchanges}, or a larger k or r"
                 )
         return RankUpdate({}, optimizer="pinned") if self.config.mode == "code" and self.rounds else None
+
+    def _check_target(self, total: int) -> None:
+        """Check that the rounds of the run are enough for `target_r`."""
+        cfg, phases = self.config, self.phases
+        steps = range(phases.total)
+        most = sum(exchange_count(t, phases, cfg.deltaT, cfg.b, cfg.scheduler) for t in steps)
+        if abs(self._goal(total) - total) > most:
+            raise ValueError(
+                f"attach: target_r must be within {most} components of the first {total}, what the rounds of the run "
+                f"can move, got {self._goal(total)} components; use a larger b, a smaller deltaT, or train longer"
+            )
+
+    def _goal(self, total: int) -> int:
+        """Return the components of the model at the end."""
+        return total if self.config.target_r is None else self.config.target_r * len(self.units)
 
     def propose(self) -> RankUpdate | None:
         t, phases = self.step, self.phases
@@ -131,7 +161,12 @@ class ElaController(SvdController[ElaConfig]):
         scores, unit = self.importance.scores(), self.unit_of()
         live, room = self.units.live(), self.units.limit - self.units.live()
         pool = self._pool(scores)
-        if self.config.allocation == "importance":
+        if self.config.allocation == "none":
+            self.rounds += 1
+            return RankUpdate({}, optimizer="restarted") if self.config.mode == "code" else None
+        if self.config.target_r is not None:
+            low, high = one_way(pool, unit, room, b, self._goal(int(live.sum())) - int(live.sum()))
+        elif self.config.allocation == "importance":
             low, high = exchange(pool, unit, room, b)
         else:
             rng = np.random.default_rng((self.config.seed, self.step))
@@ -141,7 +176,7 @@ class ElaController(SvdController[ElaConfig]):
             low, high = exchange(pool, unit, room, b, rng.permutation(pool.members))
         if self.config.mode == "code":
             low = with_ties(low, pool, unit, scores)
-        if not len(high):
+        if not len(low) and not len(high):
             return None
         self.rounds += 1
         grown = np.bincount(unit[high], minlength=len(live))
