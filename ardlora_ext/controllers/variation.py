@@ -122,7 +122,7 @@ def solve_chain(z: Floats, low: Floats, high: Floats, strength: float, square: b
             out[entry] = _crossing(x, y + strength * (x - after), 0.0)
         else:
             out[entry] = np.clip(after, _crossing(x, y, -strength), _crossing(x, y, strength))
-    return out
+    return np.asarray(np.clip(out, low, high), dtype=np.float64)  # the last rounding
 
 
 def _penalised(x: Floats, y: Floats, strength: float, square: bool) -> tuple[Floats, Floats]:
