@@ -251,7 +251,7 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
     context = _Context(layouts, config, traced, base, 3 * sum(p.numel() * p.element_size() for p in whole), itemsize)
     start = config.initial_rank
     moving = start + 1 if isinstance(config, ArdConfig) else start  # the look-ahead component
-    last = int(getattr(config, "target_r", start))
+    last = int(getattr(config, "target_r", None) or start)
     largest = start if not isinstance(config, ArdConfig) else config.max_rank
     parameters = sum(p.numel() for p in unique)
     training = context.ours(moving)
