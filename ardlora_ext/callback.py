@@ -27,7 +27,7 @@ from ardlora_ext.config import AdapterConfig
 from ardlora_ext.controllers import Controller
 from ardlora_ext.export import save_pretrained
 from ardlora_ext.files import write_set
-from ardlora_ext.inject import adapters, injection, parameters_report, wrap
+from ardlora_ext.inject import adapters, injection, wrap
 from ardlora_ext.optim import restart, unwrapped
 from ardlora_ext.resume import moving_state
 
@@ -98,7 +98,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Add ranks to a training log, for the history and for every tracker."""
         if self.controller is None or logs is None or "loss" not in logs:
             return
-        facts = rank_facts(self.controller, kwargs["model"])
+        facts = rank_facts(self.controller)
         logs.update(facts)
         if state.log_history:
             state.log_history[-1].update(facts)
@@ -166,7 +166,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         write_set(Path(args.output_dir), {RECORDS: lines.encode()})
 
 
-def rank_facts(controller: Controller[Any], model: nn.Module) -> dict[str, float]:
+def rank_facts(controller: Controller[Any]) -> dict[str, float]:
     """Return what a log shows about ranks now, numbers only."""
     summary = controller.summary()
     phase = summary["phase"]
@@ -175,7 +175,7 @@ def rank_facts(controller: Controller[Any], model: nn.Module) -> dict[str, float
         "mean_rank": summary["mean_rank"],
         "rank_min": min(ranks),
         "rank_max": max(ranks),
-        "adapter_parameters": summary.get("parameters", parameters_report(model).live),
+        "adapter_parameters": summary["parameters"],
         "rank_phase": PHASES.index(phase) if phase in PHASES else len(PHASES) - 1,
     }
     for key in ("alpha", "price", "budget"):

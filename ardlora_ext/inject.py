@@ -414,7 +414,12 @@ def check_unmerged(op: str, name: str, layer: LoraLinear) -> None:
 
 
 def parameters_report(model: nn.Module) -> ParametersReport:
-    """Count the parameters of a wrapped model; `print` it for PEFT's one-line form."""
+    """Count the parameters of a wrapped model; `print` it for PEFT's one-line form.
+
+    All that the optimizer trains counts: lora_E (lambda, one number a component) and DoRA's magnitudes too. ARD-LoRA's
+    gates follow from its ranks and are no parameters. The budgets of ElaLoRA and AdaLoRA are in components, as in their
+    papers; those of ARD-LoRA and `compress` in parameters as counted here.
+    """
     injection(model)
     layers = list(adapters(model).values())
     own = {id(p) for layer in layers for p in layer.trained.values()}

@@ -230,6 +230,15 @@ def test_parameters_report_counts_trained_gates(make: Any) -> None:
     assert report.live == report.trainable == factors + gates == trained - slack
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "ard", "elalora", "adalora"])
+def test_a_controller_counts_what_the_report_counts(method: str) -> None:
+    model = ard.wrap(Attention(), config_from_dict({"method": method}))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    controller = ard.attach(model, optimizer, total_steps=40)
+    controller.finalize()
+    assert controller.summary()["parameters"] == ard.parameters_report(model).live
+
+
 @pytest.mark.parametrize(
     ("head_dim", "expected"),
     [

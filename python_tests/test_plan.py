@@ -12,8 +12,10 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import ardlora_ext as ard
 from ardlora_ext.cli import main
-from ardlora_ext.config import AdapterConfig
+from ardlora_ext.config import AdapterConfig, config_from_dict
+from ardlora_ext.inject import plan_targets
 from ardlora_ext.plan import make_plan, skeleton
+from ardlora_ext.plan.memory import live_parameters, uniform
 from ardlora_ext.plan.trace import SavedBytes
 
 BATCH, LENGTH = 2, 24
@@ -66,6 +68,14 @@ def test_bytes_are_what_training_holds(kind: str, config: AdapterConfig, tmp_pat
     measured = held(kind, config)
     for key, value in measured.items():
         assert getattr(plan.training, key) == pytest.approx(value, rel=0.03), key
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ard", "elalora", "adalora"])
+def test_parameters_are_what_the_report_counts(method: str) -> None:
+    model, config = LlamaForCausalLM(make_config("llama")), config_from_dict({"method": method})
+    layouts = plan_targets(model, config)[1]
+    planned = live_parameters(layouts, uniform(layouts, config.initial_rank), config)
+    assert planned == ard.parameters_report(ard.wrap(model, config)).live
 
 
 def test_a_plan_loads_and_changes_nothing(tmp_path: Path) -> None:

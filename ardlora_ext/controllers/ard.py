@@ -374,7 +374,7 @@ class ArdController(Controller[ArdConfig]):
             "alpha": float(np.mean(self.alpha)),
             "price": float(self.price),
             "budget": None if self.budget is None else int(self.budget),
-            "parameters": self.units.costs.parameters(self._rounded() if self.target is None else self.target),
+            "parameters": self.parameters(),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -105,9 +105,15 @@ class Controller(Generic[Config]):
         """Return the rank of each unit by module name."""
         return self.units.by_module(self.units.live())
 
+    def parameters(self) -> int:
+        """Return the adapter parameters at `ranks()`, counted as `parameters_report` counts them."""
+        ranks = self.ranks()
+        return sum(layer.parameters_at(ranks[n]) for n, layer in zip(self.units.names, self.units.layers, strict=True))
+
     def summary(self) -> dict[str, Any]:
         """Return the present state in a few JSON-able numbers, for logs."""
-        return {"step": self.step, "phase": "fixed", "mean_rank": float(np.mean(self.units.live()))}
+        mean_rank = float(np.mean(self.units.live()))
+        return {"step": self.step, "phase": "fixed", "mean_rank": mean_rank, "parameters": self.parameters()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists: everything a resumed run needs to take the same decisions."""

@@ -137,7 +137,7 @@ class SvdController(Controller[Config]):
             "phase": self.phase,
             "mean_rank": float(np.mean(ranks)),
             "total_rank": int(ranks.sum()),
-            "parameters": self.units.costs.parameters(ranks),
+            "parameters": self.parameters(),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -178,9 +178,14 @@ def uniform(layouts: Layouts, rank: int) -> dict[str, list[int]]:
     return {name: [min(rank, layout.max_rank)] * layout.units for name, layout in layouts.items()}
 
 
-def live_parameters(layouts: Layouts, ranks: Ranks) -> int:
-    """Return the adapter parameters in use."""
-    return sum(layout.parameters(ranks[name]) for name, layout in layouts.items())
+def live_parameters(layouts: Layouts, ranks: Ranks, config: AdapterConfig) -> int:
+    """Return the adapter parameters in use, counted as `parameters_report` counts them."""
+    factors = sum(layout.parameters(ranks[name]) for name, layout in layouts.items())
+    if isinstance(config, SvdConfig):
+        return factors + sum(sum(units) for units in ranks.values())
+    if isinstance(config, DoraConfig):
+        return factors + sum(layout.out_features for layout in layouts.values())
+    return factors
 
 
 def _capacities(layout: UnitLayout, ranks: Sequence[int], config: AdapterConfig) -> tuple[int, int]:
@@ -271,7 +276,7 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
         peft_mean=context.peft(last),
         peft_max=context.peft(largest),
         curve=[_point(context, rank, parameters) for rank in CURVE],
-        budget=live_parameters(layouts, uniform(layouts, last)) if budget is None else budget,
+        budget=live_parameters(layouts, uniform(layouts, last), config) if budget is None else budget,
         checkpointed=training.activations - traced.ours + traced.checkpointed,
         rows=traced.rows,
         problem=traced.problem,
@@ -301,7 +306,7 @@ class _Context:
 
 def _point(context: _Context, rank: int, total: int) -> Point:
     ours, peft = context.ours(rank), context.peft(rank)
-    live = live_parameters(context.layouts, uniform(context.layouts, rank))
+    live = live_parameters(context.layouts, uniform(context.layouts, rank), context.config)
     theirs = peft_parameters(context.layouts, rank)
     return Point(rank, live, live / total, ours.state, ours.activations, theirs, peft.state, peft.activations)
 

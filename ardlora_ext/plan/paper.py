@@ -52,7 +52,7 @@ def readings(model: nn.Module, plan: Plan) -> list[Reading]:
         for factoring in ("shared", "independent") if names else ():
             config = _config(names, factoring)
             layouts = plan_targets(model, config)[1]
-            per_rank = live_parameters(layouts, uniform(layouts, 1))
+            per_rank = live_parameters(layouts, uniform(layouts, 1), config)
             units = sum(layout.units for layout in layouts.values())
             found.append(Reading(targets, factoring, units, per_rank, SHARE * plan.parameters / per_rank))
     return found
