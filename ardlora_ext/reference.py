@@ -114,6 +114,14 @@ def importance_step(
     return sensitivity, beta2 * uncertainty + (1.0 - beta2) * (entry - sensitivity).abs()
 
 
+def orthogonal_rows(rows: torch.Tensor, new: Sequence[int], norm: float) -> torch.Tensor:
+    """Return `rows` [count, width] with those in `new` orthogonal to the others and to each other, of norm `norm`."""
+    out, old = rows.clone(), [i for i in range(len(rows)) if i not in new]
+    q, r = torch.linalg.qr(torch.cat([rows[old], rows[list(new)]]).T)
+    out[list(new)] = norm * (q * r.diagonal().sign()).T[len(old) :]
+    return out
+
+
 def rank_resize(buffer: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
     """Return the rows `index` of `buffer`; -1 gives a row of zeros."""
     out = buffer.new_zeros(len(index), *buffer.shape[1:])

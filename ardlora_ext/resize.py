@@ -21,7 +21,8 @@ from ardlora_ext._device import rank_resize
 from ardlora_ext.inject import adapters, check_unmerged
 from ardlora_ext.layers import LoraLinear, initial_rows
 from ardlora_ext.optim import moments, pin_lr, restart
-from ardlora_ext.start import NewRows, start_components
+from ardlora_ext.pissa import ROW_NORM
+from ardlora_ext.start import Fresh, NewRows, orthogonal_rows, start_components
 from ardlora_ext.units import UnitLayout
 
 ZERO = -1  # plan entry of a new row
@@ -224,8 +225,8 @@ def _set_gates(layer: LoraLinear, gates: torch.Tensor) -> None:
     layer.lora_gate[len(gates) :] = 0.0
 
 
-def _start_rows(change: _Change, live: int, generator: torch.Generator) -> None:
-    """Give new rows of lora_A a direction of their own: Gaussian, orthogonal to the live rows, of their typical norm.
+def _start_rows(change: _Change, live: int, generator: torch.Generator) -> list[Fresh]:
+    """Give new rows of lora_A random values; return what is to be made orthogonal to the live rows.
 
     lora_B's new rows stay zero, so the function does not change. Where an existing row of a shared lora_B meets a new
     row of lora_A, that one stays zero instead and lora_B carries the gradient.
@@ -238,18 +239,12 @@ def _start_rows(change: _Change, live: int, generator: torch.Generator) -> None:
         component = {int(b) + j: j for b, u in zip(begins, change.units, strict=False) for j in range(u.rank)}
         fresh = [row for row in fresh if plan_b[component[row]] == ZERO]
     if not fresh:
-        return
-    old = [row for row, source in enumerate(plan_a) if source != ZERO]
-    rows = layer.lora_A.data
-    new = initial_rows(len(fresh), layer.layout.a_width, generator)
-    if len(old) > 0 and len(old) + len(fresh) <= layer.layout.a_width:
-        norm = new.norm(dim=1).mean()
-        basis = torch.linalg.qr(rows[old].float().cpu().T).Q
-        for _ in range(2):  # twice is enough for full accuracy
-            new = new - (new @ basis) @ basis.T
-        q, r = torch.linalg.qr(new.T)
-        new = norm * (q * r.diagonal().sign()).T
-    rows[fresh] = new.to(rows)
+        return []
+    rows = layer.lora_A.data[:live]
+    for row, values in zip(fresh, initial_rows(len(fresh), layer.layout.a_width, generator), strict=True):
+        rows[row] = values
+    room = len(fresh) < live and live <= layer.layout.a_width
+    return [Fresh(rows, fresh, ROW_NORM)] if room else []
 
 
 @torch.no_grad()
@@ -286,14 +281,16 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
         return
     gates = [_new_gates(change.layer, change.units) for change in changes]
     _move(changes)
+    fresh: list[Fresh] = []
     for change, gate in zip(changes, gates, strict=True):
         _commit(change, optimizer)
         if gate is not None:
             _set_gates(change.layer, gate)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{update.seed}/{change.name}".encode()))
         if update.init == "zero":
-            _start_rows(change, change.layer.layout.rows(change.layer.ranks)[0], generator)
+            fresh += _start_rows(change, change.layer.layout.rows(change.layer.ranks)[0], generator)
         else:
-            start_components(change.layer, [len(u.keep) for u in change.units], update.init, generator)
+            fresh += start_components(change.layer, [len(u.keep) for u in change.units], update.init, generator)
+    orthogonal_rows(fresh)
     if optimizer is not None and update.optimizer == "restarted":
         restart(optimizer)

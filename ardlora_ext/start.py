@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
+from ardlora_ext._native import core, threads
 from ardlora_ext.layers import LoraLinear
 
 # How new components start. `zero`: a row of lora_A, lora_B zero. The others fill both rows: Gram-Schmidt against the
@@ -37,14 +40,36 @@ def start_svd(layer: LoraLinear, orthonormal: bool, generator: torch.Generator) 
             factor[unit] = (torch.linalg.qr(rows.T).Q.T if orthonormal else START_STD * rows).to(factor.dtype)
 
 
-def orthogonal_row(row: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return the unit vector of `row` [width] orthogonal to `others` [n, width], n < width, in float64 accuracy."""
-    basis = torch.linalg.qr(others.double().T).Q
-    v = row.double()
-    for _ in range(2):  # twice is enough for full accuracy
-        v = v - basis @ (basis.T @ v)
-    unit: torch.Tensor = v / v.norm()
-    return unit.to(row.dtype)
+@dataclass(frozen=True)
+class Fresh:
+    """Rows that have just joined a factor, with random values in them.
+
+    Attributes:
+        rows: all rows that they are to be orthogonal to, and they themselves, [count, width]; contiguous.
+        new: which ones they are.
+        norm: what they get.
+    """
+
+    rows: torch.Tensor
+    new: list[int]
+    norm: float
+
+
+@torch.no_grad()
+def orthogonal_rows(factors: Sequence[Fresh]) -> None:
+    """Make new rows orthogonal to all others of their factor, in place: Gram-Schmidt, `reference.orthogonal_rows`.
+
+    A row that is a sum of the others is drawn anew; where there are more rows than columns it stays as it is.
+    """
+    if not factors:
+        return
+    copied = [f.rows.dtype != torch.float32 or not f.rows.is_cpu for f in factors]
+    held = [f.rows.float().cpu() if copy else f.rows for f, copy in zip(factors, copied, strict=True)]
+    table = np.array([(t.data_ptr(), *t.shape) for t in held], dtype=np.int64)
+    core.orthogonal_rows(table, [f.new for f in factors], [f.norm for f in factors], threads())
+    for factor, rows, copy in zip(factors, held, copied, strict=True):
+        if copy:
+            factor.rows[factor.new] = rows[factor.new].to(factor.rows)
 
 
 def projected_row(row: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -54,31 +79,37 @@ def projected_row(row: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return unit
 
 
-def _fill(rows: torch.Tensor, kept: int, init: NewRows, generator: torch.Generator) -> None:
-    """Give the rows [r, width] of one unit past the `kept` ones a direction of their own, in place."""
+def _fill(rows: torch.Tensor, kept: int, init: NewRows, generator: torch.Generator) -> list[Fresh]:
+    """Give the rows [r, width] of one unit past the `kept` ones values; return what is to be made orthogonal."""
     width = rows.shape[1]
+    for i in range(kept, len(rows)):
+        row = torch.randn(width, generator=generator)
+        rows[i] = (projected_row(row, rows[:i].float()) if init == "projected" else row).to(rows.dtype)
+    if init == "projected":
+        return []
     norm = 1.0
     if init == "mean":
         norm = float(rows[:kept].float().norm(dim=1).mean()) if kept else START_STD * math.sqrt(width)
-    for i in range(kept, len(rows)):
-        gaussian = torch.randn(width, generator=generator)
-        others = rows[:i].float()
-        row = projected_row(gaussian, others) if init == "projected" else orthogonal_row(gaussian, others)
-        rows[i] = (norm * row).to(rows.dtype)
+    return [Fresh(rows, list(range(kept, len(rows))), norm)]
 
 
 @torch.no_grad()
-def start_components(layer: LoraLinear, kept: Sequence[int], init: NewRows, generator: torch.Generator) -> None:
+def start_components(layer: LoraLinear, kept: Sequence[int], init: NewRows, generator: torch.Generator) -> list[Fresh]:
     """Start the components of each unit past its `kept` ones: rows of lora_A and lora_B, and lambda.
 
     The layer has its new ranks and buffers already; its units own their rows of both factors.
+
+    Returns:
+        What the caller has to give to `orthogonal_rows`.
     """
+    found: list[Fresh] = []
     for unit, old in zip(_units(layer.ranks), kept, strict=True):
         if old == unit.stop - unit.start:
             continue
         for factor in (layer.lora_A.data, layer.lora_B.data):
-            _fill(factor[unit], old, init, generator)
+            found += _fill(factor[unit], old, init, generator)
         if layer.lora_E is not None and init == "projected":
             values = layer.lora_E.data[unit]
             smallest = float(values[:old].abs().min()) if old else _NEW_LAMBDA
             values[old:] = min(smallest, _NEW_LAMBDA)
+    return found

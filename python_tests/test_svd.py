@@ -11,12 +11,13 @@ from slow_svd import batch, chain_and_teacher
 from torch import nn
 
 import ardlora_ext as ard
+from ardlora_ext import reference, start
 from ardlora_ext.controllers.ela import candidates, exchange, with_ties
 from ardlora_ext.controllers.orthogonality import penalty, penalty_gradient, share
 from ardlora_ext.controllers.schedule import Phases, exchange_count
 from ardlora_ext.optim import pin_lr
 from ardlora_ext.resize import apply
-from ardlora_ext.start import orthogonal_row, projected_row
+from ardlora_ext.start import Fresh, orthogonal_rows, projected_row
 
 
 def test_rounds_of_a_published_script() -> None:
@@ -80,10 +81,42 @@ def test_both_forms_start_equally_strong() -> None:
 def test_gram_schmidt_is_exact_and_one_projection_is_not() -> None:
     others = 0.1 * torch.randn(7, 24)
     row = torch.randn(24)
-    assert float((others @ orthogonal_row(row, others)).abs().max()) < 1e-7
-    assert float(orthogonal_row(row, others).norm()) == pytest.approx(1.0, rel=1e-6)
+    rows = torch.cat([others, row[None]])
+    orthogonal_rows([Fresh(rows, [7], 1.0)])
+    assert float((others @ rows[7]).abs().max()) < 1e-7
+    assert float(rows[7].norm()) == pytest.approx(1.0, rel=1e-6)
     left = float((others @ projected_row(row, others)).norm() / (others @ row).norm() * row.norm())
     assert 0.2 < left < 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "width", "new"), [(1, 5, [0]), (3, 3, [2]), (9, 40, [0, 4, 8]), (16, 1023, [3, 2])])
+def test_new_rows_are_the_reference(
+    count: int, width: int, new: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.randn(count, width).to(dtype)
+    wanted = reference.orthogonal_rows(rows.double(), new, 0.5)
+    other, before = rows.clone(), rows.clone()
+    orthogonal_rows([Fresh(rows, new, 0.5)])
+    torch.testing.assert_close(rows.double(), wanted, atol=2e-6 if dtype == torch.float32 else 2e-3, rtol=0)
+    kept = [i for i in range(count) if i not in new]
+    assert torch.equal(rows[kept], before[kept])
+    monkeypatch.setattr(start, "threads", lambda: 1)
+    orthogonal_rows([Fresh(other, new, 0.5)])
+    assert torch.equal(other, rows)
+
+
+def test_a_new_row_that_is_a_sum_of_others_is_drawn_anew() -> None:
+    rows = torch.randn(4, 9)
+    rows[3] = rows[0] - 2.0 * rows[1]
+    dependent = torch.cat([torch.ones(2, 8), torch.zeros(1, 8), torch.arange(8.0)[None]])
+    full = torch.cat([torch.eye(3), torch.ones(1, 3)])
+    orthogonal_rows([Fresh(rows, [3], 1.0), Fresh(dependent, [3], 2.0), Fresh(full, [3], 1.0)])
+    assert float((rows[:3] @ rows[3]).abs().max()) < 1e-6
+    assert float(rows[3].norm()) == pytest.approx(1.0, rel=1e-6)
+    assert float(dependent[0] @ dependent[3]) == pytest.approx(0.0, abs=1e-6)
+    assert float(dependent[3].norm()) == pytest.approx(2.0, rel=1e-6)
+    assert torch.equal(full[3], torch.ones(3))  # no room
 
 
 def test_new_rows_need_trained_gates() -> None:

@@ -6,6 +6,7 @@
 
 #include "ardlora/importance.h"
 #include "ardlora/lora_linear.h"
+#include "ardlora/orthogonal_rows.h"
 #include "ardlora/rank_resize.h"
 #include "ardlora/regularizer.h"
 #include "bindings/bench.h"
@@ -160,6 +161,23 @@ void bind_controller_passes(py::module_& m) {
         rank_resize(jobs, plans, threads);
       },
       py::arg("moves"), py::arg("plans"), py::arg("threads"));
+  m.def(
+      "orthogonal_rows",
+      [](const IndexArray& table, const std::vector<std::vector<std::int64_t>>& fresh, const std::vector<float>& norms,
+         int threads) {  // [n, 3]: address, rows, columns
+        const auto n = static_cast<py::ssize_t>(fresh.size());
+        ARDLORA_CHECK(table.ndim() == 2 && table.shape(0) == n && table.shape(1) == 3 && norms.size() == fresh.size(),
+                      "orthogonal_rows: factors must be [", n, ", 3] with ", n, " norms");
+        const auto r = table.unchecked<2>();
+        std::vector<NewRows> factors;
+        for (py::ssize_t i = 0; i < n; ++i) {
+          const auto k = static_cast<std::size_t>(i);
+          factors.push_back({reinterpret_cast<float*>(r(i, 0)), r(i, 1), r(i, 2), norms[k], fresh[k]});
+        }
+        py::gil_scoped_release release;
+        orthogonal_rows(factors, threads);
+      },
+      py::arg("factors"), py::arg("fresh"), py::arg("norms"), py::arg("threads"));
   m.def(
       "prox_step",
       [](DoubleArray alpha, const DoubleArray& grad, const DoubleArray& weight, const DoubleArray& lo,

@@ -15,8 +15,11 @@ using cpu::Team;
 
 constexpr std::int64_t kRowGrain = 8;  // whole tiles and pairs of rows
 
+// Few ranks take as long as four: the pass over the activations does.
 double factor_flops(const Factor& f, std::int64_t rows) {
-  return 2.0 * static_cast<double>(rows) * static_cast<double>(f.rows) * static_cast<double>(f.width);
+  std::int64_t ranks = 0;
+  for (const Segment& s : f.segments) ranks += s.rank == 0 ? 0 : std::max<std::int64_t>(s.rank, 4);
+  return 2.0 * static_cast<double>(rows) * static_cast<double>(ranks) * static_cast<double>(f.width);
 }
 
 // Dropout only zeroes; what makes up for it is part of the factor's scale.
@@ -53,8 +56,8 @@ class RowPass {
  public:
   RowPass(const FactorView& in, const MatrixView& x, const FactorView* out, const MatrixView& y, const MatrixView& h,
           bool masked_in, int threads, Arena::Use& arena)
-      : h_(h), rows_(x.rows), shrink_(in, x, masked_in, arena) {
-    if (out != nullptr) expand_.emplace(*out, y, arena);
+      : h_(h), rows_(x.rows), shrink_(in, x, masked_in, threads, arena) {
+    if (out != nullptr) expand_.emplace(*out, y, threads, arena);
     block_ = block_rows(shrink_.row_bytes() + (expand_ ? expand_->row_bytes() : 0));
     for (int t = 0; t < threads; ++t) {
       scratch_.push_back(
@@ -73,8 +76,8 @@ class RowPass {
     for (std::int64_t m = part.begin; m < part.end; m += block_) {
       const std::int64_t end = std::min(part.end, m + block_);
       before(m, end);
-      shrink_.run(m, end, in, h_, x_rows);
-      if (expand_) expand_->run(m, end, out, h_, hidden);
+      shrink_.run(team, m, end, in, h_, x_rows);
+      if (expand_) expand_->run(team, m, end, out, h_, hidden);
       after(m, end);
     }
   }
@@ -113,8 +116,8 @@ void expand(const FactorView& w, const MatrixView& h, const MatrixView& y, int t
   check_activations(w, y, "expand", "y");
   check_hidden(h, w, y.rows, "expand");
   Arena::Use arena;
-  const ExpandPass pass(w, y, arena);
   const int used = cpu::useful_threads(threads, factor_flops(*w.factor, y.rows));
+  const ExpandPass pass(w, y, used, arena);
   const std::int64_t block = block_rows(pass.row_bytes());
   std::vector<void*> scratch;
   for (int t = 0; t < used; ++t) scratch.push_back(pass.take_scratch(block, arena));
@@ -123,7 +126,7 @@ void expand(const FactorView& w, const MatrixView& h, const MatrixView& y, int t
     team.barrier();
     const cpu::Range part = team.share(y.rows, kRowGrain);
     for (std::int64_t m = part.begin; m < part.end; m += block) {
-      pass.run(m, std::min(part.end, m + block), {}, h, scratch[static_cast<std::size_t>(team.id)]);
+      pass.run(team, m, std::min(part.end, m + block), {}, h, scratch[static_cast<std::size_t>(team.id)]);
     }
   });
 }

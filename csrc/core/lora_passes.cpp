@@ -13,18 +13,9 @@ const cpu::ActivationKernels& kernels_for(const MatrixView& activations) {
   return cpu::active().activation[static_cast<int>(activations.dtype)];
 }
 
-std::int64_t ceil_to(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
+constexpr std::int64_t kOwnRows = 64;  // of each thread, for panels of its own
 
-// Calls fn(item, begin, end) for this thread's part of the items' columns, in blocks of kPackBlock.
-template <typename Items, typename F>
-void for_pack_blocks(const Team& team, const Items& items, std::int64_t width, F&& fn) {
-  const std::int64_t blocks = (width + kPackBlock - 1) / kPackBlock;
-  const cpu::Range part = team.share(static_cast<std::int64_t>(items.size()) * blocks, 1);
-  for (std::int64_t i = part.begin; i < part.end; ++i) {
-    const std::int64_t begin = i % blocks * kPackBlock;
-    fn(items[static_cast<std::size_t>(i / blocks)], begin, std::min(width, begin + kPackBlock));
-  }
-}
+std::int64_t ceil_to(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
 const char* element(const MatrixView& m, std::int64_t row, std::int64_t col) {
   return static_cast<const char*>(m.data) + (row * m.row_stride + col) * dtype_size(m.dtype);
@@ -34,9 +25,9 @@ char* element(MatrixView& m, std::int64_t row, std::int64_t col) {
   return static_cast<char*>(m.data) + (row * m.row_stride + col) * dtype_size(m.dtype);
 }
 
-// Tiles of four ranks, of eight for the narrow rows of heads. One size for all: a component's sum must not depend on how
-// many others there are, or a rank that grows by a component without effect would move the last bit of the output. Sizes
-// that fit the rank would be 25 % faster at rank 1 and 10 % at rank 8, and no faster above.
+// Tiles of four ranks, of eight for the narrow rows of heads. One size for all: a component's sum must not depend on
+// how many others there are, or a rank that grows by a component without effect would move the last bit of the output.
+// Sizes that fit the rank would be 25 % faster at rank 1 and 10 % at rank 8, and no faster above.
 std::vector<cpu::RankTile> rank_tiles(const Factor& f, std::int64_t lanes, std::int64_t depth, std::int64_t* total) {
   constexpr std::int64_t kNarrow = 256;
   const std::int64_t group = std::max<std::int64_t>(lanes / (f.width > kNarrow ? 2 : 4), 1);
@@ -56,6 +47,21 @@ std::vector<cpu::RankTile> rank_tiles(const Factor& f, std::int64_t lanes, std::
 
 }  // namespace
 
+Panels::Panels(std::int64_t lanes, std::int64_t rows, int threads, Arena::Use& arena)
+    : lanes_(ceil_to(lanes, 16)), own_(rows >= kOwnRows * threads) {
+  data_ = arena.take<std::uint32_t>(own_ ? lanes_ * threads : lanes_);
+}
+
+template <typename Items, typename F>
+void Panels::pack(const Team& team, const Items& items, std::int64_t width, F&& fn) const {
+  const std::int64_t blocks = (width + kPackBlock - 1) / kPackBlock;
+  const cpu::Range part = (own_ ? Team{} : team).share(static_cast<std::int64_t>(items.size()) * blocks, 1);
+  for (std::int64_t i = part.begin; i < part.end; ++i) {
+    const std::int64_t from = i % blocks * kPackBlock;
+    fn(items[static_cast<std::size_t>(i / blocks)], from, std::min(width, from + kPackBlock), begin(team));
+  }
+}
+
 KeepBits take_keep_bits(const Dropout& dropout, std::int64_t rows, std::int64_t cols, Arena::Use& arena) {
   if (!dropout.active()) return {};
   constexpr std::int64_t kSpare = 2;  // kernels read 64 bits at once
@@ -63,17 +69,17 @@ KeepBits take_keep_bits(const Dropout& dropout, std::int64_t rows, std::int64_t 
   return {arena.take<std::uint32_t>(rows * stride + kSpare), stride};
 }
 
-ShrinkPass::ShrinkPass(const FactorView& w, const MatrixView& x, bool masked, Arena::Use& arena)
+ShrinkPass::ShrinkPass(const FactorView& w, const MatrixView& x, bool masked, int threads, Arena::Use& arena)
     : kernels_(kernels_for(x)), w_(w), x_(x), packs_rows_(masked || kernels_.operand != x.dtype) {
   std::int64_t lanes;
   tiles_ = rank_tiles(*w.factor, cpu::active().lanes, kernels_.depth, &lanes);
-  panels_ = arena.take<std::uint32_t>(lanes);
+  panels_ = Panels(lanes, x.rows, threads, arena);
 }
 
 void ShrinkPass::pack(const Team& team) const {
   const auto pack = kernels_.pack_shrink[static_cast<int>(w_.weight.dtype)];
-  for_pack_blocks(team, tiles_, w_.factor->width, [&](const cpu::RankTile& t, std::int64_t begin, std::int64_t end) {
-    pack(t, w_.weight.data, w_.weight.row_stride, w_.factor->width, begin, end, panels_);
+  panels_.pack(team, tiles_, w_.factor->width, [&](const cpu::RankTile& t, auto begin, auto end, void* panels) {
+    pack(t, w_.weight.data, w_.weight.row_stride, w_.factor->width, begin, end, panels);
   });
 }
 
@@ -85,7 +91,7 @@ void* ShrinkPass::take_scratch(std::int64_t rows, Arena::Use& arena) const {
   return packs_rows_ ? arena.take<char>(rows * ceil_to(x_.cols, 32) * dtype_size(kernels_.operand)) : nullptr;
 }
 
-void ShrinkPass::run(std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
+void ShrinkPass::run(const Team& team, std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
                      void* scratch) const {
   float* hp = static_cast<float*>(h.data) + begin * h.row_stride;
   for (std::int64_t m = 0; m < end - begin; ++m) {
@@ -99,11 +105,11 @@ void ShrinkPass::run(std::int64_t begin, std::int64_t end, const KeepBits& keep,
     x = scratch;
     x_stride = stride;
   }
-  kernels_.shrink({tiles_.data(), static_cast<std::int64_t>(tiles_.size()), panels_, w_.factor->width, w_.row_scale,
-                   w_.scale, x, x_stride, hp, h.row_stride, end - begin});
+  kernels_.shrink({tiles_.data(), static_cast<std::int64_t>(tiles_.size()), panels_.of(team), w_.factor->width,
+                   w_.row_scale, w_.scale, x, x_stride, hp, h.row_stride, end - begin});
 }
 
-ExpandPass::ExpandPass(const FactorView& w, const MatrixView& y, Arena::Use& arena)
+ExpandPass::ExpandPass(const FactorView& w, const MatrixView& y, int threads, Arena::Use& arena)
     : kernels_(kernels_for(y)), w_(w), y_(y) {
   const std::int64_t lanes = cpu::active().lanes;
   std::int64_t panel = 0;
@@ -113,15 +119,14 @@ ExpandPass::ExpandPass(const FactorView& w, const MatrixView& y, Arena::Use& are
     panel += steps * ceil_to(w.factor->width, lanes);
     hidden_cols_ += steps * kernels_.depth;
   }
-  panels_ = arena.take<std::uint32_t>(panel);
+  panels_ = Panels(panel, y.rows, threads, arena);
 }
 
 void ExpandPass::pack(const Team& team) const {
   const auto pack = kernels_.pack_expand[static_cast<int>(w_.weight.dtype)];
-  for_pack_blocks(team, segments_, w_.factor->width,
-                  [&](const cpu::ColumnSegment& s, std::int64_t begin, std::int64_t end) {
-                    pack(s, w_.weight.data, w_.weight.row_stride, w_.factor->width, begin, end, panels_);
-                  });
+  panels_.pack(team, segments_, w_.factor->width, [&](const cpu::ColumnSegment& s, auto begin, auto end, void* panels) {
+    pack(s, w_.weight.data, w_.weight.row_stride, w_.factor->width, begin, end, panels);
+  });
 }
 
 std::int64_t ExpandPass::row_bytes() const { return y_.cols * dtype_size(y_.dtype); }
@@ -130,14 +135,14 @@ void* ExpandPass::take_scratch(std::int64_t rows, Arena::Use& arena) const {
   return arena.take<char>(rows * hidden_cols_ * dtype_size(kernels_.operand));
 }
 
-void ExpandPass::run(std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
+void ExpandPass::run(const Team& team, std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
                      void* scratch) const {
   const float* hp = static_cast<const float*>(h.data) + begin * h.row_stride;
   const auto n = static_cast<std::int64_t>(segments_.size());
   kernels_.pack_hidden(
       {segments_.data(), n, w_.row_scale, w_.scale, hp, h.row_stride, scratch, hidden_cols_, end - begin});
   MatrixView y = y_;
-  kernels_.expand({segments_.data(), n, panels_, w_.factor->width, scratch, hidden_cols_, element(y, begin, 0),
+  kernels_.expand({segments_.data(), n, panels_.of(team), w_.factor->width, scratch, hidden_cols_, element(y, begin, 0),
                    y_.row_stride, keep.row(begin), keep.stride, end - begin});
 }
 

@@ -21,14 +21,33 @@ struct KeepBits {
 
 KeepBits take_keep_bits(const Dropout& dropout, std::int64_t rows, std::int64_t cols, cpu::Arena::Use& arena);
 
+// A factor as its kernel reads it. Each thread packs a copy of its own where its share of the rows pays for that: a
+// line that another core has just written takes longer to come than to be made again.
+class Panels {
+ public:
+  Panels() = default;
+  Panels(std::int64_t lanes, std::int64_t rows, int threads, cpu::Arena::Use& arena);
+  // Calls fn(item, begin, end, panels) for what this thread has to pack: items' columns in blocks of kPackBlock.
+  template <typename Items, typename F>
+  void pack(const cpu::Team& team, const Items& items, std::int64_t width, F&& fn) const;
+  const void* of(const cpu::Team& team) const { return begin(team); }
+
+ private:
+  std::uint32_t* begin(const cpu::Team& team) const { return data_ + (own_ ? team.id * lanes_ : 0); }
+  std::uint32_t* data_ = nullptr;
+  std::int64_t lanes_ = 0;
+  bool own_ = false;
+};
+
 // H += scale * row_scale o (X W^T) on a block of rows, dropped columns of X left out.
 class ShrinkPass {
  public:
-  ShrinkPass(const FactorView& w, const MatrixView& x, bool masked, cpu::Arena::Use& arena);
+  ShrinkPass(const FactorView& w, const MatrixView& x, bool masked, int threads, cpu::Arena::Use& arena);
   void pack(const cpu::Team& team) const;
   std::int64_t row_bytes() const;  // of x and of its packed copy, if there is one
   void* take_scratch(std::int64_t rows, cpu::Arena::Use& arena) const;
-  void run(std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h, void* scratch) const;
+  void run(const cpu::Team& team, std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
+           void* scratch) const;
 
  private:
   const cpu::ActivationKernels& kernels_;
@@ -36,17 +55,18 @@ class ShrinkPass {
   MatrixView x_;
   bool packs_rows_;
   std::vector<cpu::RankTile> tiles_;
-  void* panels_;
+  Panels panels_;
 };
 
 // Y += scale * (row_scale o H) W on a block of rows, dropped columns of Y left out.
 class ExpandPass {
  public:
-  ExpandPass(const FactorView& w, const MatrixView& y, cpu::Arena::Use& arena);
+  ExpandPass(const FactorView& w, const MatrixView& y, int threads, cpu::Arena::Use& arena);
   void pack(const cpu::Team& team) const;
   std::int64_t row_bytes() const;
   void* take_scratch(std::int64_t rows, cpu::Arena::Use& arena) const;
-  void run(std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h, void* scratch) const;
+  void run(const cpu::Team& team, std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
+           void* scratch) const;
 
  private:
   const cpu::ActivationKernels& kernels_;
@@ -54,7 +74,7 @@ class ExpandPass {
   MatrixView y_;
   std::vector<cpu::ColumnSegment> segments_;
   std::int64_t hidden_cols_ = 0;
-  void* panels_;
+  Panels panels_;
 };
 
 // dW = scale * row_scale o (H^T X), dropped columns of X left out; rows past the live ones become 0.

@@ -53,6 +53,8 @@ ARDLORA_INLINE void expand_tile(const ExpandArgs& a, const typename Ops::Lane* p
                                 std::int64_t left) {
   Vec acc[Rows][Vecs];
   clear(acc);
+  unroll<Rows>([&]<std::int64_t R>()
+                   ARDLORA_INLINE_LAMBDA { prefetch<Vecs>(y + R * a.y_stride + Vecs * Vec::kWidth); });
   for (std::int64_t j = 0; j < steps; ++j) {
     typename Ops::Operand w[Vecs];
     unroll<Vecs>([&]<std::int64_t V>()

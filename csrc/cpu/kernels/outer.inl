@@ -31,6 +31,11 @@ ARDLORA_INLINE void outer_tile(const OuterArgs& a, std::int64_t j, std::int64_t 
     const XT* x = static_cast<const XT*>(a.x) + n;
     const std::uint32_t* keep = Masked ? a.keep + m * a.keep_stride : nullptr;
     const std::uint32_t* keep_next = Masked ? a.keep + next * a.keep_stride : nullptr;
+    if constexpr (Vecs >
+                  1) {  // the next tile's columns: only rows follow each other here, which hides them from the CPU
+      prefetch<Vecs>(x + m * a.x_stride + Vecs * Vec::kWidth);
+      if constexpr (Ops::kDepth > 1) prefetch<Vecs>(x + next * a.x_stride + Vecs * Vec::kWidth);
+    }
     typename Ops::Operand xs[Vecs];
     Ops::template across<Vecs, Masked>(x + m * a.x_stride, x + next * a.x_stride, keep, keep_next, a.keep_col + n, left,
                                        xs);

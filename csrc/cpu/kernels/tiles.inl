@@ -40,3 +40,12 @@ template <std::int64_t Rows, std::int64_t Vecs>
 ARDLORA_INLINE void clear(Vec (&acc)[Rows][Vecs]) {
   unroll<Rows * Vecs>([&]<std::int64_t I>() ARDLORA_INLINE_LAMBDA { acc[I / Vecs][I % Vecs] = Vec::zero(); });
 }
+
+// Asks for the lines of `Vecs` vectors of elements; reads nothing, so p may lie past the end.
+template <std::int64_t Vecs, typename T>
+ARDLORA_INLINE void prefetch(const T* p) {
+  constexpr std::int64_t kBytes = Vecs * Vec::kWidth * static_cast<std::int64_t>(sizeof(T)), kLine = 64;
+  unroll<(kBytes + kLine - 1) / kLine>([&]<std::int64_t I>() ARDLORA_INLINE_LAMBDA {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + I * kLine);
+  });
+}
