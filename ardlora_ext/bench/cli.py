@@ -13,6 +13,7 @@ DESCRIPTION = "Benches of ardlora_ext."
 COMMANDS = (
     Command("kernels", "ardlora_ext.bench.kernels", "time the native kernels against the machine's roofline"),
     Command("layer", "ardlora_ext.bench.layer", "time adapted linear layers against PEFT and compositions of torch"),
+    Command("descent", "ardlora_ext.bench.descent", "test ARD-LoRA's step bounds where the smoothness is known"),
     Command("step", "ardlora_ext.bench.step", "time a whole training step against the frozen base and PEFT"),
     Command("memory", "ardlora_ext.bench.memory", "measure what a training step holds and takes"),
     Command("resize", "ardlora_ext.bench.resize", "time a change of ranks against memcpy of the same bytes"),

@@ -357,7 +357,8 @@ class ArdController(Controller[ArdConfig]):
 
         L_T, the Lipschitz constant of the task loss's slope in alpha, is estimated as the largest ratio of changes in
         the smoothed slope to changes in alpha seen so far (in the normalised units the step is taken in). That is an
-        estimate from below: a step that does not obey is too large for the theorem, one that obeys may still be.
+        estimate from below: a step that does not obey is too large for the theorem, one that obeys may still be
+        (`python -m ardlora_ext.bench descent`).
         """
         bound = 1.0 / max(self.lipschitz + float(self.price) * self.config.tv, 1e-300)
         obeys = bool(self.config.lr_alpha <= bound)
