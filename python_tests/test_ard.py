@@ -108,6 +108,7 @@ class SlowArd:
         self.groups = max(u.group for u in self.units) + 1
         self.limits = [max(u.limit for u in self.units if u.group == g) for g in range(self.groups)]
         self.alpha = [min(1.0, limit / config.r0) for limit in self.limits]
+        self.previous = list(self.alpha)
         self.square = self.dual = 0.0
         self.price = 0.0 if config.l1 is None else config.l1
         self.slope: list[float] | None = None
@@ -120,7 +121,7 @@ class SlowArd:
         for unit in self.units:
             dots, boundary = unit.dots(), min(math.floor(self.rho(unit)), unit.live - 1)
             if self.config.slope == "tangent":
-                slopes[unit.group] += dots[boundary] / unit.gates()[boundary]
+                slopes[unit.group] += self.tangent(unit, dots, boundary)
                 continue
             unit.fisher = 0.95 * unit.fisher + 0.05 * sum(dots) ** 2
             if self.step % self.config.update_interval == 0:
@@ -129,7 +130,19 @@ class SlowArd:
             slopes[unit.group] -= math.sqrt(unit.fisher * unit.spectrum[boundary] / total) if total else 0.0
         self.square = 0.95 * self.square + 0.05 * sum(s * s for s in slopes) / len(slopes)
         scale = math.sqrt(self.square / (1 - 0.95 ** (self.step + 1)))
-        self.slope = [s / max(scale, 1e-30) for s in slopes]
+        self.slope = [s / max(scale, 1e-30) if self.config.normalize else s * self.config.r0 for s in slopes]
+
+    def tangent(self, unit: SlowUnit, dots: list[float], boundary: int) -> float:
+        """<dL/dm, dm/drho>, with dL/dm_j = dots_j / m_j."""
+        gates = unit.gates()
+        if self.config.gate == "sigmoid":
+            return sum(d * (1 - g) / self.config.gate_width for d, g in zip(dots[1:], gates[1:], strict=True))
+        if self.config.gate == "scale":  # every open gate is alpha
+            return sum(dots[: self.open(unit)]) / self.rho(unit)
+        return dots[boundary] / gates[boundary]
+
+    def open(self, unit: SlowUnit) -> int:
+        return max(1, math.floor(self.rho(unit) + 0.5))
 
     def propose(self) -> None:
         phase_is_adapt = self.step >= self.warmup
@@ -156,7 +169,7 @@ class SlowArd:
         assert self.slope is not None
         c = self.config
         costs = [sum(self.marginal(u) for u in self.units if u.group == g) for g in range(self.groups)]
-        weights = [cost / (sum(costs) / len(costs)) for cost in costs]
+        weights = [cost / (sum(costs) / len(costs)) if c.cost_weighted else 1.0 for cost in costs]
         if c.slope == "secant":
             weights = [math.sqrt(w) for w in weights]
         if self.budget is not None:
@@ -165,9 +178,16 @@ class SlowArd:
             self.price = max(0.0, self.dual + 2 * math.sqrt(c.lr_price / c.lr_alpha) * excess)
         for g in range(self.groups):
             live = [u.live for u in self.units if u.group == g and u.live < u.limit]
-            rate = c.lr_alpha / (1 + c.lr_alpha * self.price * c.tv)
-            moved = self.alpha[g] - rate * (self.slope[g] + self.price * weights[g])  # alpha >= 0: l1 is linear
-            self.alpha[g] = max(1 / c.r0, min(moved, min([self.limits[g], *live]) / c.r0))
+            pull = self.slope[g] + self.price * weights[g]  # alpha >= 0: l1 is linear
+            strength, last = self.price * c.tv, self.previous[g]
+            if c.variation_form == "explicit":
+                change = -c.lr_alpha * (pull + strength * (self.alpha[g] - last))
+            elif c.variation == "temporal_abs":  # soft threshold of the step
+                change = -math.copysign(max(abs(c.lr_alpha * pull) - c.lr_alpha * strength, 0.0), pull)
+            else:
+                change = -c.lr_alpha * pull / (1 + c.lr_alpha * strength)
+            self.previous[g] = self.alpha[g]
+            self.alpha[g] = max(1 / c.r0, min(self.alpha[g] + change, min([self.limits[g], *live]) / c.r0))
 
     def allocate(self) -> None:
         for unit in self.units:
@@ -177,12 +197,18 @@ class SlowArd:
                 unit.live = wanted
 
     def expected_gates(self, unit: SlowUnit) -> list[float]:
-        rho, floor = self.rho(unit), self.config.gate_floor
+        rho, floor, kind = self.rho(unit), self.config.gate_floor, self.config.gate
         gates = []
         for j in range(unit.live):
+            if kind == "sigmoid":
+                gates.append(1 / (1 + math.exp(-(rho - j - 0.5) / self.config.gate_width)))
+                continue
+            if kind in ("ste", "scale"):
+                gates.append((1.0 if kind == "ste" else self.alpha[unit.group]) if j < self.open(unit) else floor)
+                continue
             inside = rho - j  # above 0 in what the soft rank covers, then the look-ahead
             gates.append(max(min(inside, 1.0), floor) if inside >= 0 else max(0.0, floor * (1 + inside)))
-        return [1.0, *gates[1:]]
+        return gates if kind == "scale" else [1.0, *gates[1:]]  # component 0 is always open
 
 
 @pytest.mark.parametrize(
@@ -195,6 +221,11 @@ class SlowArd:
         {"granularity": "layer"},
         {"l1": 0.5},
         {"budget": 1100, "tv": 3.0, "reorder": False},
+        {"gate": "ste", "slope": "tangent"},
+        {"gate": "sigmoid", "slope": "tangent", "variation": "temporal_abs", "tv": 0.5},
+        {"gate": "scale", "slope": "tangent", "cost_weighted": False},
+        {"variation_form": "explicit", "l1": 0.5, "tv": 5.0},
+        {"slope": "tangent", "normalize": False, "lr_alpha": 1.0, "l1": 0.01},
     ],
     ids=str,
 )

@@ -152,6 +152,19 @@ def test_plain_lora_keeps_its_ranks_and_learns(tmp_path: Path, encoder: Path, re
     assert metrics["loss_after"] < 0.8 * metrics["loss_before"]
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "ard", "elalora", "adalora"])
+def test_every_method_runs_and_saves(tmp_path: Path, encoder: Path, reviews: Path, method: str) -> None:
+    options = ("--method", method, "--r", 4, "--max-steps", 90, "--lr", 1e-2, "--threads", 1)
+    assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews, *options) == 0
+    metrics = saved(tmp_path / "run")
+    assert (metrics["method"], metrics["steps"]) == (method, 90)
+    losses = [entry["loss"] for entry in metrics["history"]]
+    assert sum(losses[-10:]) < 0.96 * sum(losses[:10])
+    ranks = {rank for units in metrics["ranks"].values() for rank in units}
+    assert (ranks == {4}) == (method in ("lora", "dora")), "learned ranks differ between units"
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= ADAPTER_FILES | RUN_FILES
+
+
 def test_causal_language_model(tmp_path: Path, decoder: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS) * 80)
