@@ -164,6 +164,28 @@ def test_learned_ranks_are_the_planted_ones_and_pay() -> None:
         assert ours["regret"] <= 0.5 * uniform["regret"]
 
 
+@pytest.mark.parametrize("price", [0.3, 1.0])
+def test_marginal_gains_meet_the_price(price: float) -> None:
+    """Where a soft rank is free to move, what its next component is worth is what it costs: ranks are water-filled."""
+    ratios = []
+    for seed in range(3):
+        task = PlantedBed().task(seed)
+        config = ard.ArdConfig(r0=3, lora_alpha=3, granularity="matrix", l1=price, total_steps=300, seed=seed)
+        ard.wrap(task.model, config)
+        optimizer = torch.optim.AdamW(task.groups(0.01), weight_decay=0.0)
+        controller = ard.attach(task.model, optimizer)
+        assert isinstance(controller, ard.ArdController)
+        for _ in range(190):  # the last of the phase in which ranks adapt
+            task.loss().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        free = (controller.rho > 1.05) & (controller.rho < 11.95)
+        ratios.append((controller.gain / controller.unit_price)[free])
+    low, middle, high = np.quantile(np.concatenate(ratios), [0.1, 0.5, 0.9])
+    assert middle == pytest.approx(1.0, abs=0.3)
+    assert 0.4 < low < high < 2.5
+
+
 def test_ending_above_the_budget_is_refused() -> None:
     task = BED.task(0)
     plan = plan_for(parse("lora"), BED, task, 0)
