@@ -317,11 +317,33 @@ def test_planted_ranks_are_found() -> None:
     ranks = [units[0] for units in controller.ranks().values()]
     assert spearmanr(ranks, PLANTED).statistic > 0.8
     assert min(ranks) < config.r0 < max(ranks), "some fall, some grow"
+    pairs = zip(ranks, PLANTED, strict=True)
+    assert any(rank == planted > config.r0 for rank, planted in pairs), "one grows to what is planted"
     report, budget = ard.parameters_report(bed), 3 * 2 * WIDTH * len(PLANTED)
     assert report.live <= budget
     plain, _ = fit(ard.LoraConfig(r=3, lora_alpha=3))
     assert ard.parameters_report(plain).live == budget
     assert bed.regret() < 0.7 * plain.regret()
+
+
+def test_a_change_of_ranks_brings_the_least_useful_component_last() -> None:
+    torch.manual_seed(0)
+    model = ard.wrap(Attention(), ard.ArdConfig(r0=3, granularity="matrix", warmup_ratio=0.0, update_interval=1))
+    optimizer = AdamW(trainable(model), lr=1e-3)
+    controller = ard.attach(model, optimizer, total_steps=100)
+    layer = ard.adapters(model)["up"]
+    with torch.no_grad():
+        for factor in (layer.lora_A, layer.lora_B):
+            factor[:4] = torch.randn(4, factor.shape[1])
+        layer.lora_B[0] *= 0.01  # the first is the least useful of the open ones
+    useful = (layer.lora_A.norm(dim=1) * layer.lora_B.norm(dim=1))[:3].sort(descending=True).values
+    assert useful[2] < 0.1 * useful[1]
+    x = torch.randn(4, 32)
+    model(x).square().mean().backward()
+    optimizer.step()
+    after = (layer.lora_A.norm(dim=1) * layer.lora_B.norm(dim=1))[:3]
+    torch.testing.assert_close(after.detach(), useful.detach(), rtol=0.1, atol=0.05)
+    assert controller.step == 1
 
 
 def test_a_higher_price_buys_fewer_ranks() -> None:

@@ -364,6 +364,7 @@ def test_quick_run_prints_a_table_and_writes_json_and_plot(tmp_path: Path) -> No
     assert len(saved["rows"]) == 2 * (3 + 2)
     assert all(row.keys() >= ROW_KEYS for row in saved["rows"])
     assert {row["method"] for row in saved["rows"]} == {"lora", "ard"}
+    assert all(row["config"]["method"] == row["method"] for row in saved["rows"]), "every mode is on record"
     picture = (tmp_path / "q.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) < 150_000

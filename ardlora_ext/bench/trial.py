@@ -14,6 +14,7 @@ from torch import nn
 
 import ardlora_ext as ard
 from ardlora_ext.bench.methods import Method, Plan, Ranks
+from ardlora_ext.config import config_to_dict
 from ardlora_ext.controllers.svd import SvdController
 from ardlora_ext.data import InputError
 
@@ -196,6 +197,7 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int, tuning: bool = Fal
         "seconds": seconds,
         "scores": score_quantiles(controller),
         "ranks": {name: list(layer.ranks) for name, layer in ard.adapters(task.model).items()},
+        "config": config_to_dict(config),
     }
 
 
