@@ -61,6 +61,8 @@ class AdapterConfig:
         init: where lora_A starts, with lora_B = 0: `default` (Kaiming uniform), `orthogonal` rows, or `gradient`, the
             top directions of the gradient that `init_from_gradients` finds. `pissa` (fixed-rank LoRA only): both
             factors start as the principal components of the weight.
+        packed: layers that read the same tensor (q, k, v; gate, up) add up its gradient in one buffer where that is
+            faster; outputs are the same, gradients but for the last bits.
     """
 
     inits: ClassVar[tuple[str, ...]] = ("default", "orthogonal", "gradient")
@@ -78,6 +80,7 @@ class AdapterConfig:
     adapter_dtype: Literal["float32", "auto"] = "float32"
     seed: int = 0
     init: Literal["default", "orthogonal", "pissa", "gradient"] = "default"
+    packed: bool = True
 
     def __post_init__(self) -> None:
         owner = type(self).__name__

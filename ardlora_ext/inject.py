@@ -23,6 +23,7 @@ from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.dora import DoraLinear
 from ardlora_ext.heads import unit_layout
 from ardlora_ext.layers import Capacity, Conv1D, LoraLinear
+from ardlora_ext.packing import Readers
 from ardlora_ext.pissa import PissaLinear, start_orthogonal
 from ardlora_ext.start import start_svd
 from ardlora_ext.units import UnitLayout
@@ -251,11 +252,20 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
     capacity = _capacity(config)
     generator = torch.Generator().manual_seed(config.seed)
     layers = [_adapter(module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
+    if config.packed:
+        _pack(dict(zip(chosen, layers, strict=True)))
     record = Injection(config, {}, saved, layers, {})
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record
     activate(model, record)
     return model
+
+
+def _pack(layers: Mapping[str, LoraLinear]) -> None:
+    """Tell layers with the same parent and input size of each other: they may read the same tensor."""
+    groups: dict[tuple[str, int], Readers] = {}
+    for name, layer in layers.items():
+        layer.readers = groups.setdefault((name.rpartition(".")[0], layer.layout.in_features), Readers())
 
 
 def activate(model: nn.Module, record: Injection) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ardlora_ext import ops, reference, world
 from ardlora_ext._native import core
+from ardlora_ext.packing import Readers
 from ardlora_ext.units import UnitLayout, native_table
 
 try:
@@ -70,6 +71,7 @@ class LoraLinear(nn.Module):
         scaling: constant in front of the update; does not change with the ranks.
         lora_gate: [capacity of the gated factor] float32 gates that a controller sets, or None.
         lora_E: [capacity, 1] gates that the optimizer trains (the singular values of the P Lambda Q form), or None.
+        readers: shared with the layers that may read the same tensor, see `packing`, or None.
         undo_merge: what takes the update out of the base weight again while it is merged, else None.
     """
 
@@ -99,6 +101,7 @@ class LoraLinear(nn.Module):
         self.capacity = capacity
         self.lora_dropout = lora_dropout
         self.undo_merge = None
+        self.readers: Readers | None = None
         self.ranks: list[int] = []
         self.rank_table = layout.encode([0] * layout.units)
         self.set_ranks([min(r, layout.max_rank)] * layout.units)
@@ -249,7 +252,8 @@ class LoraLinear(nn.Module):
         dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
         if dense is not None and dense[0].dtype == x.dtype:
             weight, bias = dense
-            return ops.lora_linear(x, weight, bias, *adapter)
+            x, total = (x, None) if self.readers is None else self.readers.read(x)
+            return ops.lora_linear(x, weight, bias, *adapter, total)
         y = self.base_layer(x)
         return ops.lora_accumulate(y, x.to(y.dtype), *adapter)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ardlora_ext._device import check_device, lora_call
 from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, matrix
+from ardlora_ext.packing import GradientSum
 
 Dropout = tuple[float, torch.Tensor | None]  # probability, seed: int64 scalar on the CPU
 NO_DROPOUT: Dropout = (0.0, None)
@@ -28,6 +29,7 @@ _library.define(
     " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)"
 )
 _ops: Any = torch.ops.ardlora_ext
+_ADAPTER_INPUTS = _ADAPTER.count(",") + 1
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -134,11 +136,14 @@ def _backward_kernel(
     weight: torch.Tensor | None,
     need_dx: bool,
     need_dgate: bool,
+    so_far: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx starts as dy W (zeros without a weight) and the adapter's part is accumulated into it in place."""
+    """dx starts as dy W (zeros without a weight), or that is added to the dx `so_far` of other layers; the adapter's
+    part is accumulated into it in place."""
     dy2, x2 = _rows(dy), _rows(x)
     if need_dx and weight is not None:
-        dx = dy2 @ (weight.dequantize() if can_decode(weight) else weight)
+        plain = weight.dequantize() if can_decode(weight) else weight
+        dx = dy2 @ plain if so_far is None else so_far.view(x2.shape).addmm_(dy2, plain)
     else:
         dx = dy2.new_zeros(x2.shape if need_dx else 0)
     d_h = torch.empty_like(h)
@@ -168,31 +173,40 @@ def _backward_kernel(
     return (dx.view(x.shape) if need_dx and x2 is not x else dx), d_a, d_b, d_gate
 
 
+def _is_direct(first: torch.Tensor) -> bool:
+    """Tell whether a kernel may run at once: no tracer or dispatch mode has to see the operator."""
+    return type(first) in _PLAIN and not first.is_meta and not torch._C._len_torch_dispatch_stack()
+
+
 def _run(kernel: Any, operator: Any, first: torch.Tensor, *rest: Any) -> Any:
-    """Run the kernel at once, or through the dispatcher where a tracer or a dispatch mode has to see the operator."""
+    """Run the kernel at once or through the dispatcher."""
     if torch.is_grad_enabled():  # a backward with create_graph: torch tells that there is no second derivative
         return operator(first, *rest)
-    if type(first) in _PLAIN and not first.is_meta and not torch._C._len_torch_dispatch_stack():
+    if _is_direct(first):
         return kernel(first, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(first, *rest)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + bias + scaling * (g o (x A^T)) B with W frozen: y and dx are accumulated in place."""
+    """y = x W^T + bias + scaling * (g o (x A^T)) B with W frozen: y and dx are accumulated in place.
+
+    After the adapter may come the `GradientSum` that takes dx.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *adapter: Any
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        adapter, ctx.total = rest[:_ADAPTER_INPUTS], (*rest, None)[_ADAPTER_INPUTS]
         y, h = _run(_linear_kernel, _ops.lora_linear.default, x, weight, bias, *adapter)
         _save(ctx, x, h, adapter, weight)
         return y, h
 
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, d_a, d_b, d_gate = _backward(ctx, grad[0], ctx.needs_input_grad[0], ctx.needs_input_grad[5])
-        return dx, None, None, d_a, d_b, d_gate, None, None, None, None
+        dx, d_a, d_b, d_gate = _backward(ctx, grad[0], ctx.needs_input_grad[0], ctx.needs_input_grad[5], ctx.total)
+        return dx, None, None, d_a, d_b, d_gate, None, None, None, None, None
 
 
 class _LoraAccumulate(torch.autograd.Function):
@@ -218,15 +232,21 @@ def _save(ctx: Any, x: torch.Tensor, h: torch.Tensor, adapter: tuple[Any, ...], 
 
 
 def _backward(
-    ctx: Any, dy: torch.Tensor | None, need_dx: bool, need_dgate: bool
+    ctx: Any, dy: torch.Tensor | None, need_dx: bool, need_dgate: bool, total: GradientSum | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     if dy is None:
         return None, None, None, None
     x, h, lora_A, lora_B, gate, rank_table, seed, weight = ctx.saved_tensors
     adapter = lora_A, lora_B, gate, rank_table, ctx.scaling, ctx.p, seed
     rest = x, h, *adapter, weight, need_dx, need_dgate
+    so_far = None if total is None else total.value
+    if need_dx and so_far is not None and _is_direct(dy) and not torch.is_grad_enabled():
+        _, d_a, d_b, d_gate = _backward_kernel(dy, *rest, so_far)
+        return None, d_a, d_b, d_gate if need_dgate else None
     dx, d_a, d_b, d_gate = _run(_backward_kernel, _ops.lora_backward.default, dy, *rest)
-    return dx if need_dx else None, d_a, d_b, d_gate if need_dgate else None
+    if need_dx and total is not None:
+        total.add(dx)
+    return dx if need_dx and total is None else None, d_a, d_b, d_gate if need_dgate else None
 
 
 def _hidden_shape(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
@@ -285,6 +305,7 @@ def lora_linear(
     rank_table: torch.Tensor,
     scaling: float,
     dropout: Dropout = NO_DROPOUT,
+    total: GradientSum | None = None,
 ) -> torch.Tensor:
     """Compute y = x W^T + bias + scaling * (g o (x A^T)) B with a frozen W, one autograd node for all of it.
 
@@ -299,6 +320,7 @@ def lora_linear(
         scaling: the constant in front of the update.
         dropout: (p, seed) of the adapter's input, the seed an int64 scalar tensor on the CPU; the mask is
             `reference.dropout_factors(p, seed, M, K)`, computed again in backward. (0, None) for none.
+        total: takes the gradient of an x that comes from `packing.Readers`.
 
     Returns:
         y [..., N] in the dtype of x; sums are kept in float32 and rounded once.
@@ -307,8 +329,11 @@ def lora_linear(
         NotImplementedError: the build has no kernels for the device.
         ValueError: shapes, dtypes or devices do not fit.
     """
-    node: Any = _ops.lora_linear.default if torch.compiler.is_compiling() else _LoraLinear.apply
-    out: torch.Tensor = node(x, weight, bias, lora_A, lora_B, gate, rank_table, scaling, *dropout)[0]
+    adapter = lora_A, lora_B, gate, rank_table, scaling, *dropout
+    if torch.compiler.is_compiling():
+        traced: torch.Tensor = _ops.lora_linear.default(x, weight, bias, *adapter)[0]
+        return traced
+    out: torch.Tensor = _LoraLinear.apply(x, weight, bias, *adapter, total)[0]  # type: ignore[no-untyped-call]
     return out
 
 

@@ -1,0 +1,91 @@
+"""Layers that read the same tensor (q, k and v; gate and up) add up its gradient in one buffer.
+
+Autograd would have each of them return a dx [M, K] and add these up. Here all of them read one alias of x, and in
+backward each accumulates its dy W and its adapter's part into the alias's sum, in place. Outputs are the same bits;
+dx is summed in another order. Nothing is decided ahead: whoever is called with the same tensor shares it. On the CPU
+this pays in float32 alone (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+_NO_PASS = -1  # the number of a graph task that does not exist
+
+
+class GradientSum:
+    """The gradient of one alias in one backward pass. A sum that another pass left behind counts as nothing."""
+
+    def __init__(self) -> None:
+        self._pass = _NO_PASS
+        self._sum: torch.Tensor | None = None
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """What this pass has added so far; nodes may add to it in place."""
+        return self._sum if self._pass == torch._C._current_graph_task_id() else None
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a gradient, which is kept and changed later."""
+        so_far = self.value
+        self._sum = gradient if so_far is None else so_far.add_(gradient)
+        self._pass = torch._C._current_graph_task_id()
+
+    def take(self) -> torch.Tensor | None:
+        """Return the sum and forget it."""
+        found, self._sum, self._pass = self.value, None, _NO_PASS
+        return found
+
+
+class _Alias(torch.autograd.Function):
+    """x itself, as a tensor whose readers leave its gradient in a `GradientSum`, or give it to autograd, or both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, total: GradientSum) -> torch.Tensor:
+        ctx.total = total
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        total, given = ctx.total.take(), grad[0]
+        return (total if given is None else given if total is None else total + given), None
+
+
+class Readers:
+    """What layers with the same parent and input size share: the last tensor that one of them has read.
+
+    It holds no tensor alive: the alias lives as long as the graph of a layer that saved it. Where nothing is saved
+    (activation checkpointing, offloading) each layer has an alias of its own.
+    """
+
+    def __init__(self) -> None:
+        self._x: weakref.ref[torch.Tensor] | None = None
+        self._alias: weakref.ref[torch.Tensor] | None = None
+        self._key: tuple[int, ...] = ()
+        self._total = GradientSum()
+
+    def __reduce__(self) -> tuple[type[Readers], tuple[()]]:
+        """A copy has read nothing yet."""
+        return Readers, ()
+
+    def read(self, x: torch.Tensor) -> tuple[torch.Tensor, GradientSum | None]:
+        """Return the alias of x and where its gradient is summed, or x itself and None where no gradient is due."""
+        if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+            return x, None
+        if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+            return x, None
+        if x.is_cpu and x.dtype != torch.float32:  # their products in place cost more there than the sums they save
+            return x, None
+        # In-place changes make x another tensor; streams order backward passes that share memory.
+        key = x._version, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        known = self._x is not None and self._x() is x and key == self._key
+        alias = self._alias() if known and self._alias is not None else None
+        if alias is None:
+            self._total = GradientSum()
+            alias = _Alias.apply(x, self._total)  # type: ignore[no-untyped-call]
+            self._x, self._alias, self._key = weakref.ref(x), weakref.ref(alias), key
+        return alias, self._total
