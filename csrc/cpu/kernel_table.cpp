@@ -22,6 +22,11 @@ namespace avx2 {
 extern const KernelTable kTable;
 }
 #endif
+#ifdef ARDLORA_HAVE_NEON
+namespace neon {
+extern const KernelTable kTable;
+}
+#endif
 namespace scalar {
 extern const KernelTable kTable;
 }
@@ -38,6 +43,9 @@ const std::vector<const KernelTable*>& built() {
 #endif
 #ifdef ARDLORA_HAVE_AVX2
       &avx2::kTable,
+#endif
+#ifdef ARDLORA_HAVE_NEON
+      &neon::kTable,
 #endif
       &scalar::kTable,
   };

@@ -42,7 +42,7 @@ struct Team {
 // fn(team) on each of up to `threads` threads; on the calling thread alone inside another parallel region. fn must not
 // throw: its barriers would wait for ever.
 template <typename F>
-void parallel_region(int threads, F&& fn) {
+void parallel_region([[maybe_unused]] int threads, F&& fn) {
 #if defined(_OPENMP)
   if (threads > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)
