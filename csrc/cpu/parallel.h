@@ -73,9 +73,9 @@ void parallel_for(std::int64_t n, std::int64_t grain, int threads, F&& fn) {
   if (error) std::rethrow_exception(error);
 }
 
-// Threads worth waking for `flops` of work: below some 10 us of it the wake-up costs more than it saves.
+// Threads worth waking for `flops` of work: below some 5 us of it the wake-up costs more than it saves.
 inline int useful_threads(int threads, double flops) {
-  constexpr double kFlopsPerThread = 1e6;
+  constexpr double kFlopsPerThread = 5e5;
   return static_cast<int>(std::clamp(flops / kFlopsPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 
