@@ -24,6 +24,8 @@ import pytest
 from ardlora_ext import cli, subcommands
 from ardlora_ext.bench import cli as bench_cli
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
