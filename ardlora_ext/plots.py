@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, cycle, pairwise
 from typing import Any
 
 import matplotlib
@@ -32,6 +32,7 @@ KIND_COLOURS = ("#1d4ed8", "#ea8a0c", "#0f9d77", "#c2255c", "#7048e8", "#0c8599"
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["#f3f6fb", "#c3dafe", "#7fb0f7", "#3b76e0", "#1f45a8", "#111f56"])
 
 _WIDTH_IN, _DPI = 11.0, 170
+_FLAT_LABELS = 6  # more names on an axis are slanted
 _NOISE = frozenset(("dense", "self", "layer"))  # parts of a module's path that tell nothing about its kind
 _STYLE = {
     "font.family": "sans-serif",
@@ -330,6 +331,52 @@ def loss_and_metric(history: Sequence[Json], evals: Sequence[Json], metric_name:
                 ha="left" if index == 0 else "right",
                 fontweight="bold",
             )
+        return _png(figure)
+
+
+def compare_training(runs: Mapping[str, Json]) -> bytes:
+    """Draw the smoothed training loss and the held-out metric of several runs, by name."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_IN, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for (name, run), colour in zip(runs.items(), cycle(KIND_COLOURS)):
+            steps = [entry["step"] for entry in run["history"]]
+            left.plot(steps, _smooth([entry["loss"] for entry in run["history"]]), color=colour, label=name)
+            points = [entry["step"] for entry in run["evals"]]
+            values = [entry["metric"] for entry in run["evals"]]
+            right.plot(points, values, color=colour, marker="o", markersize=4, clip_on=False, label=name)
+        metrics = dict.fromkeys(run["metric_name"] for run in runs.values())
+        left.set(title="Training loss", xlabel="step")
+        right.set(title=", ".join(metrics).capitalize(), xlabel="step")
+        if list(metrics) == ["accuracy"]:
+            right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        for axes in (left, right):
+            axes.margins(x=0)
+        left.legend()
+        return _png(figure)
+
+
+def compare_ranks(runs: Mapping[str, Json]) -> bytes:
+    """Draw the live parameters over training and the final mean rank of each layer of several runs, by name."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_IN, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        layers: dict[str, None] = {}
+        for (name, run), colour in zip(runs.items(), cycle(KIND_COLOURS)):
+            history = run["rank_history"]
+            steps = [*(entry["step"] for entry in history), run["steps"]]
+            params = [entry["params"] for entry in history]
+            left.step(steps, [*params, params[-1]], where="post", color=colour, label=name)
+            means = group_ranks(run["ranks"], layer_names(run["ranks"]))
+            layers.update(dict.fromkeys(means))
+            heights = [statistics.fmean(ranks) for ranks in means.values()]
+            right.plot(list(means), heights, color=colour, marker="o", markersize=4, label=name)
+        left.set(title="Live adapter parameters", xlabel="step")
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        left.margins(x=0)
+        left.legend()
+        right.set(title="Mean rank by layer")
+        right.set_xticks(range(len(layers)), list(layers), rotation=30 if len(layers) > _FLAT_LABELS else 0, ha="right")
         return _png(figure)
 
 

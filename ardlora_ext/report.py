@@ -109,25 +109,31 @@ def write_report(folder: Path, target: Path | None = None) -> Path:
     return target
 
 
+def environment() -> Environment:
+    """Return the templates of the pages, with the filters for numbers."""
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters.update(count=format_count, amount=format_amount, duration=format_duration)
+    return pages
+
+
 def render(metrics: Json, records: list[Json]) -> str:
     """Return the report as one HTML page."""
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(count=format_count, amount=format_amount, duration=format_duration)
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        m=metrics,
-        metric=lambda value: format_metric(metrics["metric_name"], value),
-        figures=_figures(metrics),
-        facts=_where_rank_went(metrics),
-        units=list(chain.from_iterable(metrics["ranks"].values())),
-        mean=statistics.fmean,
-        records=records[:_ROWS_MOST],
-        records_total=len(records),
-        records_open=len(records) <= _ROWS_OPEN,
-        events=_count(record.get("event", "?") for record in records),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            m=metrics,
+            metric=lambda value: format_metric(metrics["metric_name"], value),
+            figures=_figures(metrics),
+            facts=_where_rank_went(metrics),
+            units=list(chain.from_iterable(metrics["ranks"].values())),
+            mean=statistics.fmean,
+            records=records[:_ROWS_MOST],
+            records_total=len(records),
+            records_open=len(records) <= _ROWS_OPEN,
+            events=_count(record.get("event", "?") for record in records),
+        )
     )
 
 
