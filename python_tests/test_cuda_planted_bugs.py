@@ -89,6 +89,13 @@ BUGS = (
         "p.partial + (PLANTED ? 0 : blockIdx.z) * p.x.rows",
     ),
     Bug(
+        "column tiles that race",
+        "lora",
+        "outer.cuh",
+        "p.dh + tile * p.tile_stride",
+        "p.dh + (PLANTED ? 0 : tile) * p.tile_stride",
+    ),
+    Bug(
         "wrong Philox counter",
         "lora",
         "dropout.cuh",

@@ -20,6 +20,7 @@ REGISTERS = {
     "expand_kernel<float>": 192,
     "outer_kernel": 168,
     "outer_kernel<float>": 192,
+    "outer_shrink_kernel": 128,
     "sum_shares_kernel": 40,
     "gate_gradient_kernel": 40,
     "rank_resize_kernel": 40,
@@ -30,8 +31,8 @@ REGISTERS = {
     "gates_kernel": 40,
 }
 WIDE_LOADS = {"rank_resize_kernel", "row_sums_kernel", "importance_kernel", "sum_shares_kernel", "expand_kernel"}
-GEMM = {"shrink_kernel", "expand_kernel", "outer_kernel"}
-ASYNC_COPIES = {"shrink_kernel", "outer_kernel"}
+GEMM = {"shrink_kernel", "expand_kernel", "outer_kernel", "outer_shrink_kernel"}
+ASYNC_COPIES = {"shrink_kernel", "outer_kernel", "outer_shrink_kernel"}
 
 
 @pytest.fixture(scope="module")

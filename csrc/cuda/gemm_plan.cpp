@@ -57,14 +57,17 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
     x = ceil_div(rows, kExpandRows);
     y = segments * plan.tiles;
   } else {
+    const bool shrinks = kind == Gemm::kOuterShrink;
     plan.threads = kOuterThreads;
-    plan.shared = outer_shared(bytes, plan.rank_tile);
+    plan.shared = shrinks ? outer_shrink_shared(bytes) : outer_shared(bytes, plan.rank_tile);
     plan.tiles = static_cast<int>(ceil_div(factor.width, kOuterColumns));
     x = segments * plan.tiles;
     y = rank_tiles;
     set_shares(plan, x * y, ceil_div(rows, outer_rows(bytes)), multiprocessors);
     plan.partial_rows = factor.rows;
     plan.partial_stride = ceil_div(factor.width, 4) * 4;
+    plan.hidden_rows = shrinks ? rows : 0;
+    plan.hidden_stride = ceil_div(hidden, 4) * 4;
   }
   constexpr std::int64_t kMaxY = 65535;
   ARDLORA_CHECK(y <= kMaxY, "gemm_plan: a factor must need at most ", kMaxY, " tiles, got ", y);
@@ -74,8 +77,13 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
   return plan;
 }
 
+bool one_pass(const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations) {
+  return rows > 0 && activations != DType::kFloat32 && factor.max_rank > 0 && factor.max_rank <= kOnePassRanks &&
+         factor.rows == hidden;
+}
+
 std::string describe(const GemmPlan& plan) {
-  constexpr const char* kNames[] = {"shrink", "expand", "outer"};
+  constexpr const char* kNames[] = {"shrink", "expand", "outer", "outer_shrink"};
   std::ostringstream out;
   out << kNames[static_cast<int>(plan.kind)] << ": blocks " << plan.blocks[0] << " x " << plan.blocks[1] << " x "
       << plan.blocks[2] << " of " << plan.threads << " threads, " << plan.shared << " bytes shared, rank tile "

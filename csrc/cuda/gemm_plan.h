@@ -25,6 +25,7 @@ inline constexpr int kExpandMaskBytes = kExpandRows * 2 * 128 / 8;  // dropout: 
 inline constexpr int kOuterColumns = 128;
 inline constexpr int kOuterThreads = 128;
 inline constexpr int kOuterStages = 3;
+inline constexpr int kOnePassRanks = 16;  // most ranks of outer_shrink
 
 ARDLORA_HOST_DEVICE constexpr int outer_rows(int element_bytes) { return 128 / element_bytes; }  // of a step: 16 KiB
 
@@ -45,7 +46,11 @@ constexpr int outer_shared(int element_bytes, int rank_tile) {
   return kOuterStages * tile_bytes(element_bytes, rows, kOuterColumns) + 2 * tile_bytes(element_bytes, rows, rank_tile);
 }
 
-enum class Gemm { kShrink, kExpand, kOuter };
+constexpr int outer_shrink_shared(int element_bytes) {
+  return outer_shared(element_bytes, kOnePassRanks) + tile_bytes(element_bytes, kOnePassRanks, kOuterColumns);
+}
+
+enum class Gemm { kShrink, kExpand, kOuter, kOuterShrink };
 
 struct GemmPlan {
   Gemm kind;
@@ -58,15 +63,22 @@ struct GemmPlan {
   int steps;                    // of a share
   std::int64_t partial_rows;    // of a share
   std::int64_t partial_stride;  // floats
+  std::int64_t hidden_rows;     // outer_shrink: of a column tile's partial sums of dH
+  std::int64_t hidden_stride;   // floats
 
-  std::int64_t workspace() const {  // floats
-    return shares > 1 ? shares * partial_rows * partial_stride : 0;
-  }
+  std::int64_t workspace() const { return partial() + hidden_partial(); }  // floats
+  std::int64_t partial() const { return shares > 1 ? shares * partial_rows * partial_stride : 0; }
+  std::int64_t hidden_partial() const { return tiles > 1 ? tiles * hidden_rows * hidden_stride : 0; }
 };
 
 // `multiprocessors` of the device the launch is for. `hidden`: columns of H.
 GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations,
                    bool dropout, int multiprocessors);
+
+// Whether one pass over dy makes dH and dB, instead of a shrink and an outer. Its parts of dH are 4 bytes a rank for
+// each 128 columns of dy, written and read again: from 32 ranks on that is more than reading dy twice. Units that share
+// columns of H, and float32, which is there for precision, keep two passes.
+bool one_pass(const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations);
 
 std::string describe(const GemmPlan& plan);
 

@@ -115,39 +115,48 @@ class Launches {
   }
 
   // The second stage is left to `add_shares`.
-  ShareSum outer(const FactorView& w, int factor, const MatrixView& h, const MatrixView& x, const Dropout& dropout) {
-    const GemmPlan plan = this->plan(Gemm::kOuter, w, h.cols, x, dropout);
-    const bool divided = plan.shares > 1;
-    float* const partial = take(plan.workspace());
-    float* const dw = static_cast<float*>(w.weight.data);
-    const float scale = w.scale * dropout.keep_scale;
-    const OuterParams params{table(),
-                             factor,
-                             static_cast<int>(w.factor->width),
-                             hidden(h, *w.factor),
-                             activations(x, *w.factor),
-                             w.row_scale,
-                             scale,
-                             divided ? partial : dw,
-                             divided ? plan.partial_stride : w.weight.row_stride,
-                             plan.partial_rows * plan.partial_stride,
-                             divided,
-                             plan.steps,
-                             plan.tiles,
-                             plan.rank_tile,
-                             dropout};
+  ShareSum outer(const FactorView& grad, int factor, const MatrixView& h, const MatrixView& x, const Dropout& dropout) {
+    const GemmPlan plan = this->plan(Gemm::kOuter, grad, h.cols, x, dropout);
+    float* const partial = take(plan.partial());
+    const OuterParams params = outer_params(plan, grad, factor, h, x, dropout, partial);
     for_type(x.dtype, [&](auto t) { start(outer_kernel<decltype(t)>, plan, params); });
-    return {partial,
-            plan.partial_stride,
-            divided ? plan.shares : 0,
-            x.rows == 0 ? 0 : static_cast<int>(w.factor->rows),
-            static_cast<int>(w.factor->width),
-            scale,
-            w.row_scale,
-            dw,
-            w.weight.row_stride,
-            static_cast<int>(w.weight.rows),
-            0};
+    return outer_sum(plan, grad, x, dropout, partial);
+  }
+
+  // dH and dW from one pass over dy; `one_pass` says where.
+  void outer_shrink(const FactorView& grad, const FactorView& w, int factor, const MatrixView& h, const MatrixView& dy,
+                    const MatrixView& dh) {
+    const GemmPlan plan = this->plan(Gemm::kOuterShrink, grad, p_.table->hidden(), dy, {});
+    float* const partial = take(plan.partial());
+    float* const parts = take(plan.hidden_partial());
+    float* const out = static_cast<float*>(dh.data);
+    const bool divided = parts != nullptr;
+    const OuterShrinkParams params{outer_params(plan, grad, factor, h, dy, {}, partial),
+                                   weight(w),
+                                   w.row_scale,
+                                   divided ? 1.0f : w.scale,
+                                   divided ? parts : out,
+                                   divided ? plan.hidden_stride : dh.row_stride,
+                                   plan.hidden_rows * plan.hidden_stride};
+    if (dy.dtype == DType::kBFloat16) {
+      start(outer_shrink_kernel<BFloat16>, plan, params);
+    } else {
+      start(outer_shrink_kernel<Float16>, plan, params);
+    }
+    const int rows = static_cast<int>(dy.rows);
+    const ShareSum sum{parts,
+                       plan.hidden_stride,
+                       divided ? plan.tiles : 0,
+                       rows,
+                       static_cast<int>(p_.table->hidden()),
+                       w.scale,
+                       nullptr,
+                       out,
+                       dh.row_stride,
+                       rows,
+                       0};
+    add_shares(sum, outer_sum(plan, grad, dy, {}, partial));
+    taken_ = 0;
   }
 
   // No launch where every row has its value already.
@@ -175,6 +184,41 @@ class Launches {
   }
 
  private:
+  OuterParams outer_params(const GemmPlan& plan, const FactorView& grad, int factor, const MatrixView& h,
+                           const MatrixView& x, const Dropout& dropout, float* partial) const {
+    const bool divided = partial != nullptr;
+    return {table(),
+            factor,
+            static_cast<int>(grad.factor->width),
+            hidden(h, *grad.factor),
+            activations(x, *grad.factor),
+            grad.row_scale,
+            grad.scale * dropout.keep_scale,
+            divided ? partial : static_cast<float*>(grad.weight.data),
+            divided ? plan.partial_stride : grad.weight.row_stride,
+            plan.partial_rows * plan.partial_stride,
+            divided,
+            plan.steps,
+            plan.tiles,
+            plan.rank_tile,
+            dropout};
+  }
+
+  static ShareSum outer_sum(const GemmPlan& plan, const FactorView& grad, const MatrixView& x, const Dropout& dropout,
+                            const float* partial) {
+    return {partial,
+            plan.partial_stride,
+            partial != nullptr ? plan.shares : 0,
+            x.rows == 0 ? 0 : static_cast<int>(grad.factor->rows),
+            static_cast<int>(grad.factor->width),
+            grad.scale * dropout.keep_scale,
+            grad.row_scale,
+            static_cast<float*>(grad.weight.data),
+            grad.weight.row_stride,
+            static_cast<int>(grad.weight.rows),
+            0};
+  }
+
   const Word16* table() const { return static_cast<const Word16*>(call_.table); }
 
   GemmPlan plan(Gemm kind, const FactorView& w, std::int64_t columns, const MatrixView& x, const Dropout& d) const {
@@ -219,8 +263,11 @@ std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType act
   const auto floats = [&](Gemm kind, const Factor& f) {
     return plan_gemm(kind, f, table.hidden(), rows, activations, false, count).workspace();
   };
-  return 4 * std::max({floats(Gemm::kShrink, table.a()), floats(Gemm::kShrink, table.b()),
-                       floats(Gemm::kOuter, table.a()) + floats(Gemm::kOuter, table.b())});
+  const std::int64_t forward = floats(Gemm::kShrink, table.a()), outer_a = floats(Gemm::kOuter, table.a());
+  if (one_pass(table.b(), table.hidden(), rows, activations)) {
+    return 4 * std::max({forward, outer_a, floats(Gemm::kOuterShrink, table.b())});
+  }
+  return 4 * std::max({forward, floats(Gemm::kShrink, table.b()), outer_a + floats(Gemm::kOuter, table.b())});
 }
 
 void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call) {
@@ -235,14 +282,19 @@ void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& 
   check_backward(p, dy, dh, dx, dA, dB, dgate);
   Launches go("lora_backward", p, call);
   const FactorView a = factor_a(p), b = factor_b(p);
-  go.shrink(b, kFactorB, dy, dh, {});
-  if (dx.data != nullptr) go.expand(a, kFactorA, dh, dx, p.dropout);
   FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);
   FactorView& gated = p.table->gate_on_a() ? grad_a : grad_b;
   if (dgate != nullptr) gated.row_scale = nullptr;
-  const ShareSum sum_b = go.outer(grad_b, kFactorB, p.h, dy, {});
-  const ShareSum sum_a = go.outer(grad_a, kFactorA, dh, p.x, p.dropout);
-  go.add_shares(sum_b, sum_a);
+  ShareSum sum_b{};
+  const bool at_once = one_pass(*b.factor, p.table->hidden(), dy.rows, dy.dtype);
+  if (at_once) {
+    go.outer_shrink(grad_b, b, kFactorB, p.h, dy, dh);
+  } else {
+    go.shrink(b, kFactorB, dy, dh, {});
+    sum_b = go.outer(grad_b, kFactorB, p.h, dy, {});
+  }
+  if (dx.data != nullptr) go.expand(a, kFactorA, dh, dx, p.dropout);
+  go.add_shares(sum_b, go.outer(grad_a, kFactorA, dh, p.x, p.dropout));
   if (dgate != nullptr) go.gate_gradient(gated, p.table->gate_on_a() ? p.lora_A : p.lora_B, p.gate, dgate);
 }
 

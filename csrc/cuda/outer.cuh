@@ -3,6 +3,9 @@
 // A block makes up to 64 ranks x 128 columns of one segment, from its share of the rows of X. The products are those of
 // the transpose, X^T H, so that ranks are padded to 8 and not to 16. With one share the block writes dW; with more it
 // writes partial sums for `sum_shares_kernel`.
+//
+// With few ranks the same block also makes its columns' part of  dH = scale * X (gate o W)^T  from the tile that lies
+// in shared memory: the one pass over dy of the backward. The parts of a row are added up by `sum_shares_kernel`.
 #pragma once
 
 #include "cuda/dropout.cuh"
@@ -29,9 +32,49 @@ struct OuterParams {
   Dropout dropout;            // of x
 };
 
+struct OuterShrinkParams {
+  OuterParams outer;
+  Operand w;
+  const float* gate;  // of W's rows, or null
+  float scale;
+  float* dh;  // dH, or [column tiles, M, stride]
+  std::int64_t stride;
+  std::int64_t tile_stride;  // between column tiles
+};
+
+// Rows [row, row + kRows) of dH from the columns of one tile; w [kOnePassRanks, kOuterColumns], a warp makes 16 rows.
 template <typename T>
-__global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams p) {
-  constexpr int kRows = outer_rows(sizeof(T)), kMaxRanks = 64;
+ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, const Tile<T>& w, int row, int h_begin,
+                                int ranks) {
+  static_assert(kOuterThreads / 32 * 16 == outer_rows(sizeof(T)) && kOnePassRanks == 16);
+  float acc[2][4] = {};
+#pragma unroll
+  for (int k = 0; k < kOuterColumns; k += Tile<T>::kStep) {
+    std::uint32_t a[4], b[4];
+    load_a(a, x, warp_id() * 16, k);
+    load_b(b, w, 0, k);
+    multiply_add<T>(acc[0], a, b);
+    multiply_add<T>(acc[1], a, b + 2);
+  }
+  const int tile = static_cast<int>(blockIdx.x) % p.outer.column_tiles;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int m = row + warp_id() * 16 + i * 8 + lane_id() / 4;
+    if (m >= p.outer.x.rows) continue;
+    float* const to = p.dh + tile * p.tile_stride + m * p.stride + h_begin;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int r = j * 8 + lane_id() % 4 * 2;
+      store_pair(to + r, p.scale * acc[j][2 * i], p.scale * acc[j][2 * i + 1], ranks - r);
+    }
+  }
+}
+
+// `with`: an OuterShrinkParams with few ranks, or a null pointer.
+template <typename T, int kMaxRanks, typename With>
+ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
+  constexpr bool kShrinks = !std::is_same_v<With, std::nullptr_t>;
+  constexpr int kRows = outer_rows(sizeof(T));
   constexpr int kStageBytes = tile_bytes<T>(kRows, kOuterColumns);
   ARDLORA_SHARED(shared);
   const FactorIndex index = load_record<FactorIndex>(p.table + p.factor);
@@ -67,6 +110,12 @@ __global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams 
   const auto store_h = [&](int step) { staged.store(h_tile(step), p.h, kRows, log_ranks, 0, nullptr); };
 
   for (int s = 0; s < kOuterStages - 1; ++s) copy_x(begin + s);
+  const Tile<T> w{h_tile(0).data + 2 * tile_bytes<T>(kRows, p.rank_tile), kOnePassRanks};
+  if constexpr (kShrinks) {
+    const float* const gate = with->gate == nullptr ? nullptr : with->gate + segment.w_begin;
+    stage<T, kOuterThreads>(w, with->w, segment.w_begin, tile_column, kOnePassRanks, 7, ranks, p.width - tile_column,
+                            gate);
+  }
   if (begin < end) {
     fetch_h(begin);
     store_h(begin);
@@ -77,7 +126,7 @@ __global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams 
     copy_x(step + kOuterStages - 1);
     if (step + 1 < end) fetch_h(step + 1);
     const Tile<T> x = x_tile(step), h = h_tile(step);
-    if (p.dropout.threshold > 0) {
+    if (!kShrinks && p.dropout.threshold > 0) {
       drop<T, kOuterThreads, kOuterColumns>(x, p.dropout, step * kRows, x_column, p.x.vector);
       __syncthreads();
     }
@@ -98,6 +147,7 @@ __global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams 
         }
       }
     }
+    if constexpr (kShrinks) shrink_tile(*with, x, w, step * kRows, segment.h_begin, ranks);
     if (step + 1 < end) store_h(step + 1);
   }
   cp_async_wait<0>();
@@ -118,6 +168,16 @@ __global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams 
       }
     }
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams p) {
+  outer_block<T, kRankTile>(p, nullptr);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kOuterThreads) outer_shrink_kernel(const OuterShrinkParams p) {
+  outer_block<T, kOnePassRanks>(p.outer, &p);
 }
 
 }  // namespace ardlora::cuda

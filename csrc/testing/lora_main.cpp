@@ -191,14 +191,15 @@ const Ranks kHeadRanks[] = {{0, 0, 0, 0}, {8, 8, 8, 8}, {3, 0, 8, 5}, {0, 37, 1,
 
 // Every option drawn from its list; `number` walks through types and ranks, so that each is met.
 Case draw(unsigned number, bool few) {
-  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 200}, features[] = {64, 72, 100, 136, 256};
+  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 300}, features[] = {64, 72, 100, 136, 256};
   constexpr std::int64_t padding[] = {0, 0, 8, 3}, shift[] = {0, 0, 8, 1}, slack[] = {0, 4};
   Case c{};
   c.kind = static_cast<UnitKind>(number % 3);
   c.factoring = static_cast<Factoring>(number / 3 % 2);
   c.ranks = c.kind == UnitKind::kMatrix ? kMatrixRanks[number / 3 % std::size(kMatrixRanks)]
                                         : kHeadRanks[number / 3 % std::size(kHeadRanks)];
-  c.shape = few ? Shape{rows[number % 5], 72, 100} : Shape{pick(rows), pick(features), pick(features)};
+  c.shape = few ? Shape{rows[number % 5], 72, number % 2 == 0 ? 100 : 136}
+                : Shape{pick(rows), pick(features), pick(features)};
   std::tie(c.activations, c.adapters) = kTypes[number % std::size(kTypes)];
   c.padding = pick(padding);
   c.shift = pick(shift);
