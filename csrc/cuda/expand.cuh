@@ -118,14 +118,15 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   const int tile_column = static_cast<int>(blockIdx.y) % p.column_tiles * kExpandColumns;  // in the segment
   const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6);
 
-  const Tile<T> h{shared, kExpandRows};
-  const Tile<T> w{shared + tile_bytes<T>(kExpandRows, p.rank_tile), p.rank_tile};
-  const MaskTable<T> masks{w.data + tile_bytes<T>(p.rank_tile, kExpandColumns),
+  const Tile<T> h_tile{shared, kExpandRows};
+  const Tile<T> w_tile{shared + tile_bytes<T>(kExpandRows, p.rank_tile), p.rank_tile};
+  const MaskTable<T> masks{w_tile.data + tile_bytes<T>(p.rank_tile, kExpandColumns),
                            (segment.col_begin + tile_column) / kPhiloxColumns};
   const bool dropping = p.dropout.threshold > 0;
   if (dropping && p.y.vector) masks.fill(p.dropout, row, segment.col_begin + tile_column);
   T* const y = static_cast<T*>(p.y.data) + segment.col_begin;
   const int warp_row = warp_id() / 2 * 32;
+  const Fragments<T> h = rows_first(h_tile), w = rows_first(w_tile);
   const auto lane_row = [&](int i) { return row + warp_row + i * 8 + lane_id() / 4; };
 
   // Half of the columns at a time: sums and old values of all would need too many registers.
@@ -153,9 +154,9 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
       if (half == 0 || segment.rank > p.rank_tile) {
         __syncthreads();
         const float* const gate = p.gate == nullptr ? nullptr : p.gate + segment.w_begin + rank;
-        stage<T, kExpandThreads>(w, p.w, segment.w_begin + rank, tile_column, p.rank_tile, 7, left,
+        stage<T, kExpandThreads>(w_tile, p.w, segment.w_begin + rank, tile_column, p.rank_tile, 7, left,
                                  p.width - tile_column, gate);
-        stage<T, kExpandThreads>(h, p.h, row, segment.h_begin + rank, kExpandRows, log_ranks, p.y.rows - row, left,
+        stage<T, kExpandThreads>(h_tile, p.h, row, segment.h_begin + rank, kExpandRows, log_ranks, p.y.rows - row, left,
                                  nullptr);
         __syncthreads();
       }
@@ -163,11 +164,11 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
       for (int k = 0; k < p.rank_tile && k < left; k += Tile<T>::kStep) {
         std::uint32_t a[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) load_a(a[i], h, warp_row + i * 16, k);
+        for (int i = 0; i < 2; ++i) h.load_a(a[i], warp_row + i * 16, k);
 #pragma unroll
         for (int j = 0; j < kWarpColumns / 16; ++j) {
           std::uint32_t b[4];
-          load_b_trans(b, w, k, warp_column + j * 16);
+          w.load_b_trans(b, k, warp_column + j * 16);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             multiply_add<T>(acc[i][2 * j], a[i], b);

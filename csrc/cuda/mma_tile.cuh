@@ -46,45 +46,68 @@ ARDLORA_DEVICE int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 ARDLORA_DEVICE int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 
 // ---- fragments: four registers each. A is [16, kStep]; B is [kStep, 16], two products wide: b and b + 2.
+//
+// A lane's address of a tile's first fragment is computed once. Others lie at a constant distance, or, along a row, at
+// the address with other chunk bits: tiles begin at multiples of 128 bytes.
 
 template <typename T>
-ARDLORA_DEVICE void load_a(std::uint32_t* a, const Tile<T>& t, int row, int step) {  // A = t[row + i, step + k]
-  const int matrix = lane_id() / 8, r = lane_id() % 8;
-  ldmatrix<4>(a, t.address(row + r + matrix % 2 * 8, step + matrix / 2 * Tile<T>::kChunk));
-}
+struct Fragments {
+  Tile<T> tile;
+  std::uint32_t lane;  // ldmatrix: the row this lane names in the first fragment
 
-template <typename T>
-ARDLORA_DEVICE void load_b(std::uint32_t* b, const Tile<T>& t, int row, int step) {  // B = t[row + j, step + k]
-  const int matrix = lane_id() / 8, r = lane_id() % 8;
-  ldmatrix<4>(b, t.address(row + r + matrix / 2 * 8, step + matrix % 2 * Tile<T>::kChunk));
-}
-
-template <typename T>
-ARDLORA_DEVICE void load_a_trans(std::uint32_t* a, const Tile<T>& t, int step,
-                                 int column) {  // A = t[step + k, column + i]
-  if constexpr (sizeof(T) == 2) {
-    const int matrix = lane_id() / 8, r = lane_id() % 8;
-    ldmatrix<4, true>(a, t.address(step + r + matrix / 2 * 8, column + matrix % 2 * 8));
-  } else {
-    const int group = lane_id() / 4, in_group = lane_id() % 4;
-    for (int i = 0; i < 4; ++i) {
-      a[i] = *reinterpret_cast<const std::uint32_t*>(t.at(step + in_group + i / 2 * 4, column + group + i % 2 * 8));
+  // A = t[row + i, step + k]
+  ARDLORA_DEVICE void load_a(std::uint32_t* a, int row, int step) const { ldmatrix<4>(a, at(row, step)); }
+  // B = t[row + j, step + k]
+  ARDLORA_DEVICE void load_b(std::uint32_t* b, int row, int step) const { ldmatrix<4>(b, at(row, step)); }
+  // A = t[step + k, column + i]
+  ARDLORA_DEVICE void load_a_trans(std::uint32_t* a, int step, int column) const {
+    if constexpr (sizeof(T) == 2) {
+      ldmatrix<4, true>(a, at(step, column));
+    } else {
+      load_words<1, 2>(a, step, column);
     }
   }
-}
-
-template <typename T>
-ARDLORA_DEVICE void load_b_trans(std::uint32_t* b, const Tile<T>& t, int step,
-                                 int column) {  // B = t[step + k, column + j]
-  if constexpr (sizeof(T) == 2) {
-    const int matrix = lane_id() / 8, r = lane_id() % 8;
-    ldmatrix<4, true>(b, t.address(step + r + matrix % 2 * 8, column + matrix / 2 * 8));
-  } else {
-    const int group = lane_id() / 4, in_group = lane_id() % 4;
-    for (int i = 0; i < 4; ++i) {
-      b[i] = *reinterpret_cast<const std::uint32_t*>(t.at(step + in_group + i % 2 * 4, column + group + i / 2 * 8));
+  // B = t[step + k, column + j]
+  ARDLORA_DEVICE void load_b_trans(std::uint32_t* b, int step, int column) const {
+    if constexpr (sizeof(T) == 2) {
+      ldmatrix<4, true>(b, at(step, column));
+    } else {
+      load_words<2, 1>(b, step, column);
     }
   }
+
+ private:
+  // `row` a multiple of 8, `column` of two chunks.
+  ARDLORA_DEVICE std::uint32_t at(int row, int column) const {
+    const int panel = column / Tile<T>::kPanel, in_panel = column % Tile<T>::kPanel;
+    return (lane ^ static_cast<std::uint32_t>(in_panel * static_cast<int>(sizeof(T)))) +
+           static_cast<std::uint32_t>((panel * tile.rows + row) * kPanelBytes);
+  }
+  // What ldmatrix.trans would do with words: register i is t[step + l % 4 + 4 a, column + l / 4 + 8 b] of lane l, where
+  // a and b are bits of i.
+  template <int kColumnBit, int kRowBit>
+  ARDLORA_DEVICE void load_words(std::uint32_t* r, int step, int column) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = step + lane_id() % 4 + (i & kRowBit ? 4 : 0),
+                c = column + lane_id() / 4 + (i & kColumnBit ? 8 : 0);
+      r[i] = *reinterpret_cast<const std::uint32_t*>(tile.at(row, c));
+    }
+  }
+};
+
+// For load_a and load_b_trans: matrices 1 and 3 of a fragment are the lower rows of the tile, 2 and 3 the next chunk.
+template <typename T>
+ARDLORA_DEVICE Fragments<T> rows_first(const Tile<T>& t) {
+  const int matrix = lane_id() / 8;
+  return {t, t.address(lane_id() % 8 + matrix % 2 * 8, matrix / 2 * Tile<T>::kChunk)};
+}
+
+// For load_b and load_a_trans: the other way round.
+template <typename T>
+ARDLORA_DEVICE Fragments<T> chunks_first(const Tile<T>& t) {
+  const int matrix = lane_id() / 8;
+  return {t, t.address(lane_id() % 8 + matrix / 2 * 8, matrix % 2 * Tile<T>::kChunk)};
 }
 
 ARDLORA_DEVICE float as_float(std::uint32_t bits) {
@@ -142,23 +165,26 @@ struct Activations {
   bool vector;
 };
 
-// Starts copying rows [row, row + tile.rows) and columns [column, column + kColumns), of which columns before `end`
-// exist; the rest becomes zero. Complete after the thread's cp_async_wait and a barrier.
-template <typename T, int kThreads, int kColumns>
+// Starts copying rows [row, row + kRows) and columns [column, column + kColumns), of which columns before `end` exist;
+// the rest becomes zero. Complete after the thread's cp_async_wait and a barrier.
+template <typename T, int kThreads, int kRows, int kColumns>
 ARDLORA_DEVICE void copy_async(const Tile<T>& tile, const Activations& x, int row, int column, int end) {
-  constexpr int kPerRow = kColumns / Tile<T>::kChunk;
+  constexpr int kPerRow = kColumns / Tile<T>::kChunk, kStride = kThreads / kPerRow;
   const T* const data = static_cast<const T*>(x.data);
   if (x.vector) {
     const int c = static_cast<int>(threadIdx.x) % kPerRow * Tile<T>::kChunk;
-    const bool inside = column + c < end;
-#pragma unroll 4
-    for (int r = static_cast<int>(threadIdx.x) / kPerRow; r < tile.rows; r += kThreads / kPerRow) {
-      const bool valid = inside && row + r < x.rows;
-      cp_async16(tile.address(r, c), valid ? data + (row + r) * x.stride + column + c : data, valid ? 16 : 0);
+    const int r = static_cast<int>(threadIdx.x) / kPerRow;
+    const T* from = data + (row + r) * x.stride + column + c;
+    const bool whole = row + kRows <= x.rows && column + kColumns <= end;
+#pragma unroll
+    for (int i = 0; i < kRows / kStride; ++i, from += kStride * x.stride) {
+      const bool valid = whole || (column + c < end && row + r + i * kStride < x.rows);
+      cp_async16(tile.address(r + i * kStride, c), valid ? from : data, valid ? 16 : 0);
     }
   } else {
     const int c = static_cast<int>(threadIdx.x) % kColumns;
-    for (int r = static_cast<int>(threadIdx.x) / kColumns; r < tile.rows; r += kThreads / kColumns) {
+#pragma unroll 1
+    for (int r = static_cast<int>(threadIdx.x) / kColumns; r < kRows; r += kThreads / kColumns) {
       const bool valid = column + c < end && row + r < x.rows;
       *tile.at(r, c) = valid ? data[(row + r) * x.stride + column + c] : narrow<T>(0.0f);
     }
@@ -175,93 +201,99 @@ struct Operand {
 
 // Part of a tile on its way through registers: `fetch` issues the loads, `store` waits for them, converts, multiplies
 // row r with scale[r] (null: 1) and writes. What lies outside [valid_rows, valid_columns) becomes zero.
+// A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile.
 template <typename T, int kThreads, int kElements>
 struct Staged {
-  static constexpr int kChunk = Tile<T>::kChunk;
+  static constexpr int kChunk = Tile<T>::kChunk, kWords = kElements / 4;
   std::uint32_t raw[kElements];
+  float factor[kWords];
 
-  // Elements [first, first + kThreads * kElements) of a tile of `rows` x 2^log_columns.
-  ARDLORA_DEVICE void fetch(const Operand& from, std::int64_t row, std::int64_t column, int rows, int log_columns,
-                            int valid_rows, int valid_columns, int first = 0) {
-    const int count = rows << log_columns, mask = (1 << log_columns) - 1;
+  struct Place {
+    int row, column, rows;  // of the thread's first item; rows between its items
+
+    ARDLORA_DEVICE Place(int item, int log_columns)
+        : row((static_cast<int>(threadIdx.x) * item) >> log_columns),
+          column(static_cast<int>(threadIdx.x) * item & ((1 << log_columns) - 1)),
+          rows((kThreads * item) >> log_columns) {}
+  };
+  ARDLORA_DEVICE static int item(const Operand& from) { return !from.vector ? 1 : (from.is_float ? 4 : kChunk); }
+
+  // Rows [first, first + span(log_columns)) of a tile of `rows` x 2^log_columns, at most kThreads columns.
+  ARDLORA_DEVICE static int span(int log_columns) { return (kThreads * kElements) >> log_columns; }
+
+  ARDLORA_DEVICE void fetch(const Operand& from, std::int64_t row, std::int64_t column, int first, int rows,
+                            int log_columns, int valid_rows, int valid_columns, const float* scale) {
+    const Place at(item(from), log_columns);
+    const int bytes = from.is_float ? 4 : static_cast<int>(sizeof(T));
+    const std::int64_t step = at.rows * from.stride * bytes;
+    const auto* p = static_cast<const unsigned char*>(from.data) +
+                    ((row + first + at.row) * from.stride + column + at.column) * bytes;
+    rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
+    const int end = at.column < valid_columns ? (valid_rows < rows ? valid_rows : rows) : 0;
     if (from.vector) {
 #pragma unroll
-      for (int q = 0; q < kElements / kChunk; ++q) {
-        const int i = first + (static_cast<int>(threadIdx.x) + q * kThreads) * kChunk, r = i >> log_columns,
-                  c = i & mask;
-        if (i >= count) break;
-        const std::int64_t at = (row + r) * from.stride + column + c;
-#pragma unroll
-        for (int piece = 0; piece < kChunk / 4; ++piece) {  // a piece of 16 bytes is 4 floats, or all of the chunk
-          Word16 word{};
-          if (from.is_float) {
-            if (r < valid_rows && c + piece * 4 < valid_columns) {
-              word = load16(static_cast<const float*>(from.data) + at + piece * 4);
-            }
-          } else if (piece == 0 && r < valid_rows && c < valid_columns) {
-            word = load16(static_cast<const T*>(from.data) + at);
-          }
-#pragma unroll
-          for (int e = 0; e < 4; ++e) raw[q * kChunk + piece * 4 + e] = word.part[e];
+      for (int q = 0; q < kWords; ++q) {
+        const int r = first + at.row + q * at.rows;
+        Word16 word{};
+        factor[q] = 1.0f;
+        if (r < end) {
+          word = load16(p + q * step);
+          if (scale != nullptr) factor[q] = scale[r];
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) raw[4 * q + e] = word.part[e];
       }
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int i = first + static_cast<int>(threadIdx.x) + e * kThreads, r = i >> log_columns, c = i & mask;
-        if (i >= count) break;
         raw[e] = 0;
-        if (r >= valid_rows || c >= valid_columns) continue;
-        const std::int64_t at = (row + r) * from.stride + column + c;
-        if constexpr (sizeof(T) == 2) {
-          if (!from.is_float) {
-            raw[e] = static_cast<const T*>(from.data)[at].bits;
-            continue;
-          }
+        if (first + at.row + e * at.rows >= end) continue;
+        if (bytes == 4) {
+          raw[e] = *reinterpret_cast<const std::uint32_t*>(p + e * step);
+        } else {
+          raw[e] = *reinterpret_cast<const std::uint16_t*>(p + e * step);
         }
-        raw[e] = static_cast<const std::uint32_t*>(from.data)[at];
       }
     }
   }
 
-  ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int rows, int log_columns, int valid_rows,
-                            const float* scale, int first = 0) const {
-    const int count = rows << log_columns, mask = (1 << log_columns) - 1;
-    const auto factor = [&](int r) { return scale != nullptr && r < valid_rows ? scale[r] : 1.0f; };
+  ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int first, int rows, int log_columns,
+                            int valid_rows, const float* scale) const {
+    const Place at(item(from), log_columns);
+    rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
     if (from.vector) {
 #pragma unroll
-      for (int q = 0; q < kElements / kChunk; ++q) {
-        const int i = first + (static_cast<int>(threadIdx.x) + q * kThreads) * kChunk, r = i >> log_columns,
-                  c = i & mask;
-        if (i >= count) break;
-        const std::uint32_t* v = raw + q * kChunk;
-        Word16 out{{v[0], v[1], v[2], v[3]}};
-        if constexpr (sizeof(T) == 2) {
-          if (from.is_float || scale != nullptr) {
-            const float f = factor(r);
+      for (int q = 0; q < kWords; ++q) {
+        const int r = first + at.row + q * at.rows;
+        if (r >= rows) continue;
+        T* const to = tile.at(r, at.column);
+        const std::uint32_t* const v = raw + 4 * q;
+        const auto value = [&](int e) { return factor[q] * as_float(v[e]); };
+        if constexpr (sizeof(T) == 4) {
+          store16(to, {{as_bits(value(0)), as_bits(value(1)), as_bits(value(2)), as_bits(value(3))}});
+        } else if (from.is_float) {
+          store8(to, pack2<T>(value(0), value(1)), pack2<T>(value(2), value(3)));
+        } else if (scale == nullptr) {
+          store16(to, {{v[0], v[1], v[2], v[3]}});
+        } else {
+          Word16 out;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const float low = from.is_float ? as_float(v[2 * e]) : widen_low<T>(v[e]);
-              const float high = from.is_float ? as_float(v[2 * e + 1]) : widen_high<T>(v[e]);
-              out.part[e] = pack2<T>(low * f, high * f);
-            }
+          for (int e = 0; e < 4; ++e) {
+            out.part[e] = pack2<T>(factor[q] * widen_low<T>(v[e]), factor[q] * widen_high<T>(v[e]));
           }
-        } else if (scale != nullptr) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) out.part[e] = as_bits(as_float(v[e]) * factor(r));
+          store16(to, out);
         }
-        store16(tile.at(r, c), out);
       }
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int i = first + static_cast<int>(threadIdx.x) + e * kThreads, r = i >> log_columns, c = i & mask;
-        if (i >= count) break;
+        const int r = first + at.row + e * at.rows;
+        if (r >= rows) continue;
         float v = as_float(raw[e]);
         if constexpr (sizeof(T) == 2) {
           if (!from.is_float) v = widen_low<T>(raw[e]);
         }
-        *tile.at(r, c) = narrow<T>(v * factor(r));
+        *tile.at(r, at.column) = narrow<T>(scale != nullptr && r < valid_rows ? v * scale[r] : v);
       }
     }
   }
@@ -271,12 +303,11 @@ struct Staged {
 template <typename T, int kThreads>
 ARDLORA_DEVICE void stage(const Tile<T>& tile, const Operand& from, std::int64_t row, std::int64_t column, int rows,
                           int log_columns, int valid_rows, int valid_columns, const float* scale) {
-  constexpr int kElements = 2 * Tile<T>::kChunk;
-  Staged<T, kThreads, kElements> part;
+  Staged<T, kThreads, 16> part;
 #pragma unroll 1
-  for (int first = 0; first < rows << log_columns; first += kThreads * kElements) {
-    part.fetch(from, row, column, rows, log_columns, valid_rows, valid_columns, first);
-    part.store(tile, from, rows, log_columns, valid_rows, scale, first);
+  for (int first = 0; first < rows; first += part.span(log_columns)) {
+    part.fetch(from, row, column, first, rows, log_columns, valid_rows, valid_columns, scale);
+    part.store(tile, from, first, rows, log_columns, valid_rows, scale);
   }
 }
 
@@ -292,11 +323,8 @@ ARDLORA_DEVICE Record load_record(const Word16* at) {
 
 // Two neighbouring floats, of which `count` exist.
 ARDLORA_DEVICE void store_pair(float* to, float first, float second, int count) {
-  struct alignas(8) Pair {
-    float part[2];
-  };
-  if (count >= 2 && reinterpret_cast<std::uintptr_t>(to) % sizeof(Pair) == 0) {
-    *reinterpret_cast<Pair*>(to) = {{first, second}};
+  if (count >= 2 && reinterpret_cast<std::uintptr_t>(to) % 8 == 0) {
+    store8(to, as_bits(first), as_bits(second));
     return;
   }
   if (count >= 1) to[0] = first;

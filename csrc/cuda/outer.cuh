@@ -47,12 +47,13 @@ template <typename T>
 ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, const Tile<T>& w, int row, int h_begin,
                                 int ranks) {
   static_assert(kOuterThreads / 32 * 16 == outer_rows(sizeof(T)) && kOnePassRanks == 16);
+  const Fragments<T> rows = rows_first(x), factors = chunks_first(w);
   float acc[2][4] = {};
 #pragma unroll
   for (int k = 0; k < kOuterColumns; k += Tile<T>::kStep) {
     std::uint32_t a[4], b[4];
-    load_a(a, x, warp_id() * 16, k);
-    load_b(b, w, 0, k);
+    rows.load_a(a, warp_id() * 16, k);
+    factors.load_b(b, 0, k);
     multiply_add<T>(acc[0], a, b);
     multiply_add<T>(acc[1], a, b + 2);
   }
@@ -99,15 +100,16 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   Staged<T, kOuterThreads, kRows * kMaxRanks / kOuterThreads> staged;
   const auto copy_x = [&](int step) {
     if (step < end) {
-      copy_async<T, kOuterThreads, kOuterColumns>(x_tile(step), p.x, step * kRows, x_column,
-                                                  segment.col_begin + p.width);
+      copy_async<T, kOuterThreads, kRows, kOuterColumns>(x_tile(step), p.x, step * kRows, x_column,
+                                                         segment.col_begin + p.width);
     }
     cp_async_commit();
   };
   const auto fetch_h = [&](int step) {
-    staged.fetch(p.h, step * kRows, segment.h_begin + first_rank, kRows, log_ranks, p.x.rows - step * kRows, ranks);
+    staged.fetch(p.h, step * kRows, segment.h_begin + first_rank, 0, kRows, log_ranks, p.x.rows - step * kRows, ranks,
+                 nullptr);
   };
-  const auto store_h = [&](int step) { staged.store(h_tile(step), p.h, kRows, log_ranks, 0, nullptr); };
+  const auto store_h = [&](int step) { staged.store(h_tile(step), p.h, 0, kRows, log_ranks, 0, nullptr); };
 
   for (int s = 0; s < kOuterStages - 1; ++s) copy_x(begin + s);
   const Tile<T> w{h_tile(0).data + 2 * tile_bytes<T>(kRows, p.rank_tile), kOnePassRanks};
@@ -120,26 +122,28 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
     fetch_h(begin);
     store_h(begin);
   }
+#pragma unroll 1
   for (int step = begin; step < end; ++step) {
     cp_async_wait<kOuterStages - 2>();
     __syncthreads();
     copy_x(step + kOuterStages - 1);
     if (step + 1 < end) fetch_h(step + 1);
-    const Tile<T> x = x_tile(step), h = h_tile(step);
+    const Tile<T> tile = x_tile(step);
     if (!kShrinks && p.dropout.threshold > 0) {
-      drop<T, kOuterThreads, kOuterColumns>(x, p.dropout, step * kRows, x_column, p.x.vector);
+      drop<T, kOuterThreads, kOuterColumns>(tile, p.dropout, step * kRows, x_column, p.x.vector);
       __syncthreads();
     }
-#pragma unroll 4
+    const Fragments<T> x = chunks_first(tile), h = rows_first(h_tile(step));
+#pragma unroll
     for (int k = 0; k < kRows; k += Tile<T>::kStep) {
       std::uint32_t a[2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) load_a_trans(a[i], x, k, warp_id() * 32 + i * 16);
+      for (int i = 0; i < 2; ++i) x.load_a_trans(a[i], k, warp_id() * 32 + i * 16);
 #pragma unroll
       for (int j = 0; j < kMaxRanks / 16; ++j) {
         if (j * 16 >= ranks) break;
         std::uint32_t b[4];
-        load_b_trans(b, h, k, j * 16);
+        h.load_b_trans(b, k, j * 16);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           multiply_add<T>(acc[i][2 * j], a[i], b);
@@ -147,7 +151,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
         }
       }
     }
-    if constexpr (kShrinks) shrink_tile(*with, x, w, step * kRows, segment.h_begin, ranks);
+    if constexpr (kShrinks) shrink_tile(*with, tile, w, step * kRows, segment.h_begin, ranks);
     if (step + 1 < end) store_h(step + 1);
   }
   cp_async_wait<0>();

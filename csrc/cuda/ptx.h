@@ -68,6 +68,16 @@ ARDLORA_DEVICE void store16(void* to, const Word16& v) {
 #endif
 }
 
+ARDLORA_DEVICE void store8(void* to, std::uint32_t first, std::uint32_t second) {
+#ifdef __CUDACC__
+  *static_cast<uint2*>(to) = make_uint2(first, second);
+#else
+  simt::check_aligned("store8", to, 8);
+  static_cast<std::uint32_t*>(to)[0] = first;
+  static_cast<std::uint32_t*>(to)[1] = second;
+#endif
+}
+
 // ---- asynchronous copies, global to shared
 
 ARDLORA_DEVICE std::uint32_t shared_address(const void* p) {

@@ -50,7 +50,7 @@ struct StepWalk {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkParams p) {
+__global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkParams p) {
   constexpr int kColumns = Tile<T>::kPanel, kLogColumns = sizeof(T) == 2 ? 6 : 5;
   constexpr int kPairs = kRankTile / 16;
   ARDLORA_SHARED(shared);
@@ -83,45 +83,49 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const ShrinkPara
     const auto copy_x = [&](int step) {
       if (step < end) {
         const int from = x_walk.segment.col_begin;
-        copy_async<T, kShrinkThreads, kColumns>(x_tile(step), p.x, row, from + x_walk.column, from + p.width);
+        copy_async<T, kShrinkThreads, kShrinkRows, kColumns>(x_tile(step), p.x, row, from + x_walk.column,
+                                                             from + p.width);
         x_walk.advance(kColumns, p.width, step + 1 < all);
       }
       cp_async_commit();
     };
     const auto valid_ranks = [&] { return w_walk.segment.rank - first_rank; };
+    const auto gate = [&] { return p.gate == nullptr ? nullptr : p.gate + w_walk.segment.w_begin + first_rank; };
     const auto fetch_w = [&] {
-      staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, tile_rows, kLogColumns, valid_ranks(),
-                   p.width - w_walk.column);
+      staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, 0, tile_rows, kLogColumns, valid_ranks(),
+                   p.width - w_walk.column, gate());
     };
     const auto store_w = [&](int step) {
-      const float* gate = p.gate == nullptr ? nullptr : p.gate + w_walk.segment.w_begin + first_rank;
-      staged.store(w_tile(step), p.w, tile_rows, kLogColumns, valid_ranks(), gate);
+      staged.store(w_tile(step), p.w, 0, tile_rows, kLogColumns, valid_ranks(), gate());
       w_walk.advance(kColumns, p.width, step + 1 < all);
     };
 
     for (int s = 0; s < kShrinkStages - 1; ++s) copy_x(begin + s);
     fetch_w();
     store_w(begin);
+#pragma unroll 1
     for (int step = begin; step < end; ++step) {
       cp_async_wait<kShrinkStages - 2>();
       __syncthreads();
       copy_x(step + kShrinkStages - 1);
       if (step + 1 < end) fetch_w();
-      const Tile<T> x = x_tile(step), w = w_tile(step);
+      const Tile<T> tile = x_tile(step);
       if (p.dropout.threshold > 0) {
         const StepWalk walk(p.table + group.first_segment, step, per_segment, kColumns);
-        drop<T, kShrinkThreads, kColumns>(x, p.dropout, row, walk.segment.col_begin + walk.column, p.x.vector);
+        drop<T, kShrinkThreads, kColumns>(tile, p.dropout, row, walk.segment.col_begin + walk.column, p.x.vector);
         __syncthreads();
       }
+      const Fragments<T> x = rows_first(tile), w = chunks_first(w_tile(step));
 #pragma unroll
       for (int k = 0; k < kColumns; k += Tile<T>::kStep) {
         std::uint32_t a[2][4];
-        for (int i = 0; i < 2; ++i) load_a(a[i], x, warp_id() * 32 + i * 16, k);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) x.load_a(a[i], warp_id() * 32 + i * 16, k);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
           if (j * 16 >= ranks) break;
           std::uint32_t b[4];
-          load_b(b, w, j * 16, k);
+          w.load_b(b, j * 16, k);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             multiply_add<T>(acc[i][2 * j], a[i], b);
