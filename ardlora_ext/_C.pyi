@@ -159,19 +159,6 @@ def cuda_importance(
     device: int,
     stream: int,
 ) -> None: ...
-def cuda_prox_step(
-    alpha: int,
-    grad: int,
-    weight: int,
-    lo: int,
-    hi: int,
-    units: int,
-    step: float,
-    price: float,
-    tv: float,
-    device: int,
-    stream: int,
-) -> None: ...
 def cuda_set_gates(
     blocks: int, units: int, rho: int, kind: int, floor: float, width: float, device: int, stream: int
 ) -> None: ...

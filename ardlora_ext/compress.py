@@ -71,10 +71,10 @@ def _units(name: str, layer: LoraLinear, least: int) -> list[_Units]:
     found = []
     for group in groups(layer):
         stack, width = cores(group), len(group.common)
-        basis = top_directions(stack, width)
+        basis = top_directions(stack, width, group.common)
         worth = np.full((len(stack), width + 1), -np.inf)
         for u, core in enumerate(stack):
-            gain = (layer.scaling**2 * (core @ basis).square().sum(0)).numpy()
+            gain = (layer.scaling**2 * (core @ basis).square().sum(0)).cpu().numpy()
             present = len(group.own[u])
             floor = min(least, present)
             useful = np.flatnonzero(gain[:present] > _NOISE * gain.sum())

@@ -93,7 +93,7 @@ def groups(layer: LoraLinear) -> list[Group]:
     order = (1, 0) if layer.layout.gate_on_a else (0, 1)
     slices = [tuple(s[i] for i in order) for s in reference.unit_slices(layer.layout, layer.ranks)]
     ends = list(itertools.accumulate(layer.ranks))
-    gates = torch.ones(sum(layer.ranks), dtype=torch.float64)
+    gates = common.new_ones(sum(layer.ranks))
     if layer.gate is not None:
         gates = layer.gate.detach().double()
     gate = [gates[end - r : end] for end, r in zip(ends, layer.ranks, strict=True)]
@@ -122,33 +122,44 @@ def cores(group: Group) -> list[torch.Tensor]:
     return [(_qr(own)[1] * gate) @ r_common[:, : len(own)].T for own, gate in zip(group.own, group.gate, strict=True)]
 
 
-def top_directions(stack: Sequence[torch.Tensor], width: int) -> torch.Tensor:
-    """Return all right singular vectors of the stacked cores as columns [width, width], the largest first."""
-    stacked = torch.cat([*stack, torch.zeros(1, width, dtype=torch.float64)])
+def top_directions(stack: Sequence[torch.Tensor], width: int, like: torch.Tensor) -> torch.Tensor:
+    """Return all right singular vectors of the stacked cores as columns [width, width], the largest first.
+
+    Args:
+        stack: cores [any, width]; there may be none.
+        width: of the cores.
+        like: any tensor of their device and dtype.
+    """
+    stacked = torch.cat([*stack, like.new_zeros(1, width)])
     vh: torch.Tensor = torch.linalg.svd(torch.linalg.qr(stacked).R, full_matrices=True).Vh
     return vh.T
 
 
-def _forward(stack: Sequence[torch.Tensor], ranks: Sequence[int], width: int) -> torch.Tensor:
+def _first_rows(count: int, rows: torch.Tensor) -> torch.Tensor:
+    """Return the matrix [count, R] that takes the first of `rows` [R, any]."""
+    return torch.eye(count, len(rows), dtype=rows.dtype, device=rows.device)
+
+
+def _forward(stack: Sequence[torch.Tensor], ranks: Sequence[int], common: torch.Tensor) -> torch.Tensor:
     """Choose directions from the first level on: each the best for the units that use it."""
-    free = torch.eye(width, dtype=torch.float64)
+    free = _first_rows(len(common), common)
     chosen = []
     for low, high in itertools.pairwise([0, *sorted(set(ranks) - {0})]):
         users = [core @ free for core, r in zip(stack, ranks, strict=True) if r >= high]
-        turn = top_directions(users, free.shape[1])
+        turn = top_directions(users, free.shape[1], free)
         chosen.append(free @ turn[:, : high - low])
         free = free @ turn[:, high - low :]
     return torch.cat(chosen, dim=1)
 
 
-def _backward(stack: Sequence[torch.Tensor], ranks: Sequence[int], width: int) -> torch.Tensor:
+def _backward(stack: Sequence[torch.Tensor], ranks: Sequence[int], common: torch.Tensor) -> torch.Tensor:
     """Choose directions from the last level on: each the one that matters least to the units that do not use it."""
-    free = torch.eye(width, dtype=torch.float64)
+    free = _first_rows(len(common), common)
     chosen: list[torch.Tensor] = []
-    levels = sorted({0, *ranks, width}, reverse=True)
+    levels = sorted({0, *ranks, len(common)}, reverse=True)
     for high, low in itertools.pairwise(levels):
         others = [core @ free for core, r in zip(stack, ranks, strict=True) if r < high]
-        turn = top_directions(others, free.shape[1])
+        turn = top_directions(others, free.shape[1], free)
         chosen.insert(0, free @ turn[:, low:])
         free = free @ turn[:, :low]
     return torch.cat(chosen, dim=1)[:, : max(ranks)]
@@ -181,28 +192,28 @@ def best_basis(group: Group, stack: Sequence[torch.Tensor], ranks: Sequence[int]
     the best. So the result is never worse than dropping components in their order, or the least in energy first.
     """
     width, most = len(group.common), max(ranks)
-    everything = top_directions(stack, width)[:, :most]
+    everything = top_directions(stack, width, group.common)[:, :most]
     if len(set(ranks)) == 1:
         return everything
 
     def kept(basis: torch.Tensor) -> float:
         return sum(float((k @ basis[:, :r]).square().sum()) for k, r in zip(stack, ranks, strict=True))
 
-    energy = torch.zeros(width, dtype=torch.float64)
+    energy = group.common.new_zeros(width)
     for own, gate in zip(group.own, group.gate, strict=True):
         energy[: len(own)] += (gate[:, None] * own).square().sum(1)
     order = torch.argsort(energy * group.common.square().sum(1), descending=True, stable=True)
     r_common = _qr(group.common)[1]
-    spans = [torch.linalg.qr(r_common[:, o]).Q[:, :most] for o in (torch.arange(width), order)]
-    starts = [everything, _forward(stack, ranks, width), _backward(stack, ranks, width), *spans]
+    spans = [torch.linalg.qr(r_common[:, o]).Q[:, :most] for o in (slice(None), order)]
+    starts = [everything, _forward(stack, ranks, group.common), _backward(stack, ranks, group.common), *spans]
     best: torch.Tensor = max((_refined(start, stack, ranks) for start in starts), key=kept)
     return best
 
 
 def _first(group: Group, ranks: Sequence[int]) -> Recompressed:
     """Keep the first components as they are."""
-    turns = [torch.eye(r, len(own), dtype=torch.float64) for own, r in zip(group.own, ranks, strict=True)]
-    common = torch.eye(max(ranks), len(group.common), dtype=torch.float64)
+    turns = [_first_rows(r, own) for own, r in zip(group.own, ranks, strict=True)]
+    common = _first_rows(max(ranks), group.common)
     own = [rows[:r] for rows, r in zip(group.own, ranks, strict=True)]
     gate = [values[:r] for values, r in zip(group.gate, ranks, strict=True)]
     lost = sum(float(core.square().sum()) for core, r in zip(cores(group), ranks, strict=True) if r == 0)
@@ -233,7 +244,7 @@ def recompress(group: Group, ranks: Sequence[int], trained_gate: bool = False) -
         kept = core @ basis[:, :r]
         lost += max(0.0, float(core.square().sum() - kept.square().sum()))
         new = (_qr(rows)[0] @ kept).T / scale
-        norm = torch.ones(r, dtype=torch.float64)
+        norm = new.new_ones(r)
         if trained_gate:
             new, norm = _normalised(new, rows)
         inverse = torch.where(old_gate == 0, 0.0, 1.0 / old_gate)
@@ -308,10 +319,10 @@ def _plan(layer: LoraLinear, ranks: list[int], optimizer: Optimizer | None) -> _
     a_rows, b_rows = layer.layout.rows(ranks)
     live = {"lora_A": a_rows, "lora_B": b_rows, "lora_E": sum(ranks)}
     rows = {
-        (factor, key): torch.zeros(live[factor], old.shape[1], dtype=torch.float64)
+        (factor, key): old.new_zeros(live[factor], old.shape[1], dtype=torch.float64)
         for (factor, key), old in tensors.items()
     }
-    gate = torch.zeros(sum(ranks), dtype=torch.float64)
+    gate = layer.lora_A.new_zeros(sum(ranks), dtype=torch.float64)
     lost = 0.0
     for group in groups(layer):
         result = recompress(group, [ranks[u] for u in group.units], layer.lora_E is not None)

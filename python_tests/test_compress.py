@@ -13,6 +13,7 @@ from torch import nn
 
 import ardlora_ext as ard
 from ardlora_ext import reference
+from ardlora_ext.compress import _units
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.resize import RankUpdate, UnitUpdate
 from ardlora_ext.transport import cores, groups, recompress
@@ -338,3 +339,22 @@ def test_training_goes_on_after_compression() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[30] < losses[0]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("layout", "ranks"), CASES)
+def test_everything_is_made_on_the_layers_device(layout: UnitLayout, ranks: list[int], trained: bool) -> None:
+    """A default device that is not the layer's: a tensor made without naming one would meet the layer's and fail."""
+    layer = Wrapped(layout, "trained" if trained else "none").x
+    for there, here in zip(groups(layer), groups(layer), strict=True):
+        new = [ranks[u] for u in here.units]
+        expected = recompress(here, new, trained)
+        with torch.device("meta"):
+            found = recompress(there, new, trained)
+        assert found.lost == expected.lost
+        assert torch.equal(found.common, expected.common)
+        assert all(map(torch.equal, found.turn_own, expected.turn_own))
+    expected_menus = _units("x", layer, 0)
+    with torch.device("meta"):
+        menus = _units("x", layer, 0)
+    assert all((a.menu.units == b.menu.units).all() for a, b in zip(menus, expected_menus, strict=True))

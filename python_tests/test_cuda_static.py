@@ -27,7 +27,6 @@ REGISTERS = {
     "row_sums_kernel": 40,
     "importance_kernel": 64,
     "all_finite_kernel": 32,
-    "prox_kernel": 32,
     "gates_kernel": 40,
 }
 WIDE_LOADS = {"rank_resize_kernel", "row_sums_kernel", "importance_kernel", "sum_shares_kernel", "expand_kernel"}

@@ -61,16 +61,6 @@ void bind_cuda_controller(py::module_& m) {
       py::arg("table"), py::arg("jobs"), py::arg("rows"), py::arg("beta1"), py::arg("beta2"), py::arg("workspace"),
       py::arg("score"), py::arg("device"), py::arg("stream"));
   m.def(
-      "cuda_prox_step",
-      [](std::uintptr_t alpha, std::uintptr_t grad, std::uintptr_t weight, std::uintptr_t lo, std::uintptr_t hi,
-         std::int64_t units, double step, double price, double tv, int device, std::uintptr_t stream) {
-        cuda::prox_step({units, pointer<double>(alpha), pointer<const double>(grad), pointer<const double>(weight),
-                         pointer<const double>(lo), pointer<const double>(hi), step, price, tv},
-                        device_stream(device, stream));
-      },
-      py::arg("alpha"), py::arg("grad"), py::arg("weight"), py::arg("lo"), py::arg("hi"), py::arg("units"),
-      py::arg("step"), py::arg("price"), py::arg("tv"), py::arg("device"), py::arg("stream"));
-  m.def(
       "cuda_set_gates",
       [](std::uintptr_t blocks, std::int64_t units, std::uintptr_t rho, int kind, double floor, double width,
          int device, std::uintptr_t stream) {

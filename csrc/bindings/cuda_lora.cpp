@@ -29,8 +29,9 @@ cuda::DeviceCall device_call(const CallArg& arg) {
 cuda::Gemm gemm_kind(const std::string& name) {
   if (name == "shrink") return cuda::Gemm::kShrink;
   if (name == "expand") return cuda::Gemm::kExpand;
-  ARDLORA_CHECK(name == "outer", "gemm_plan: kind must be shrink, expand or outer, got ", name);
-  return cuda::Gemm::kOuter;
+  if (name == "outer") return cuda::Gemm::kOuter;
+  ARDLORA_CHECK(name == "outer_shrink", "gemm_plan: kind must be shrink, expand, outer or outer_shrink, got ", name);
+  return cuda::Gemm::kOuterShrink;
 }
 
 }  // namespace

@@ -1,10 +1,15 @@
 #include "ardlora/regularizer.h"
 
+#include <cmath>
+
 #include "ardlora/check.h"
 #include "core/regularizer_formulas.h"
 
 namespace ardlora {
 
+namespace {
+
+// The step made smaller by the temporal TV: step / (1 + step * price * tv).
 double damped_step(const ProxParams& p) {
   ARDLORA_CHECK(p.step > 0.0, "prox_step: step must be > 0, got ", p.step);
   ARDLORA_CHECK(p.price >= 0.0, "prox_step: price must be >= 0, got ", p.price);
@@ -12,12 +17,17 @@ double damped_step(const ProxParams& p) {
   return p.step / (1.0 + p.step * p.price * p.tv);
 }
 
+}  // namespace
+
 void check_gates(const GateParams& p) { ARDLORA_CHECK(p.width > 0.0, "set_gates: width must be > 0, got ", p.width); }
 
 void prox_step(const ProxParams& p) {
   const double step = damped_step(p);
   for (std::int64_t u = 0; u < p.units; ++u) {
-    p.alpha[u] = proximal_value(p.alpha[u], p.grad[u], p.weight[u], p.lo[u], p.hi[u], step, p.price);
+    const double moved = p.alpha[u] - step * p.grad[u];
+    const double size = std::fabs(moved) - step * p.price * p.weight[u];
+    const double shrunk = std::copysign(size < 0.0 ? 0.0 : size, moved);
+    p.alpha[u] = shrunk < p.lo[u] ? p.lo[u] : (shrunk > p.hi[u] ? p.hi[u] : shrunk);
   }
 }
 

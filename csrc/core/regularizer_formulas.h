@@ -1,4 +1,4 @@
-// The formulas of ardlora/regularizer.h for one unit or component, shared by the CPU and the CUDA kernels.
+// The formula of a gate (ardlora/regularizer.h), shared by the CPU and the CUDA kernel.
 #pragma once
 
 #include <cmath>
@@ -9,18 +9,7 @@
 
 namespace ardlora {
 
-// Checks `p`; its step made smaller by the temporal TV: step / (1 + step * price * tv).
-double damped_step(const ProxParams& p);
 void check_gates(const GateParams& p);
-
-// `step` is the damped one.
-ARDLORA_HOST_DEVICE inline double proximal_value(double alpha, double grad, double weight, double lo, double hi,
-                                                 double step, double price) {
-  const double moved = alpha - step * grad;
-  const double size = fabs(moved) - step * price * weight;
-  const double shrunk = copysign(size < 0.0 ? 0.0 : size, moved);
-  return shrunk < lo ? lo : (shrunk > hi ? hi : shrunk);
-}
 
 ARDLORA_HOST_DEVICE inline double gate_formula(const GateParams& p, double rho, std::int64_t j) {
   const double d = rho - static_cast<double>(j);

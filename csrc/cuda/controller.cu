@@ -45,14 +45,6 @@ void importance(const DeviceRows& rows, const ImportanceParams& p, Stream stream
   launch(op, importance_kernel, row_grid(rows), stream.handle, rows.table, rows.jobs, rows.rows, step);
 }
 
-void prox_step(const ProxParams& p, Stream stream) {
-  constexpr const char* op = "prox_step";
-  const double step = damped_step(p);
-  const DeviceGuard guard(op, stream.device);
-  const Grid grid{dim3{static_cast<unsigned>((p.units + kUnitThreads - 1) / kUnitThreads)}, kUnitThreads};
-  launch(op, prox_kernel, grid, stream.handle, p, step);
-}
-
 void set_gates(const GateBlock* blocks, std::int64_t units, const double* rho, const GateParams& p, Stream stream) {
   constexpr const char* op = "set_gates";
   check_gates(p);

@@ -40,8 +40,7 @@ struct ImportanceParams {
 
 void importance(const DeviceRows& rows, const ImportanceParams& p, Stream stream);
 
-// As in ardlora/regularizer.h, every pointer to device memory.
-void prox_step(const ProxParams& p, Stream stream);
+// As in ardlora/regularizer.h, every pointer to device memory. Alphas live on the host, where ranks are decided.
 void set_gates(const GateBlock* blocks, std::int64_t units, const double* rho, const GateParams& p, Stream stream);
 
 }  // namespace ardlora::cuda

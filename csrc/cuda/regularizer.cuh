@@ -1,4 +1,4 @@
-// ARD-LoRA's small steps for all units of a model in one launch each; the formulas are the CPU's.
+// ARD-LoRA's gates of all units of a model in one launch; the formula is the CPU's.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,6 @@
 namespace ardlora::cuda {
 
 inline constexpr int kUnitThreads = 128;
-
-// `step` as in `proximal_value`.
-__global__ void __launch_bounds__(kUnitThreads) prox_kernel(ProxParams p, double step) {
-  const std::int64_t u = static_cast<std::int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x;
-  if (u >= p.units) return;
-  p.alpha[u] = proximal_value(p.alpha[u], p.grad[u], p.weight[u], p.lo[u], p.hi[u], step, p.price);
-}
 
 // A block has one unit.
 __global__ void __launch_bounds__(kUnitThreads)

@@ -126,26 +126,7 @@ void test_not_finite(float bad) {
   }
 }
 
-// Both equal the CPU's bit for bit: they are the same formulas, compiled for the host.
-void test_prox(std::int64_t units) {
-  const auto n = static_cast<std::size_t>(units);
-  const auto doubles = [&](double low, double high) {
-    std::vector<double> values(n);
-    for (double& v : values) v = std::uniform_real_distribution<double>(low, high)(rng);
-    return values;
-  };
-  const auto alpha = doubles(0.0, 3.0), grad = doubles(-2.0, 2.0), weight = doubles(0.5, 2.0);
-  const auto lo = doubles(0.0, 0.3), hi = doubles(1.0, 4.0);
-  auto ours = alpha, theirs = alpha;
-  const ProxParams p{units, theirs.data(), grad.data(), weight.data(), lo.data(), hi.data(), 0.3, 0.8, 1.5};
-  ProxParams device = p;
-  device.alpha = ours.data();
-  cuda::prox_step(device, {});
-  prox_step(p);
-  expect(ours == theirs, "alpha");
-  expect(units < 100 || ours != alpha, "alpha, which should have moved and");
-}
-
+// Equal the CPU's bit for bit: it is the same formula, compiled for the host.
 void test_gates(GateKind kind) {
   std::vector<Floats> ours, theirs;
   std::vector<double> rho;
@@ -173,7 +154,6 @@ int main(int argc, char** argv) {
     set_order(i);
     test_rows(few);
     test_not_finite(i % 2 == 0 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN());
-    for (const std::int64_t units : {0, 1, 127, 300}) test_prox(units);
     for (const int kind : {0, 1, 2, 3}) test_gates(static_cast<GateKind>(kind));
   }
   std::puts("controllers' kernels equal their loops");

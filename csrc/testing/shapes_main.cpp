@@ -27,7 +27,6 @@ int main() {
       {"row_sums_kernel", kRowThreads, 0},
       {"importance_kernel", kRowThreads, 0},
       {"all_finite_kernel", kFiniteThreads, kFiniteShared},
-      {"prox_kernel", kUnitThreads, 0},
       {"gates_kernel", kUnitThreads, 0},
   };
   for (const auto& s : shapes) std::printf("%s %d %zu\n", s.kernel, s.threads, s.shared);
