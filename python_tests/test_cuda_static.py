@@ -13,7 +13,7 @@ from ardlora_ext.bench.cli import main
 from ardlora_ext.bench.machine import Json
 
 # Registers of a thread, template arguments only where they matter. The GEMM kernels keep their sums in registers: with
-# 168 three blocks of 128 threads fit on an SM, with 128 two of 256. Those for float32 have two and one, which 248 allow.
+# 168 three blocks of 128 threads fit on an SM, with 128 two of 256. float32: two and one, up to 255 registers.
 REGISTERS = {
     "shrink_kernel": 168,
     "expand_kernel": 128,
