@@ -121,6 +121,18 @@ class LoraLinear(nn.Module):
         self.rank_table.copy_(self.layout.encode(self.ranks))  # in place: compiled code holds on to it
 
     @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's: models that look at it (T5 asks for the dtype of `wo.weight`) find what they know."""
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's."""
+        bias: torch.Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return bias
+
+    @property
     def table(self) -> core.UnitTable:
         """The native table of the live ranks."""
         return native_table(self.rank_table)
