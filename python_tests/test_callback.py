@@ -389,11 +389,6 @@ def test_importing_the_package_does_not_import_trainer() -> None:
         ard.RankCallbacks  # noqa: B018
 
 
-def test_trl() -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    assert issubclass(trl.SFTTrainer, Trainer), "it takes the same callbacks and runs the same loop"
-
-
 # Other loops.
 
 
