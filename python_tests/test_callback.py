@@ -292,12 +292,45 @@ def test_logs_records_and_the_best_checkpoint(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == controller.records
     ard.save_pretrained(model, tmp_path / "best")
     ard.attach(again := ard.load_pretrained(bert()[0], tmp_path / "best"), AdamW(trainable(again)))
-    # Moments were of the last step's ranks; training goes on from the best.
-    best = controller.step
-    made.args.load_best_model_at_end = False
+
+
+def test_training_again_after_the_best_checkpoint_was_loaded(tmp_path: Path) -> None:
+    """Moments were of later weights and other ranks: it goes on as a fresh optimizer would from that checkpoint."""
+    model = classifier(dropout=0.0)  # an evaluation draws from torch's generator
+    made = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=9,
+            save_strategy="steps",
+            save_steps=9,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=True,  # the loss falls: the first checkpoint, while ranks move
+        ),
+        train_dataset=examples(40),
+        eval_dataset=examples(4),
+        callbacks=[ard.RankCallback()],
+    )
+    made.pop_callback(PrinterCallback)
     made.train()
+    best = made.state.best_global_step
+    assert best == 9
+    torch.manual_seed(0)
+    reference = ard.load_pretrained(bert()[0], tmp_path / f"checkpoint-{best}")
+    for module in reference.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    controller = model._ardlora.controller  # type: ignore[union-attr]
+    live = [{name: layer.ranks for name, layer in ard.adapters(m).items()} for m in (model, reference)]
+    assert live[0] == live[1]
+    made.args.load_best_model_at_end = False
+    for again in (made, trainer(tmp_path / "reference", reference)):
+        again.train()
     assert controller.step == best + STEPS
-    assert all(torch.isfinite(p).all() for p in trainable(model))
+    assert controller.summary()["phase"] == "frozen"
+    assert_equal(model, reference)
 
 
 def test_checkpoints_are_as_large_as_the_adapter(tmp_path: Path) -> None:
