@@ -259,14 +259,14 @@ def dry_run(settings: Settings) -> None:
     """
     from rich.console import Console
 
-    from ardlora_ext.plan import make_plan, skeleton
+    from ardlora_ext.plan import held_length, make_plan, skeleton
     from ardlora_ext.plan.show import show
 
     name, model = skeleton(str(settings.model or "all-minilm-l6-v2"), torch.float32)
     heads = () if "CausalLM" in type(model).__name__ else head_modules(model)
     try:
         config = _adapter_config(settings, heads, settings.max_steps or 1000)  # phases scale with the steps
-        plan = make_plan(name, model, config, settings.batch_size, settings.max_length)
+        plan = make_plan(name, model, config, settings.batch_size, held_length(model, settings.max_length))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     show(plan, model, Console(), None, paper=False)

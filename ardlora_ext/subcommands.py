@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ardlora_ext import __version__
 from ardlora_ext.data import InputError
 
 _EXTRAS = ("accelerate", "jinja2", "matplotlib", "rich", "tqdm")
@@ -70,7 +71,10 @@ def parse(words: Sequence[str], prog: str, description: str, commands: Sequence[
     Raises:
         InputError: the file of `--config` cannot be used.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=f"{prog} COMMAND --help tells the options of a command"
+    )
+    parser.add_argument("--version", action="version", version=f"ardlora_ext {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
         title = command.help[0].upper() + command.help[1:] + "."

@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import ardlora_ext
 from ardlora_ext.cli import main
 from ardlora_ext.data import DatasetUnavailable, InputError, default_model, trec_corpus
 from ardlora_ext.finetune import Settings
@@ -234,6 +235,13 @@ def test_help_names_groups_defaults_and_examples(capsys: pytest.CaptureFixture[s
     for entry in Settings.__dataclass_fields__:
         assert f"--{entry.replace('_', '-')}" in text
     assert "(default: None)" not in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ardlora_ext {ardlora_ext.__version__}\n"
 
 
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,13 @@ def test_arithmetic_of_the_papers_model(capsys: pytest.CaptureFixture[str]) -> N
     assert curve[16]["share"] == pytest.approx(0.0029, abs=5e-5)
 
 
+def test_the_length_is_what_the_model_can_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "all-minilm-l6-v2", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["length"], found["problem"]) == (512, "")
+    assert found["bytes"]["training"]["activations"] > 0
+
+
 def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "llama-9"]) == 2
     assert "llama-9" in capsys.readouterr().err

@@ -18,8 +18,8 @@ exit code: 0, 1 when a loader would use another scale than the trained one, 2 fo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.description = (
-        "Print the scale that PEFT, vLLM and llama.cpp will use for each module of a LoRA checkpoint, beside the one "
-        "it was trained with; a star marks one that differs."
+        "Print the scale that PEFT, vLLM and llama.cpp will use for each module of a LoRA checkpoint, beside the\n"
+        "one it was trained with; a star marks one that differs."
     )
     parser.epilog = _EPILOG
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of an adapter_config.json")

@@ -24,6 +24,7 @@ Tell what adapters on a model would cost: matched modules, units, parameters, an
 moments, scores and activations saved for backward, beside PEFT's LoRA. No weights are loaded: the forward pass is
 traced on tensors that have shapes and no memory. Units: bytes in KiB, MiB, GiB (powers of 1024), per process.
 """
+_LENGTH = 2048
 _EPILOG = """\
 MODEL is a folder with a config.json, or one of: llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, paligemma-2-3b,
 all-minilm-l6-v2, bert-base, vit-base.
@@ -44,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the frozen weights"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", default=1, help="sequences or images of a step")
-    parser.add_argument("--length", type=int, metavar="TOKENS", default=2048, help="length of a sequence")
+    parser.add_argument(
+        "--length", type=int, metavar="TOKENS", help="length of a sequence (default: 2048, or what the model can read)"
+    )
     parser.add_argument("--method", choices=METHODS, default="ard", help="what decides the ranks")
     parser.add_argument("--r", type=int, metavar="RANK", default=8, help="rank of every unit at the start")
     parser.add_argument("--r-max", type=int, metavar="RANK", help="largest rank of a unit (default: 4 r for ard)")
@@ -71,15 +74,17 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     import torch
     import transformers
 
-    from ardlora_ext.plan import make_plan, skeleton
+    from ardlora_ext.plan import held_length, make_plan, skeleton
 
     transformers.logging.set_verbosity_error()
     for name in ("batch_size", "length"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"plan: --{name.replace('_', '-')} must be >= 1, got {getattr(arguments, name)}")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"plan: --{name.replace('_', '-')} must be >= 1, got {value}")
     name, model = skeleton(arguments.model, getattr(torch, arguments.dtype))
+    length = held_length(model, _LENGTH) if arguments.length is None else arguments.length
     try:
-        plan = make_plan(name, model, _config(arguments), arguments.batch_size, arguments.length)
+        plan = make_plan(name, model, _config(arguments), arguments.batch_size, length)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"plan: {error}") from error
     if arguments.json is None:
