@@ -32,7 +32,7 @@ import ardlora_ext as ard
 from ardlora_ext import reference
 from ardlora_ext.layers import Conv1D, LoraLinear
 
-from conftest import VOCABULARY, Batch, gpt2, llama, trainable, vit
+from conftest import VOCABULARY, Batch, bert, gpt2, llama, trainable, vit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # PEFT
@@ -109,6 +109,7 @@ BASES: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
     "phi3": phi3,
     "t5": t5,
     "bart": bart,
+    "bert": bert,
     "vit": vit,
     "paligemma2": paligemma2,
 }
@@ -121,6 +122,7 @@ HEADS: dict[str, dict[str, tuple[str, int]]] = {
     "phi3": {"qkv_proj": ("out_heads", 8), "o_proj": ("in_heads", 4)},
     "t5": {r"Attention\.[qkv]": ("out_heads", 4), r"Attention\.o": ("in_heads", 4)},
     "bart": {"[qkv]_proj": ("out_heads", 4), "out_proj": ("in_heads", 4)},
+    "bert": {"self.(query|key|value)": ("out_heads", 4), r"attention\.output\.dense": ("in_heads", 4)},
     "vit": {"[qkv]_proj": ("out_heads", 4), "o_proj": ("in_heads", 4)},
     "paligemma2": {
         r"vision_tower.*\.[qkv]_proj": ("out_heads", 2),
