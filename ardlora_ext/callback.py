@@ -185,14 +185,14 @@ def rank_facts(controller: Controller[Any]) -> dict[str, float]:
 
 
 def _save_adapters_alone(model: nn.Module) -> None:
-    """Let `model.save_pretrained`, which Trainer calls, write the adapter as PEFT's does, and a load be content."""
-    if not isinstance(model, PreTrainedModel) or "save_pretrained" in vars(model):
+    """Let `model.save_pretrained`, which Trainer calls, write what Trainer resumes from too, and a load be content."""
+    if not isinstance(model, PreTrainedModel) or model.save_pretrained.__func__ is _save_for_trainer:
         return
-    model.save_pretrained = types.MethodType(_save_adapter, model)
+    model.save_pretrained = types.MethodType(_save_for_trainer, model)
     model.register_load_state_dict_post_hook(_forgive_missing_base)
 
 
-def _save_adapter(
+def _save_for_trainer(
     model: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
 ) -> None:
     """Write the PEFT adapter, and `model.safetensors` for Trainer; the whole model once it is not wrapped any more."""
@@ -204,7 +204,7 @@ def _save_adapter(
         save_pretrained(model, folder)
 
 
-_save_adapter.__name__ = "save_pretrained"  # pickle finds a bound method by its name
+_save_for_trainer.__name__ = "save_pretrained"  # pickle finds a bound method by its name
 
 
 def _forgive_missing_base(model: nn.Module, incompatible: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 Granularity = Literal["head", "matrix", "layer"]
 
@@ -19,8 +18,6 @@ __all__ = [
     "ElaConfig",
     "LoraConfig",
     "SvdConfig",
-    "config_from_dict",
-    "config_to_dict",
 ]
 
 
@@ -448,30 +445,3 @@ class AdaConfig(SvdConfig):
     @property
     def initial_rank(self) -> int:
         return self.init_r
-
-
-_METHODS: dict[str, type[AdapterConfig]] = {
-    "lora": LoraConfig,
-    "dora": DoraConfig,
-    "ard": ArdConfig,
-    "elalora": ElaConfig,
-    "adalora": AdaConfig,
-}
-
-
-def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
-    """Return the JSON form of a config: its fields and `method`."""
-    method = next(name for name, cls in _METHODS.items() if cls is type(config))
-    return {"method": method, **dataclasses.asdict(config)}
-
-
-def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
-    """Rebuild a config from `config_to_dict`; raises ValueError on an unknown method or field."""
-    fields = dict(values)
-    method = fields.pop("method", None)
-    if method not in _METHODS:
-        raise ValueError(f"config: method must be one of {', '.join(_METHODS)}, got {method!r}")
-    try:
-        return _METHODS[method](**fields)
-    except TypeError as cause:
-        raise ValueError(f"config: fields must be those of {_METHODS[method].__name__} ({cause})") from cause

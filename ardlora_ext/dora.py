@@ -118,7 +118,7 @@ class DoraLinear(LoraLinear):
     def _base_squares(self) -> torch.Tensor:
         """Return the squared row norms of the base weight [N] float32, computed once."""
         weight = self._weight()
-        key = (weight.data_ptr(), weight._version)
+        key = (weight.untyped_storage()._cdata, weight._version)
         if self._squares is None or self._squares[0] != key:
             self._squares = key, weight.float().square().sum(1)
         return self._squares[1]

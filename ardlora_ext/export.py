@@ -21,10 +21,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, config_from_dict, config_to_dict
+from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.files import recover, write_set
 from ardlora_ext.inject import adapters, injection, plan_targets, wrap
 from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.methods import config_from_dict, config_to_dict
 from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
 from ardlora_ext.units import UnitLayout
 

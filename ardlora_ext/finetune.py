@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from ardlora_ext.attach import attach
 from ardlora_ext.batches import Batch, Collator, Features, Outcome, batches, encode, evaluate
-from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
+from ardlora_ext.config import AdapterConfig
 from ardlora_ext.data import Corpus, InputError, default_model, load_corpus, trec_corpus
 from ardlora_ext.export import save_pretrained
 from ardlora_ext.inject import parameters_report, wrap
-from ardlora_ext.pretrained import head_modules, load_model, load_tokenizer
+from ardlora_ext.methods import Method, config_for
+from ardlora_ext.pretrained import head_modules, held_length, load_model, load_tokenizer
 
 Json = dict[str, Any]
 
@@ -41,10 +42,6 @@ _PROBE_EXAMPLES = 500  # a standard error of 1.3 points near 90 %: enough to see
 _HISTORY_POINTS = 450  # at most twice as many, however long the run is
 _WARMUP_SHARE = 0.06
 _CLIP_NORM = 1.0
-
-
-Method = Literal["ard", "elalora", "adalora", "lora", "dora"]
-METHODS: tuple[Method, ...] = ("ard", "elalora", "adalora", "lora", "dora")
 
 
 class DivergenceError(RuntimeError):
@@ -64,7 +61,8 @@ class Settings:
         r: Rank of every unit at the start (adalora: at the end, it starts at 1.5 times that).
         lora_dropout: Dropout of the adapters' input.
         budget: Most live adapter parameters at the end; None for what plain LoRA with `r` has.
-        granularity: What has a rank of its own: "head", "matrix" or "layer".
+        granularity: What has a rank of its own: "head", "matrix" or "layer"; None for the method's default.
+        factoring: Of heads: "shared" or "independent", see `AdapterConfig`; None for the method's default.
         target_modules: Suffixes of the modules to adapt, as in PEFT, or ("all-linear",).
         lr: Peak learning rate of the adapters.
         head_lr: Peak learning rate of the classification head and pooler.
@@ -84,7 +82,8 @@ class Settings:
     r: int = 8
     lora_dropout: float = 0.0
     budget: int | None = None
-    granularity: Literal["head", "matrix", "layer"] = "head"
+    granularity: Literal["head", "matrix", "layer"] | None = None
+    factoring: Literal["shared", "independent"] | None = None
     target_modules: tuple[str, ...] = ("all-linear",)
     lr: float = 1e-3
     head_lr: float = 1e-2
@@ -102,10 +101,29 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"finetune: --{name.replace('_', '-')} must be positive, got {value}")
-        if self.budget is not None and self.method != "ard":
-            raise InputError(f"finetune: --budget must come with --method ard, got --method {self.method}")
         if self.max_length < 2:
             raise InputError(f"finetune: --max-length must be at least 2, got {self.max_length}")
+        try:
+            self.adapter_config()
+        except ValueError as error:
+            raise InputError(f"finetune: {error}") from error
+
+    def adapter_config(self, heads: tuple[str, ...] = (), steps: int | None = None) -> AdapterConfig:
+        """Return the method's config for a model with these heads and a run of so many optimizer steps.
+
+        Raises:
+            ValueError: the method lacks an option that was given, or a value is out of range.
+        """
+        options: Json = {
+            "target_modules": "all-linear" if self.target_modules == ("all-linear",) else self.target_modules,
+            "modules_to_save": heads,
+            "lora_dropout": self.lora_dropout,
+            "granularity": self.granularity,
+            "factoring": self.factoring,
+            "budget": self.budget,
+            "total_steps": None if self.method in ("lora", "dora") else steps,
+        }
+        return config_for(self.method, self.r, options)
 
     def command(self) -> str:
         """Return the command line that repeats the run (options at their default are left out)."""
@@ -233,14 +251,14 @@ def prepare(settings: Settings, corpus: Corpus) -> Job:
     folder = settings.model or default_model()
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, corpus, tokenizer)
-    max_length = min(settings.max_length, getattr(model.config, "max_position_embeddings", None) or settings.max_length)
+    max_length = held_length(model, settings.max_length)
     train_features = encode(corpus.train, tokenizer, max_length)
     test_features = encode(corpus.test, tokenizer, max_length)
     steps = settings.max_steps or settings.epochs * math.ceil(len(train_features) / settings.batch_size)
 
     heads = head_modules(model) if corpus.task == "classification" else ()
     try:
-        config = _adapter_config(settings, heads, steps)
+        config = settings.adapter_config(heads, steps)
         model = wrap(model, config)
         optimizer = torch.optim.AdamW(_parameter_groups(model, heads, settings), weight_decay=0.0)
         controller = attach(model, optimizer)
@@ -259,13 +277,13 @@ def dry_run(settings: Settings) -> None:
     """
     from rich.console import Console
 
-    from ardlora_ext.plan import held_length, make_plan, skeleton
+    from ardlora_ext.plan import make_plan, skeleton
     from ardlora_ext.plan.show import show
 
     name, model = skeleton(str(settings.model or "all-minilm-l6-v2"), torch.float32)
     heads = () if "CausalLM" in type(model).__name__ else head_modules(model)
     try:
-        config = _adapter_config(settings, heads, settings.max_steps or 1000)  # phases scale with the steps
+        config = settings.adapter_config(heads, settings.max_steps or 1000)  # phases scale with the steps
         plan = make_plan(name, model, config, settings.batch_size, held_length(model, settings.max_length))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
@@ -366,21 +384,6 @@ def _prepare_folder(out: Path) -> None:
         raise InputError(
             f"finetune: --out must be a folder that can be written, got {out}: {error.strerror}"
         ) from error
-
-
-def _adapter_config(settings: Settings, heads: tuple[str, ...], steps: int) -> AdapterConfig:
-    """Return the method's config at its own defaults, for `steps` optimizer steps."""
-    targets = "all-linear" if settings.target_modules == ("all-linear",) else settings.target_modules
-    common: Json = {"target_modules": targets, "modules_to_save": heads, "lora_dropout": settings.lora_dropout}
-    r = settings.r
-    if settings.method == "ard":
-        granularity, budget = settings.granularity, settings.budget
-        return ArdConfig(r0=r, granularity=granularity, budget=budget, total_steps=steps, **common)
-    if settings.method == "elalora":
-        return ElaConfig(r=r, total_steps=steps, **common)
-    if settings.method == "adalora":
-        return AdaConfig(target_r=r, init_r=math.ceil(1.5 * r), total_steps=steps, **common)
-    return (DoraConfig if settings.method == "dora" else LoraConfig)(r=r, **common)
 
 
 def _parameter_groups(model: torch.nn.Module, heads: tuple[str, ...], settings: Settings) -> list[Json]:

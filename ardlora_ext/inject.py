@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _HEADS = ("classifier", "score")  # transformers' names of classification heads, as in PEFT
 _ATTRIBUTE = "_ardlora"
+_SAVE = "save_pretrained"  # of a transformers model
 
 
 @dataclass
@@ -242,7 +245,8 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
         adapter_name: for models that get several, see `add_adapter`.
 
     Returns:
-        The same model.
+        The same model. Its `save_pretrained`, if it has one as transformers models do, writes the adapter from now on,
+        as PEFT's does.
 
     Raises:
         ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide, a
@@ -258,6 +262,8 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record
     activate(model, record)
+    if hasattr(model, _SAVE):
+        setattr(model, _SAVE, types.MethodType(_save_adapter, model))
     return model
 
 
@@ -266,6 +272,30 @@ def _pack(layers: Mapping[str, LoraLinear]) -> None:
     groups: dict[tuple[str, int], Readers] = {}
     for name, layer in layers.items():
         layer.readers = groups.setdefault((name.rpartition(".")[0], layer.layout.in_features), Readers())
+
+
+def _save_adapter(
+    model: Any, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    """Write the adapter where transformers would write the model; the model at rest is written as ever.
+
+    Options that say how to write a large model (`max_shard_size`, `state_dict`, ...) have no meaning for an adapter.
+
+    Raises:
+        ValueError: `push_to_hub` is set.
+    """
+    from ardlora_ext.export import save_pretrained  # it reads what this module makes
+
+    if getattr(model, _ATTRIBUTE, None) is None:
+        type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+        return
+    if push_to_hub:
+        raise ValueError("save_pretrained: push_to_hub must be False for an adapter; call model.push_to_hub(name)")
+    if is_main_process:
+        save_pretrained(model, save_directory)
+
+
+_save_adapter.__name__ = _SAVE  # pickle finds a bound method by its name
 
 
 def activate(model: nn.Module, record: Injection) -> None:
@@ -399,6 +429,7 @@ def remove(model: Model) -> Model:
     for record in injection(model).named.values():
         detach(record)
     _take_out(model)
+    vars(model).pop(_SAVE, None)
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ardlora_ext import ops, reference, world
 from ardlora_ext._native import core
@@ -42,8 +43,11 @@ _SMALL_CLASS = 4  # below one class
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Tell whether a weight is its own data, not a subclass that stands for quantised data (torchao, bitsandbytes)."""
-    return type(weight) in (torch.Tensor, nn.Parameter)
+    """Tell whether a weight is its own data, not a subclass that stands for quantised data (torchao, bitsandbytes).
+
+    Fake tensors, by which costs are planned, stand for the plain ones.
+    """
+    return type(weight) in (torch.Tensor, nn.Parameter, FakeTensor)
 
 
 def is_dense(weight: object) -> TypeGuard[torch.Tensor]:

@@ -69,6 +69,19 @@ def head_modules(model: Any) -> tuple[str, ...]:
     return ("pooler", *heads) if isinstance(pooler, torch.nn.Module) else tuple(heads)
 
 
+def held_length(model: torch.nn.Module, length: int) -> int:
+    """Return `length`, or the longest sequence that the model has positions for.
+
+    A learned table with a padding index (RoBERTa) has its positions behind it.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return length
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings == limit]
+    offset = max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
+    return min(length, limit - offset)
+
+
 def _check_model_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"load_model: --model must be an existing folder, got {folder}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_tensors
 
-from ardlora_ext.config import AdapterConfig, config_from_dict
+from ardlora_ext.config import AdapterConfig
 from ardlora_ext.export import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,6 +25,7 @@ from ardlora_ext.export import (
 )
 from ardlora_ext.files import write_set
 from ardlora_ext.layers import fold
+from ardlora_ext.methods import config_from_dict
 from ardlora_ext.units import UnitLayout
 
 Tensors = dict[str, torch.Tensor]

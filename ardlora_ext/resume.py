@@ -23,10 +23,10 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ardlora_ext import eight_bit, world
-from ardlora_ext.config import config_to_dict
 from ardlora_ext.files import recover, write_set
 from ardlora_ext.inject import adapters, injection
 from ardlora_ext.layers import fit_rows
+from ardlora_ext.methods import config_to_dict
 from ardlora_ext.optim import unwrapped
 
 RESUME, RESUME_TENSORS = "ardlora_resume.json", "ardlora_resume.safetensors"

@@ -96,6 +96,20 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_units(parser: argparse._ActionsContainer) -> None:
+    """Let the user say what has a rank of its own."""
+    parser.add_argument(
+        "--granularity",
+        choices=("head", "matrix", "layer"),
+        help="what has a rank of its own (default: head for ard, else matrix)",
+    )
+    parser.add_argument(
+        "--factoring",
+        choices=("shared", "independent"),
+        help="whether the heads of a matrix share its factors or have their own (default: shared)",
+    )
+
+
 def _take_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Make the values of the file that `--config` names the defaults of `parser`."""
     options = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}

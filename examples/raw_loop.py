@@ -1,5 +1,4 @@
-"""Text classification in a plain PyTorch loop. The lines marked `# +` are all that ardlora_ext adds: the import, the
-line that lets ranks move, and, because nobody else saves here, one that writes the adapter.
+"""Text classification in a plain PyTorch loop. The lines marked `# +` are all that ardlora_ext adds.
 
 python examples/raw_loop.py --model DIR --data FILE.jsonl --out DIR     # columns text and label
 """
@@ -54,4 +53,4 @@ while step < options.max_steps:
             print(f"step {step}: loss {loss.item():.3f}")
         if step == options.max_steps:
             break
-ard.save_pretrained(model, options.out)  # +
+model.save_pretrained(options.out)

@@ -263,7 +263,7 @@ def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "{text}"], "text without labels must come with --model"),
         (["--model", "{encoder}", "--data", "{reviews}", "--r", "0"], "must be"),
         (["--model", "{encoder}", "--data", "{reviews}", "--target-modules", "qerry"], "qerry"),
-        (["--method", "lora", "--budget", "9999"], "--budget must come with --method ard, got --method lora"),
+        (["--method", "lora", "--budget", "9999"], "finetune: budget must come with method ard, got lora"),
         (["--model", "{encoder}", "--data", "{reviews}", "--budget", "3"], "budget"),
         (["--batch-size", "0"], "--batch-size must be positive, got 0"),
         (["--max-steps", "-3"], "--max-steps must be positive, got -3"),

@@ -46,7 +46,7 @@ def test_script(name: str, tmp_path: Path, encoder: Path, decoder: Path, reviews
     source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     added = [line for line in lines if line.endswith(MARK)]
-    assert [line.startswith("import") for line in added] == [True, False, *([False] if name == "raw_loop" else [])]
+    assert [line.startswith("import") for line in added] == [True, False]
     plain = "".join(line for line in lines if line not in added)
     assert "ard." not in plain
     model = decoder if name == "sft" else encoder

@@ -24,7 +24,7 @@ import ardlora_ext as ard
 from ardlora_ext.controllers import ArdController
 from ardlora_ext.layers import Conv1D
 
-from conftest import ARCHITECTURES, Attention, Batch, llama, trainable
+from conftest import ARCHITECTURES, Attention, Batch, bert, llama, trainable
 
 Architecture = tuple[nn.Module, Batch]
 
@@ -206,6 +206,26 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path: Path, monk
     assert torch.equal(ard.load_pretrained(copy.deepcopy(base), tmp_path)(x), first(x))
     save(second, tmp_path)
     assert torch.equal(ard.load_pretrained(base, tmp_path)(x), second(x))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_transformers_model_saves_its_adapter_as_pefts_does(tmp_path: Path) -> None:
+    """`model.save_pretrained` with what Accelerate's scripts pass; once unwrapped, the model saves itself again."""
+    model = tuned(bert()[0], ard.LoraConfig(r=3))
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    model.save_pretrained(
+        tmp_path / "theirs", is_main_process=True, state_dict=model.state_dict(), max_shard_size="1GB"
+    )
+    ard.save_pretrained(model, tmp_path / "ours")
+    assert contents(tmp_path / "theirs") == contents(tmp_path / "ours")
+    with pytest.raises(ValueError, match="push_to_hub must be False"):
+        model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+    ard.unwrap(model)
+    model.save_pretrained(tmp_path / "base")
+    names = {path.name for path in (tmp_path / "base").iterdir()}
+    assert "model.safetensors" in names
+    assert "adapter_config.json" not in names
 
 
 def test_saving_needs_a_wrapped_model_and_a_directory(tmp_path: Path) -> None:

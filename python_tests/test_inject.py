@@ -14,8 +14,9 @@ from test_layers import fingerprint, scramble
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.config import AdapterConfig, config_from_dict, config_to_dict
+from ardlora_ext.config import AdapterConfig
 from ardlora_ext.layers import LoraLinear
+from ardlora_ext.methods import config_from_dict, config_to_dict
 
 from conftest import ARCHITECTURES, Attention, Batch, llama, trainable
 

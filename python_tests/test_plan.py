@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, RobertaConfig
 
 import ardlora_ext as ard
 from ardlora_ext.cli import main
-from ardlora_ext.config import AdapterConfig, config_from_dict
+from ardlora_ext.config import AdapterConfig
 from ardlora_ext.inject import plan_targets
+from ardlora_ext.methods import METHODS, config_from_dict
 from ardlora_ext.plan import make_plan, skeleton
 from ardlora_ext.plan.memory import live_parameters, uniform
 from ardlora_ext.plan.trace import SavedBytes
@@ -55,10 +56,11 @@ CONFIGS = [
     ard.ArdConfig(r0=4, granularity="matrix"),
     ard.ArdConfig(r0=4, granularity="head"),
     ard.ElaConfig(r=4),
+    ard.DoraConfig(r=4),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["lora", "ard-matrix", "ard-head", "elalora"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["lora", "ard-matrix", "ard-head", "elalora", "dora"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_bytes_are_what_training_holds(kind: str, config: AdapterConfig, tmp_path: Path) -> None:
     make_config(kind).save_pretrained(tmp_path)
@@ -102,6 +104,60 @@ def test_the_length_is_what_the_model_can_read(capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert (found["length"], found["problem"]) == (512, "")
     assert found["bytes"]["training"]["activations"] > 0
+
+
+def test_a_length_beyond_the_positions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "all-minilm-l6-v2", "--length", "513"]) == 2
+    assert "--length must be <= 512" in capsys.readouterr().err
+    # RoBERTa's table has 2 positions before the first token's: with pad_token_id = 1, 18 hold 16 tokens.
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    RobertaConfig(**small, max_position_embeddings=18, pad_token_id=1).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["length"], found["problem"]) == (16, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("plan bert-base --method lora --r-max 9", "plan: r_max must come with method ard or elalora, got lora"),
+        ("plan bert-base --method elalora --granularity head", "plan: ElaConfig: granularity must be 'matrix', or"),
+        ("finetune --dry-run --method elalora --granularity head", "finetune: ElaConfig: granularity must be"),
+        ("finetune --dry-run --r 0", "finetune: ArdConfig: r0 must be >= 1, got 0"),
+    ],
+)
+def test_an_option_that_a_method_lacks_is_refused(
+    command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path)] if command.startswith("finetune") else []
+    assert main([*command.split(), *out]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("granularity", [["head"], ["matrix"], ["head", "--factoring", "independent"]], ids=" ".join)
+def test_dry_run_of_every_method(
+    method: str, granularity: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_config("bert").save_pretrained(tmp_path)
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "a", "label": "b"}\n')
+    words = [
+        "finetune",
+        "--model",
+        str(tmp_path),
+        "--data",
+        str(data),
+        "--method",
+        method,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    refused = granularity == ["head"] and method in ("elalora", "adalora")
+    assert main([*words, "--method", method, "--granularity", *granularity, "--dry-run"]) == (2 if refused else 0)
+    if not refused:
+        attention = 4 * (4 if granularity[0] == "head" else 1)  # q, k, v and o, with 4 heads
+        assert f"{2 * (attention + 2)} units" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:

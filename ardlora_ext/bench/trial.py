@@ -14,9 +14,9 @@ from torch import nn
 
 import ardlora_ext as ard
 from ardlora_ext.bench.methods import Method, Plan, Ranks
-from ardlora_ext.config import config_to_dict
 from ardlora_ext.controllers.svd import SvdController
 from ardlora_ext.data import InputError
+from ardlora_ext.methods import config_to_dict
 
 Row = dict[str, Any]
 

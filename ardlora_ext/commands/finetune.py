@@ -6,8 +6,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from ardlora_ext.finetune import METHODS, DivergenceError, Settings
-from ardlora_ext.subcommands import add_config, fail
+from ardlora_ext.finetune import DivergenceError, Settings
+from ardlora_ext.methods import METHODS
+from ardlora_ext.subcommands import add_config, add_units, fail
 
 _DESCRIPTION = "Fine-tune a model with low-rank adapters whose ranks are learned, and report where the rank went."
 _EPILOG = """\
@@ -77,9 +78,7 @@ def _add_ranks(ranks: argparse._ArgumentGroup) -> None:
         metavar="PARAMETERS",
         help="adapter parameters at the end (default: as plain LoRA with --r has)",
     )
-    ranks.add_argument(
-        "--granularity", choices=("head", "matrix", "layer"), default=Settings.granularity, help="what has its own rank"
-    )
+    add_units(ranks)
     ranks.add_argument(
         "--target-modules",
         nargs="+",

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
+from ardlora_ext.config import AdapterConfig
 from ardlora_ext.data import InputError
-from ardlora_ext.finetune import METHODS
-from ardlora_ext.subcommands import add_config
+from ardlora_ext.methods import METHODS, config_for
+from ardlora_ext.subcommands import add_config, add_units
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,10 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="ard", help="what decides the ranks")
     parser.add_argument("--r", type=int, metavar="RANK", default=8, help="rank of every unit at the start")
     parser.add_argument("--r-max", type=int, metavar="RANK", help="largest rank of a unit (default: 4 r for ard)")
-    parser.add_argument("--granularity", choices=("head", "matrix", "layer"), default="head", help="what has a rank")
-    parser.add_argument(
-        "--factoring", choices=("shared", "independent"), default="shared", help="of the heads of a matrix"
-    )
+    add_units(parser)
     parser.add_argument(
         "--target-modules",
         nargs="+",
@@ -74,7 +70,8 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     import torch
     import transformers
 
-    from ardlora_ext.plan import held_length, make_plan, skeleton
+    from ardlora_ext.plan import make_plan, skeleton
+    from ardlora_ext.pretrained import held_length
 
     transformers.logging.set_verbosity_error()
     for name in ("batch_size", "length"):
@@ -82,7 +79,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         if value is not None and value < 1:
             raise InputError(f"plan: --{name.replace('_', '-')} must be >= 1, got {value}")
     name, model = skeleton(arguments.model, getattr(torch, arguments.dtype))
-    length = held_length(model, _LENGTH) if arguments.length is None else arguments.length
+    length = held_length(model, arguments.length or _LENGTH)
+    if arguments.length is not None and length < arguments.length:
+        raise InputError(f"plan: --length must be <= {length}, the positions of {name}, got {arguments.length}")
     try:
         plan = make_plan(name, model, _config(arguments), arguments.batch_size, length)
     except ValueError as error:
@@ -109,16 +108,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
 def _config(arguments: argparse.Namespace) -> AdapterConfig:
     """Return the method's config at its own defaults."""
     names = tuple(arguments.target_modules)
-    common: dict[str, Any] = {"target_modules": "all-linear" if names == ("all-linear",) else names}
-    r, method = arguments.r, arguments.method
-    if method == "ard":
-        ard = {"granularity": arguments.granularity, "factoring": arguments.factoring, "r_max": arguments.r_max}
-        return ArdConfig(r0=r, **ard, **common)
-    if method == "elalora":
-        return ElaConfig(r=r, r_max=arguments.r_max, **common)
-    if method == "adalora":
-        return AdaConfig(target_r=r, init_r=math.ceil(1.5 * r), **common)
-    return (DoraConfig if method == "dora" else LoraConfig)(r=r, **common)
+    options = {name: getattr(arguments, name) for name in ("granularity", "factoring", "r_max")}
+    options["target_modules"] = "all-linear" if names == ("all-linear",) else names
+    return config_for(arguments.method, arguments.r, options)
 
 
 def _json(plan: Plan, model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:

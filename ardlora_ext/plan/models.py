@@ -121,12 +121,6 @@ def _no_initial_weights() -> AbstractContextManager[Any]:
     return context
 
 
-def held_length(model: nn.Module, length: int) -> int:
-    """Return `length`, or the longest sequence that the model has positions for."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(length, limit) if isinstance(limit, int) and limit > 0 else length
-
-
 def fake_mode(model: nn.Module) -> FakeTensorMode:
     """Return the mode under which a skeleton's tensors live."""
     parameter = next(iter(model.parameters()))

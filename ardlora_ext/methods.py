@@ -1,0 +1,63 @@
+"""The methods by name: what a command line, a checkpoint and a config file call the config classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
+
+Method = Literal["ard", "elalora", "adalora", "lora", "dora"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+_CONFIGS: dict[str, type[AdapterConfig]] = {
+    "ard": ArdConfig,
+    "elalora": ElaConfig,
+    "adalora": AdaConfig,
+    "lora": LoraConfig,
+    "dora": DoraConfig,
+}
+
+
+def config_for(method: Method, r: int, options: Mapping[str, Any]) -> AdapterConfig:
+    """Return the config of a method at its own defaults, but for `options`.
+
+    Args:
+        method: its name.
+        r: rank of every unit at the start; of AdaLoRA at the end, it starts at 1.5 times that, as in PEFT.
+        options: fields of the config by name; None stands for the method's default.
+
+    Raises:
+        ValueError: the method has no such option, or a value is out of range.
+    """
+    kind = _CONFIGS[method]
+    ranks: dict[str, Any] = {"ard": {"r0": r}, "adalora": {"target_r": r, "init_r": math.ceil(1.5 * r)}}.get(
+        method, {"r": r}
+    )
+    given = {name: value for name, value in options.items() if value is not None}
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    for name in given:
+        if name not in known:
+            others = [other for other, cls in _CONFIGS.items() if name in {e.name for e in dataclasses.fields(cls)}]
+            raise ValueError(f"{name} must come with method {' or '.join(others)}, got {method}")
+    return kind(**ranks, **given)
+
+
+def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
+    """Return the JSON form of a config: its fields and `method`."""
+    method = next(name for name, cls in _CONFIGS.items() if cls is type(config))
+    return {"method": method, **dataclasses.asdict(config)}
+
+
+def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
+    """Rebuild a config from `config_to_dict`; raises ValueError on an unknown method or field."""
+    fields = dict(values)
+    method = fields.pop("method", None)
+    if method not in _CONFIGS:
+        raise ValueError(f"config: method must be one of {', '.join(_CONFIGS)}, got {method!r}")
+    try:
+        return _CONFIGS[method](**fields)
+    except TypeError as cause:
+        raise ValueError(f"config: fields must be those of {_CONFIGS[method].__name__} ({cause})") from cause
