@@ -121,6 +121,8 @@ class LoraLinear(nn.Module):
 
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """Record the live ranks; the caller has brought the buffers in line."""
+        if self.ranks == list(ranks):
+            return
         self.ranks = list(ranks)
         self.rank_table.copy_(self.layout.encode(self.ranks))  # in place: compiled code holds on to it
 
@@ -220,8 +222,8 @@ class LoraLinear(nn.Module):
     @property
     def factors(self) -> dict[str, nn.Parameter]:
         """The trained factors by name."""
-        found = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_E": self.lora_E}
-        return {name: value for name, value in found.items() if value is not None}
+        own = self._parameters  # straight from there: a rank change asks every layer
+        return {name: p for name in ("lora_A", "lora_B", "lora_E") if (p := own[name]) is not None}
 
     @property
     def extras(self) -> dict[str, torch.Tensor]:
@@ -368,4 +370,4 @@ def fold(
 
 def initial_rows(rows: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """Return `rows` new rows of lora_A: uniform with bound 1/sqrt(width), the Kaiming start of LoRA."""
-    return (torch.rand(rows, width, generator=generator) * 2.0 - 1.0) / math.sqrt(width)
+    return torch.rand(rows, width, generator=generator).mul_(2.0).sub_(1.0).div_(math.sqrt(width))

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ardlora_ext import eight_bit
+from ardlora_ext.eight_bit import EightBit
 from ardlora_ext.inject import adapters, injection
 
 State = MutableMapping[str, Any]
@@ -54,19 +55,20 @@ def unwrapped(optimizer: Any) -> Optimizer:
             raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
-def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return the state tensors of `parameter` that have its rows; 8-bit ones are for `eight_bit.find`.
+def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor | EightBit]:
+    """Return what of the state of `parameter` has its rows, by key.
 
     Raises:
         ValueError: some state is neither a scalar nor shaped like the parameter, so it cannot follow a rank change.
     """
-    found = {}
     state = optimizer.state.get(parameter, {})
-    coded = {part for key in eight_bit.find(state) for part in eight_bit.parts(key)}
+    found: dict[str, torch.Tensor | EightBit] = dict(eight_bit.find(state))
+    coded = {part for key in found for part in eight_bit.parts(key)}
+    shape = parameter.shape
     for key, value in state.items():
         if key in coded:
             continue
-        if not isinstance(value, torch.Tensor) or (value.numel() <= 1 and value.shape != parameter.shape):
+        if not isinstance(value, torch.Tensor) or (value.numel() <= 1 and value.shape != shape):
             if value is None or isinstance(value, (int, float, bool, torch.Tensor)):
                 continue
             raise ValueError(f"rank change: optimizer state '{key}' must be a tensor or a number, got {type(value)}")
@@ -75,10 +77,10 @@ def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, to
                 f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must be plain or 8-bit, got "
                 f"{type(value).__name__}"
             )
-        if value.shape != parameter.shape or not value.is_contiguous():
+        if value.shape != shape or not value.is_contiguous():
             raise ValueError(
                 f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must have the parameter's shape "
-                f"{list(parameter.shape)}, got {list(value.shape)}; use an optimizer with one moment per weight"
+                f"{list(shape)}, got {list(value.shape)}; use an optimizer with one moment per weight"
             )
         found[key] = value
     return found

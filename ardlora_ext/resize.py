@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ardlora_ext import eight_bit
 from ardlora_ext._device import rank_resize
+from ardlora_ext.eight_bit import EightBit
 from ardlora_ext.inject import adapters, check_unmerged
 from ardlora_ext.layers import LoraLinear, initial_rows
 from ardlora_ext.optim import moments, pin_lr, restart
@@ -80,7 +81,8 @@ def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
         raise ValueError(f"rank change: '{name}' must have {layer.layout.units} unit updates, got {len(units)}")
     order: tuple[int, ...] = max((u.keep for u in units), key=lambda keep: len(keep))
     for u, (unit, rank) in enumerate(zip(units, layer.ranks, strict=True)):
-        if len(set(unit.keep)) != len(unit.keep) or any(not 0 <= k < rank for k in unit.keep):
+        kept = set(unit.keep)
+        if len(kept) != len(unit.keep) or not kept.issubset(range(rank)):
             raise ValueError(
                 f"rank change: keep of '{name}' unit {u} must be distinct components of {rank}, got {unit.keep}"
             )
@@ -124,12 +126,14 @@ def row_plans(layout: UnitLayout, ranks: Sequence[int], units: Sequence[UnitUpda
 
 
 @dataclass
-class _Buffer:
-    """One tensor that moves: a parameter, its gradient, or a moment."""
+class _Factor:
+    """A factor that moves, with all that has its rows, by key: "" for the parameter, "grad", or a key of its state."""
 
-    old: torch.Tensor
-    new: torch.Tensor
-    plan: int
+    parameter: nn.Parameter
+    plan: int  # 0: rows of lora_A, 1: rows of lora_B
+    old: dict[str, torch.Tensor]
+    new: dict[str, torch.Tensor]  # the same tensors where rows move in place
+    coded: dict[str, EightBit]  # 8-bit moments, moved already
 
 
 @dataclass
@@ -138,50 +142,49 @@ class _Change:
     layer: LoraLinear
     units: tuple[UnitUpdate, ...]
     plans: tuple[list[int], list[int]]  # of lora_A and lora_B, padded to their capacity; lora_E moves with its factor
-    buffers: dict[tuple[str, str], _Buffer]  # (factor, "" for the parameter | "grad" | state key)
-    coded: dict[str, dict[str, eight_bit.EightBit]]  # (factor, state key): 8-bit moments, moved already
+    factors: list[_Factor]
 
 
-def _prepare(
-    name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimizer: Optimizer | None, first_plan: int
-) -> _Change:
+def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimizer: Optimizer | None) -> _Change:
     """Check and allocate everything one module needs; nothing of the model changes."""
     _check(name, layer, units)
     check_unmerged("rank change", name, layer)
     plan_a, plan_b = row_plans(layer.layout, layer.ranks, units)
     caps = layer.capacities(len(plan_a), len(plan_b))
-    padded = tuple(plan + [ZERO] * (cap - len(plan)) for plan, cap in zip((plan_a, plan_b), caps, strict=True))
-    buffers = {}
-    coded = {}
-    gated = 0 if layer.layout.gate_on_a else 1
+    plans = plan_a + [ZERO] * (caps[0] - len(plan_a)), plan_b + [ZERO] * (caps[1] - len(plan_b))
+    places = {"lora_A": 0, "lora_B": 1, "lora_E": 0 if layer.layout.gate_on_a else 1}
+    factors = []
     for factor, parameter in layer.factors.items():
-        i = {"lora_A": 0, "lora_B": 1, "lora_E": gated}[factor]
-        cap = caps[i]
-        tensors = {"": parameter.data}
+        place = places[factor]
+        old, coded = {"": parameter.data}, {}
         if parameter.grad is not None:
-            tensors["grad"] = parameter.grad
-        if optimizer is not None:
-            tensors |= moments(optimizer, parameter)
-            found = eight_bit.find(optimizer.state.get(parameter, {}))
-            coded[factor] = {key: moment.gather(padded[i]) for key, moment in found.items()}
-        for key, old in tensors.items():
-            if not old.is_contiguous():
-                raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {old.stride()}")
-            new = old if cap == old.shape[0] else old.new_empty(cap, old.shape[1])
-            buffers[factor, key] = _Buffer(old, new, first_plan + i)
-    return _Change(name, layer, units, (padded[0], padded[1]), buffers, coded)
+            old["grad"] = parameter.grad
+        for key, moment in ({} if optimizer is None else moments(optimizer, parameter)).items():
+            if isinstance(moment, EightBit):
+                coded[key] = moment.gather(plans[place])
+            else:
+                old[key] = moment
+        for value in old.values():
+            if not value.is_contiguous():
+                raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {value.stride()}")
+        rows, width = parameter.shape
+        new = old if rows == caps[place] else {k: value.new_empty(caps[place], width) for k, value in old.items()}
+        factors.append(_Factor(parameter, place, old, new, coded))
+    return _Change(name, layer, units, plans, factors)
 
 
 def _move(changes: Sequence[_Change]) -> None:
     """Move all rows, in one native call per device."""
     plans = [plan for change in changes for plan in change.plans]
     moves: dict[torch.device, list[tuple[int, ...]]] = {}
-    for b in (b for change in changes for b in change.buffers.values()):
-        row_bytes = b.old.shape[1] * b.old.element_size()
-        move = (b.old.data_ptr(), b.new.data_ptr(), row_bytes, b.old.shape[0], b.plan)
-        moves.setdefault(b.old.device, []).append(move)
-    for device, rows in moves.items():
-        rank_resize(np.array(rows, dtype=np.int64), plans, device)
+    for first, change in enumerate(changes):
+        for factor in change.factors:
+            rows, width = factor.old[""].shape
+            for key, old in factor.old.items():
+                move = (old.data_ptr(), factor.new[key].data_ptr(), width * old.itemsize, rows, 2 * first + factor.plan)
+                moves.setdefault(old.device, []).append(move)
+    for device, found in moves.items():
+        rank_resize(np.array(found, dtype=np.int64), plans, device)
 
 
 def _commit(change: _Change, optimizer: Optimizer | None) -> None:
@@ -189,21 +192,18 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
 
     What moved in place stays untouched: DDP's hooks hang on the gradient accumulator, compiled code on addresses.
     """
-    for factor, parameter in change.layer.factors.items():
-        moved, grad = change.buffers[factor, ""], change.buffers.get((factor, "grad"))
+    for factor in change.factors:
+        parameter = factor.parameter
         if optimizer is not None:
-            for key, moment in change.coded.get(factor, {}).items():
+            for key, moment in factor.coded.items():
                 eight_bit.store(optimizer.state[parameter], key, moment)
-        if moved.new is moved.old:
+        if factor.new is factor.old:
             continue
         parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
-        parameter.set_(moved.new)  # type: ignore[call-overload]
-        if grad is not None:
-            parameter.grad = grad.new
+        parameter.set_(factor.new.pop(""))  # type: ignore[call-overload]
+        parameter.grad = factor.new.pop("grad", None)
         if optimizer is not None:
-            for (owner, key), buffer in change.buffers.items():
-                if owner == factor and key not in ("", "grad"):
-                    optimizer.state[parameter][key] = buffer.new
+            optimizer.state[parameter].update(factor.new)
     change.layer.set_ranks([u.rank for u in change.units])
 
 
@@ -225,13 +225,14 @@ def _set_gates(layer: LoraLinear, gates: torch.Tensor) -> None:
     layer.lora_gate[len(gates) :] = 0.0
 
 
-def _start_rows(change: _Change, live: int, generator: torch.Generator) -> list[Fresh]:
+def _start_rows(change: _Change, seed: int) -> list[Fresh]:
     """Give new rows of lora_A random values; return what is to be made orthogonal to the live rows.
 
     lora_B's new rows stay zero, so the function does not change. Where an existing row of a shared lora_B meets a new
     row of lora_A, that one stays zero instead and lora_B carries the gradient.
     """
     layer = change.layer
+    live = layer.layout.rows(layer.ranks)[0]
     plan_a, plan_b = change.plans[0][:live], change.plans[1]
     fresh = [row for row, source in enumerate(plan_a) if source == ZERO]
     if layer.layout.gate_on_a:
@@ -241,8 +242,7 @@ def _start_rows(change: _Change, live: int, generator: torch.Generator) -> list[
     if not fresh:
         return []
     rows = layer.lora_A.data[:live]
-    for row, values in zip(fresh, initial_rows(len(fresh), layer.layout.a_width, generator), strict=True):
-        rows[row] = values
+    rows[fresh] = initial_rows(len(fresh), layer.layout.a_width, torch.Generator().manual_seed(seed)).to(rows)
     room = len(fresh) < live and live <= layer.layout.a_width
     return [Fresh(rows, fresh, ROW_NORM)] if room else []
 
@@ -272,7 +272,7 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
             raise ValueError(
                 f"rank change: init='{update.init}' must meet trained gates and units with their own rows, got '{name}'"
             )
-        changes.append(_prepare(name, layers[name], tuple(units), optimizer, 2 * len(changes)))
+        changes.append(_prepare(name, layers[name], tuple(units), optimizer))
     if optimizer is not None and update.optimizer != "follow":
         pin_lr(optimizer)
     if not changes:
@@ -286,11 +286,11 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
         _commit(change, optimizer)
         if gate is not None:
             _set_gates(change.layer, gate)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{update.seed}/{change.name}".encode()))
+        seed = zlib.crc32(f"{update.seed}/{change.name}".encode())
         if update.init == "zero":
-            fresh += _start_rows(change, change.layer.layout.rows(change.layer.ranks)[0], generator)
+            fresh += _start_rows(change, seed)
         else:
-            fresh += start_components(change.layer, [len(u.keep) for u in change.units], update.init, generator)
+            fresh += start_components(change.layer, [len(u.keep) for u in change.units], update.init, seed)
     orthogonal_rows(fresh)
     if optimizer is not None and update.optimizer == "restarted":
         restart(optimizer)

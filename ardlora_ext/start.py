@@ -94,7 +94,7 @@ def _fill(rows: torch.Tensor, kept: int, init: NewRows, generator: torch.Generat
 
 
 @torch.no_grad()
-def start_components(layer: LoraLinear, kept: Sequence[int], init: NewRows, generator: torch.Generator) -> list[Fresh]:
+def start_components(layer: LoraLinear, kept: Sequence[int], init: NewRows, seed: int) -> list[Fresh]:
     """Start the components of each unit past its `kept` ones: rows of lora_A and lora_B, and lambda.
 
     The layer has its new ranks and buffers already; its units own their rows of both factors.
@@ -102,7 +102,10 @@ def start_components(layer: LoraLinear, kept: Sequence[int], init: NewRows, gene
     Returns:
         What the caller has to give to `orthogonal_rows`.
     """
+    if layer.ranks == list(kept):
+        return []
     found: list[Fresh] = []
+    generator = torch.Generator().manual_seed(seed)
     for unit, old in zip(_units(layer.ranks), kept, strict=True):
         if old == unit.stop - unit.start:
             continue

@@ -37,7 +37,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext import eight_bit, reference, resize
+from ardlora_ext import reference, resize
+from ardlora_ext.eight_bit import EightBit
 from ardlora_ext.inject import adapters, injection
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.optim import moments
@@ -282,11 +283,11 @@ def _tensors(layer: LoraLinear, optimizer: Optimizer | None) -> dict[tuple[str, 
         found[factor, ""] = parameter.data
         if parameter.grad is not None:
             found[factor, "grad"] = parameter.grad
-        if optimizer is not None and eight_bit.find(optimizer.state.get(parameter, {})):
-            raise ValueError(
-                f"svd_prune: optimizer state must be in floating point, got {type(optimizer).__name__} in 8 bit"
-            )
         for key, value in ({} if optimizer is None else moments(optimizer, parameter)).items():
+            if isinstance(value, EightBit):
+                raise ValueError(
+                    f"svd_prune: optimizer state must be in floating point, got {type(optimizer).__name__} in 8 bit"
+                )
             if key not in _POWER or not value.is_floating_point():
                 raise ValueError(
                     f"svd_prune: optimizer state must be one of {', '.join(k for k in _POWER if k != 'grad')} in "
