@@ -287,21 +287,25 @@ class LoraLinear(nn.Module):
 
         From the rank-sized Gram matrices of the factors: the update itself is never formed.
         """
-        units, widest = self.layout.units, max(self.ranks)
-        gram = torch.zeros(2, units, widest, widest, dtype=torch.float64)
-        own = 0
-        for u, ((a_rows, b_rows, _, _), r) in enumerate(
-            zip(reference.unit_slices(self.layout, self.ranks), self.ranks, strict=True)
-        ):
-            gate = self.lora_A.new_ones(r, dtype=torch.float32) if self.gate is None else self.gate[own : own + r]
-            a, b = self.lora_A[a_rows].double(), self.lora_B[b_rows].double() * (self.scaling * gate[:, None])
-            gram[0, u, :r, :r], gram[1, u, :r, :r] = a @ a.T, b @ b.T
-            own += r
-        # sigma^2 are the eigenvalues of A A^T B B^T, symmetric as C^T (B B^T) C with A A^T = C C^T.
-        values, vectors = torch.linalg.eigh(gram[0])
+        ranks, widest = torch.tensor(self.ranks), max(self.ranks)
+        live = torch.arange(widest) < ranks[:, None]  # [units, widest]
+        if widest == 0:
+            return live.double()
+        own = ((ranks.cumsum(0) - ranks)[:, None] + torch.arange(widest)).clamp(max=len(self.gated) - 1)
+        weight = self.scaling * (live.double() if self.gate is None else live * self.gate.detach().double().cpu()[own])
+
+        def gram(factor: torch.Tensor, shared: bool) -> torch.Tensor:
+            """Return <row i, row j> of each unit [units, widest, widest], or [1, ...] of a factor they share."""
+            rows = (factor[None, :widest] if shared else factor[own.to(factor.device)]).double()
+            return (rows @ rows.mT).cpu()
+
+        # sigma^2 are the eigenvalues of A A^T B B^T, symmetric as C^T (gated) C with C C^T the other factor's.
+        other = self.lora_A if self.gated is self.lora_B else self.lora_B
+        values, vectors = torch.linalg.eigh(gram(other, self.layout.shared))
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
-        squares: torch.Tensor = torch.linalg.eigvalsh(root.mT @ gram[1] @ root)
-        return squares.clamp(min=0.0).sqrt().flip(-1)
+        gated = gram(self.gated, shared=False) * weight[:, :, None] * weight[:, None, :]
+        squares: torch.Tensor = torch.linalg.eigvalsh(root.mT @ gated @ root)
+        return squares.clamp(min=0.0).sqrt().flip(-1) * live
 
     @torch.no_grad()
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
