@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import nn
@@ -79,6 +79,8 @@ class LoraLinear(nn.Module):
         undo_merge: what takes the update out of the base weight again while it is merged, else None.
     """
 
+    rank_changes: ClassVar[int] = 0  # of all layers, so that what was derived from ranks is known to be stale
+
     lora_gate: torch.Tensor | None
     lora_E: nn.Parameter | None  # noqa: N815
     undo_merge: tuple[torch.Tensor, ...] | None
@@ -124,6 +126,7 @@ class LoraLinear(nn.Module):
         if self.ranks == list(ranks):
             return
         self.ranks = list(ranks)
+        LoraLinear.rank_changes += 1
         self.rank_table.copy_(self.layout.encode(self.ranks))  # in place: compiled code holds on to it
 
     @property

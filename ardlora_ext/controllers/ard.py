@@ -138,8 +138,9 @@ class ArdController(Controller[ArdConfig]):
         gradients = training_gradients(self.units) if self.holdout is None else self._holdout_gradients()
         if not gradients:
             return
-        dots = row_dots(self.units, gradients)
-        if not np.isfinite(dots).all() or not self._finite_gradients():
+        looked_at = self.units.ungated() if self.holdout is None else [*self.units.ungated(), *self.units.gated()]
+        dots, finite = row_dots(self.units, gradients, [p.grad for p in looked_at if p.grad is not None])
+        if not finite:
             self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
             self.skip = True
             return
@@ -157,16 +158,11 @@ class ArdController(Controller[ArdConfig]):
             self.lipschitz = max(self.lipschitz, float(np.linalg.norm(gain - self.gain)) / travelled)
         self.gain, self._pending = gain, gradient
 
-    def _finite_gradients(self) -> bool:
-        grads = [p.grad for layer in self.units.layers for p in layer.factors.values() if p.grad is not None]
-        return not grads or bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-
     def _holdout_gradients(self) -> Gradients:
         """Return the gradients of a held-out batch (first-order bilevel); those of training stay where they are."""
         assert self.holdout is not None
         with torch.enable_grad():
-            gated = [layer.gated for layer in self.units.layers]
-            found = torch.autograd.grad(self.holdout(), gated, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(self.holdout(), self.units.gated(), allow_unused=True, materialize_grads=True)
         average(found, self.processes)
         return dict(enumerate(found))
 
@@ -272,8 +268,8 @@ class ArdController(Controller[ArdConfig]):
         still = min(int(np.floor(mine.min())), *layer.ranks, live)  # open in every unit
         own = layer.gated.norm(dim=1)
         common = (layer.lora_A if layer.gated is layer.lora_B else layer.lora_B).norm(dim=1)
-        begins = layer.table.unit_begin
-        useful = sum(own[b : b + still] for b in begins[:-1]) * common[:still]
+        begins = torch.tensor(layer.table.unit_begin[:-1], device=own.device)
+        useful = own[begins[:, None] + torch.arange(still, device=own.device)].sum(dim=0) * common[:still]
         return [*torch.argsort(useful, descending=True, stable=True).tolist(), *range(still, live)]
 
     def _decide(self, limit: Ints) -> None:
@@ -308,21 +304,22 @@ class ArdController(Controller[ArdConfig]):
                 self.apply(update)
 
     def _write_gates(self, rho: Floats, progress: float = 0.0) -> None:
-        layers, live, rows = self.units.layers, self.units.live(), self.units.rows()
-        base = np.array([0 if g.lora_gate is None else g.lora_gate.data_ptr() for g in layers], dtype=np.int64)
-        blocks = np.stack([base[self.units.module_of] + 4 * rows, live], axis=1)
+        units, live, rows = self.units, self.units.live(), self.units.module_rows()
+        gates = units.gates()
+        first = units.first_rows() - np.repeat(units.first_rows()[units.first[:-1]], units.counts)  # of the module
+        address = np.array([g.data_ptr() for g in gates], dtype=np.int64)
+        blocks = np.stack([address[units.module_of] + 4 * first, live], axis=1)
         kind = ("ramp", "ste", "sigmoid", "scale").index(self.config.gate)
         width = self.config.gate_width if self.config.gate == "sigmoid" else float(self.config.r0)
-        devices = [layer.gated.device for layer in layers]
-        for device in dict.fromkeys(devices):
-            here = np.array([devices[m] == device for m in self.units.module_of])
+        devices = [g.device for g in gates]
+        for device in set(devices):
+            here = np.array([d == device for d in devices])[units.module_of]
             set_gates(blocks[here], rho[here], kind, self.config.gate_floor, width, device)
         if progress > 0.0 and self.target is not None:
-            gates = [layer.lora_gate for layer in layers if layer.lora_gate is not None]
-            for u, (m, row) in enumerate(zip(self.units.module_of, rows, strict=True)):
-                closed = torch.arange(live[u], device=gates[m].device) >= int(self.target[u])
-                unit = gates[m][row : row + live[u]]
-                unit += progress * (1.0 - closed.float() - unit)
+            component = np.arange(live.sum()) - np.repeat(units.first_rows(), live)
+            opened = torch.from_numpy((component < np.repeat(self.target, live)).astype(np.float32))
+            for gate, goal in zip(gates, torch.split(opened, rows.tolist()), strict=True):
+                gate[: len(goal)].lerp_(goal.to(gate.device), progress)
 
     # Records and state.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,13 +21,17 @@ Config = TypeVar("Config", bound=AdapterConfig)
 
 
 class Units:
-    """All units of a model as flat arrays, in the model's order."""
+    """All units of a model as flat arrays, in the model's order.
+
+    What follows from the ranks is kept until some layer's ranks change: a step without a decision walks no layer.
+    """
 
     def __init__(self, layers: dict[str, LoraLinear]) -> None:
         self.names = list(layers)
         self.layers = list(layers.values())
         layouts = [layer.layout for layer in self.layers]
         counts = [lay.units for lay in layouts]
+        self.counts: Ints = np.array(counts, dtype=np.int64)  # units of each module
         self.first = np.cumsum([0, *counts])
         self.module_of: Ints = np.repeat(np.arange(len(layouts)), counts)
         widths = [(lay.a_width, lay.b_width) for lay in layouts]
@@ -39,17 +44,53 @@ class Units:
         ]
         self.costs = Costs(np.repeat(own, counts).astype(float), np.array(common, dtype=float), self.module_of)
         self.limit: Ints = np.repeat([layer.max_rank for layer in self.layers], counts).astype(np.int64)
+        sides = [("lora_A", "lora_B") if lay.gate_on_a else ("lora_B", "lora_A") for lay in layouts]
+        self._gated = [(layer._parameters, gated) for layer, (gated, _) in zip(self.layers, sides, strict=True)]
+        self._ungated = [(layer._parameters, other) for layer, (_, other) in zip(self.layers, sides, strict=True)]
+        self.gated_width: Ints = np.array(
+            [a if lay.gate_on_a else b for lay, (a, b) in zip(layouts, widths, strict=True)]
+        )
+        self._seen = -1  # rank changes
+        self._live: Ints = self.limit
+        self._first: Ints = self.limit
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
+    def _refresh(self) -> None:
+        if self._seen == LoraLinear.rank_changes:
+            return
+        self._live = np.array([r for layer in self.layers for r in layer.ranks], dtype=np.int64)
+        self._first = np.cumsum(self._live) - self._live
+        for array in (self._live, self._first):
+            array.flags.writeable = False
+        self._seen = LoraLinear.rank_changes
+
     def live(self) -> Ints:
         """Return the live rank of each unit."""
-        return np.array([r for layer in self.layers for r in layer.ranks], dtype=np.int64)
+        self._refresh()
+        return self._live
 
-    def rows(self) -> Ints:
-        """Return the first row of each unit in its gated factor."""
-        return np.array([b for layer in self.layers for b in layer.table.unit_begin[:-1]], dtype=np.int64)
+    def first_rows(self) -> Ints:
+        """Return the number of each unit's first component, counted through all gated factors."""
+        self._refresh()
+        return self._first
+
+    def module_rows(self) -> Ints:
+        """Return the live rows of each module's gated factor."""
+        return np.add.reduceat(self.live(), self.first[:-1])
+
+    def gated(self) -> list[nn.Parameter]:
+        """Return the factor of each module on which gates act."""
+        return [own[name] for own, name in self._gated]  # type: ignore[misc]
+
+    def gates(self) -> list[torch.Tensor]:
+        """Return the gates of each module; only where a controller sets them."""
+        return [layer._buffers["lora_gate"] for layer in self.layers]  # type: ignore[misc]
+
+    def ungated(self) -> list[nn.Parameter]:
+        """Return the other factor of each module."""
+        return [own[name] for own, name in self._ungated]  # type: ignore[misc]
 
     def by_module(self, values: Ints) -> dict[str, list[int]]:
         """Split [units] values into lists by module name."""

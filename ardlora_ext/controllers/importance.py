@@ -70,16 +70,15 @@ class Importance:
         jobs: dict[torch.device, list[tuple[int, ...]]] = {}
         held = Tensors()  # contiguous copies of gradients, where one was needed
         for m, layer in enumerate(self.layers):
-            rows = sum(layer.ranks)
-            for f, factor in enumerate(_FACTORS):
-                parameter = layer.factors[factor]
+            rows, factors = sum(layer.ranks), layer.factors
+            for factor, *averages in zip(_FACTORS, self.sensitivity[m], self.uncertainty[m], strict=True):
+                parameter = factors[factor]
                 if not rows or parameter.grad is None:
                     continue
-                grad = parameter.grad[:rows].contiguous()
+                grad = parameter.grad.contiguous()  # live rows come first
                 held.append(grad)
-                buffers = parameter, grad, self.sensitivity[m][f], self.uncertainty[m][f]
-                job = *(t.data_ptr() for t in buffers), rows, grad.shape[1], DTYPE_CODES[grad.dtype]
-                jobs.setdefault(grad.device, []).append(job)
+                job = *(t.data_ptr() for t in (parameter, grad, *averages)), rows, grad.stride(0)
+                jobs.setdefault(grad.device, []).append((*job, DTYPE_CODES[grad.dtype]))
         return all(
             _device.importance(np.array(blocks, dtype=np.int64), self.beta1, self.beta2, device)
             for device, blocks in jobs.items()

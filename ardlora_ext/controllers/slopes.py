@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,22 +19,39 @@ Gradients = Mapping[int, torch.Tensor]  # by module
 
 def training_gradients(units: Units) -> Gradients:
     """Return the gradients that backward left on the gated factors."""
-    return {m: layer.gated.grad for m, layer in enumerate(units.layers) if layer.gated.grad is not None}
+    return {m: p.grad for m, p in enumerate(units.gated()) if p.grad is not None}
 
 
-def row_dots(units: Units, gradients: Gradients) -> Floats:
-    """Return <dW_i, W_i> of every live row of the gated factors, module after module; 0 without a gradient."""
-    rows = [sum(layer.ranks) for layer in units.layers]
-    offset = np.cumsum([0, *rows])
-    out: Floats = np.zeros(offset[-1])
-    kinds = {m: (units.layers[m].gated.dtype, units.layers[m].gated.device) for m in gradients}
-    for kind in dict.fromkeys(kinds.values()):
-        members = [m for m in gradients if kinds[m] == kind]
-        pairs = [(units.layers[m].gated, gradients[m], rows[m]) for m in members]
-        blocks = np.array([(w.data_ptr(), g.data_ptr(), r, w.shape[1]) for w, g, r in pairs], dtype=np.int64)
-        index = np.concatenate([np.arange(offset[m], offset[m + 1]) for m in members])
-        out[index] = _device.row_dots(blocks, *kind)
-    return out
+def row_dots(units: Units, gradients: Gradients, others: Sequence[torch.Tensor]) -> tuple[Floats, bool]:
+    """Return <dW_i, W_i> of every live row of the gated factors, and whether all gradients are finite.
+
+    Args:
+        units: of the model.
+        gradients: of the gated factors by module; without one, dots are 0.
+        others: gradients that are only looked at, in the same native call: as the dot with themselves.
+    """
+    rows, gated = units.module_rows(), units.gated()
+    members = np.array(list(gradients), dtype=np.int64)
+    grads = [g.contiguous() for g in (*gradients.values(), *others)]
+    blocks = np.empty((len(grads), 4), dtype=np.int64)  # addresses of weight and gradient, rows, columns
+    blocks[:, 1] = [g.data_ptr() for g in grads]
+    mine, looked_at = blocks[: len(members)], blocks[len(members) :]
+    mine[:, 0] = [gated[m].data_ptr() for m in gradients]
+    mine[:, 2], mine[:, 3] = rows[members], units.gated_width[members]
+    looked_at[:, 0] = looked_at[:, 1]
+    looked_at[:, 3] = [g.stride(0) for g in grads[len(members) :]]
+    looked_at[:, 2] = [g.numel() for g in others] // looked_at[:, 3]
+    out: Floats = np.zeros(rows.sum())
+    finite = True
+    kinds = [(g.dtype, g.device) for g in grads]
+    for kind in set(kinds):
+        chosen = np.array([k == kind for k in kinds])
+        dots = _device.row_dots(blocks[chosen], *kind)
+        finite = finite and bool(np.isfinite(dots).all())
+        here = np.zeros(len(rows), dtype=bool)
+        here[members[chosen[: len(members)]]] = True
+        out[np.repeat(here, rows)] = dots[: rows[here].sum()]
+    return out, finite
 
 
 class SlopeEstimator:
@@ -52,8 +69,7 @@ class SlopeEstimator:
 
     def __call__(self, dots: Floats, rho: Floats, step: int) -> Floats:
         """Return the slope [units] at soft ranks rho [units]."""
-        offset = np.cumsum([0, *(sum(layer.ranks) for layer in self.units.layers)])
-        first: Ints = offset[self.units.module_of] + self.units.rows()
+        first = self.units.first_rows()
         boundary: Ints = np.minimum(np.floor(rho).astype(np.int64), self.units.live() - 1)
         if self.config.slope == "secant":
             return self._secant(np.add.reduceat(dots, first), boundary, step)
@@ -61,8 +77,8 @@ class SlopeEstimator:
 
     def _tangent(self, dots: Floats, rho: Floats, first: Ints, boundary: Ints) -> Floats:
         """The derivative through the gates: dL/dm_j = dots_j / m_j, times dm_j/drho."""
-        layers = self.units.layers
-        gates = np.concatenate([g.lora_gate.cpu().numpy()[: sum(g.ranks)] for g in layers if g.lora_gate is not None])
+        rows = self.units.module_rows()
+        gates = np.concatenate([g.cpu().numpy()[:n] for g, n in zip(self.units.gates(), rows, strict=True)])
         if self.config.gate == "sigmoid":
             inner = dots * (1.0 - gates) / self.config.gate_width
             inner[first] = 0.0  # component 0 is always open
