@@ -275,8 +275,7 @@ def dry_run(settings: Settings) -> None:
     Raises:
         InputError: the model or an option is refused, as a run would refuse it.
     """
-    from rich.console import Console
-
+    from ardlora_ext.console import make_console
     from ardlora_ext.plan import make_plan, skeleton
     from ardlora_ext.plan.show import show
 
@@ -287,7 +286,7 @@ def dry_run(settings: Settings) -> None:
         plan = make_plan(name, model, config, settings.batch_size, held_length(model, settings.max_length))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
-    show(plan, model, Console(), None, paper=False)
+    show(plan, model, make_console(), None, paper=False)
 
 
 def train(job: Job, trace: Trace) -> None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ardlora_ext import plots
+from ardlora_ext.console import make_console
 from ardlora_ext.data import InputError
 
 Json = Mapping[str, Any]
@@ -198,7 +199,7 @@ def _count(names: Iterable[str]) -> dict[str, int]:
 
 def print_summary(metrics: Json, folder: Path, console: Console | None = None) -> None:
     """Print what a run reached, what it cost, and where the rank went."""
-    console = console or Console()
+    console = console or make_console()
     table = Table(title=f"{metrics['method']} · {metrics['model']} · {metrics['data']}", show_header=False)
     table.add_column(style="bold")
     table.add_column()

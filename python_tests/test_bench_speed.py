@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ardlora_ext._native import core
-from ardlora_ext.bench import compositions, kernels, memory, models, patterns, resize, step, turns
+from ardlora_ext.bench import compositions, kernels, memory, models, patterns, resize, scaling, step, turns
 from ardlora_ext.bench.cli import main
 from ardlora_ext.bench.compositions import COMPOSITIONS, Composition, TorchLoop, applies
 from ardlora_ext.data import InputError
@@ -174,6 +176,36 @@ def test_events_lead_there_and_back() -> None:
         assert name == "double" or next(iter(adapters(bed.model).values())).ranks == start
 
 
+@pytest.mark.parametrize("kind", ["ard, heads", "ard, matrices", "elalora, matrices"])
+def test_scaling_takes_decisions_and_changes_all_ranks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed = scaling.Bed(kind, 80, 4)
+    assert bed.units == 80
+    assert bed.matrices == (2 if kind == "ard, heads" else 80)
+    assert bed.controller.phase == "adapt"
+    bed.steps(1)
+    if kind.startswith("ard"):
+        assert bed.controller.slope.spectrum is not None  # type: ignore[attr-defined]
+    else:
+        assert bed.controller.importance.scores().any()  # type: ignore[attr-defined]
+    seen: list[list[int]] = []
+
+    def noted(model: nn.Module, *rest: Any) -> None:
+        resize.apply(model, *rest)
+        seen.append([r for layer in bed.layers.values() for r in layer.ranks])
+
+    before = [r for layer in bed.layers.values() for r in layer.ranks]
+    monkeypatch.setattr(scaling, "apply", noted)
+    bed.change(1)
+    assert seen == 2 * [[r - 1 for r in before], before]
+
+
+def test_exponent_of_growth() -> None:
+    rows = [{"at": at, "step_ms": 3e-3 * at**1.5, "decision_ms": None} for at in (10, 100, 1000)]
+    assert scaling.exponent(rows, "step_ms") == pytest.approx(1.5)
+    assert scaling.exponent(rows, "decision_ms") is None
+    assert scaling.exponent(rows[:1], "step_ms") is None
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +233,11 @@ def test_events_lead_there_and_back() -> None:
             "peak of a step",
         ),
         ("resize --parameters 70000 --rounds 2", {"event", "median_ms", "gb_s", "ratio", "allocated"}, "x memcpy"),
+        (
+            "scaling --units 100 --rounds 1",
+            {"sweep", "kind", "at", "units", "parameters", "step_ms", "decision_ms", "change_ms", "layer_ms"},
+            "ard, heads: grows with units to the power of: step ",
+        ),
     ],
 )
 def test_quick_run_prints_and_writes(
@@ -237,6 +274,7 @@ def test_quick_run_prints_and_writes(
         ("kernels --repeats 0", "--repeats must be at least 1"),
         ("memory --r 0", "--r must be at least 1"),
         ("resize --rounds 0", "--rounds must be at least 1"),
+        ("scaling --units 9", "--units must be at least 10"),
         ("resize --plot nowhere/x.png", "--plot must be a file in an existing, writable folder"),
     ],
 )

@@ -17,6 +17,7 @@ COMMANDS = (
     Command("step", "ardlora_ext.bench.step", "time a whole training step against the frozen base and PEFT"),
     Command("memory", "ardlora_ext.bench.memory", "measure what a training step holds and takes"),
     Command("resize", "ardlora_ext.bench.resize", "time a change of ranks against memcpy of the same bytes"),
+    Command("scaling", "ardlora_ext.bench.scaling", "time rank control over units, ranks and tokens"),
     Command("quality", "ardlora_ext.bench.quality", "compare rank-allocation methods at equal parameters"),
     Command("cuda-static", "ardlora_ext.bench.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ardlora_ext.bench.machine import Json
-from ardlora_ext.bench.models import MODELS, Runner, implementations, make_model, make_runner
+from ardlora_ext.bench.models import COMPILED, MODELS, Runner, implementations, make_model, make_runner
 from ardlora_ext.bench.output import (
     Column,
     Panel,
@@ -97,7 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench memory`."""
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="what to train")
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="of the model")
-    parser.add_argument("--impl", nargs="+", choices=list(implementations(8)), default=list(implementations(8)))
+    eager = [name for name in implementations(8) if not name.endswith(COMPILED)]
+    parser.add_argument("--impl", nargs="+", choices=eager, default=eager, help="what to measure")
     parser.add_argument("--tokens", type=int, default=512, help="rows of activations per step")
     parser.add_argument("--r", type=int, default=8, help="rank of every adapter")
     add_output_arguments(parser)

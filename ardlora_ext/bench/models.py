@@ -25,6 +25,7 @@ from ardlora_ext.inject import wrap
 Batch = dict[str, torch.Tensor]
 Prepare = Callable[[nn.Module], nn.Module]
 DROPOUT = 0.1
+COMPILED = "-compiled"  # ends the name of what runs under torch.compile
 STEPS = 10_000  # length of run that schedules are told: every timed step is in the middle of it
 
 
@@ -91,9 +92,17 @@ def _peft(kind: str, dropout: float, r: int) -> Prepare:
     return build
 
 
+def _compiled(prepare: Prepare) -> Prepare:
+    def build(model: nn.Module) -> nn.Module:
+        compiled: Any = torch.compile(prepare(model))
+        return compiled  # type: ignore[no-any-return]
+
+    return build
+
+
 def implementations(r: int) -> dict[str, Prepare]:
     """Return how each implementation prepares a model, at rank `r` on all linear layers."""
-    return {
+    eager: dict[str, Prepare] = {
         "frozen": lambda model: model.requires_grad_(False),
         "ours-lora": _ours(LoraConfig(r=r)),
         "ours-lora-dropout": _ours(LoraConfig(r=r, lora_dropout=DROPOUT)),
@@ -104,6 +113,7 @@ def implementations(r: int) -> dict[str, Prepare]:
         "peft-adalora": _peft("adalora", 0.0, r),
         "peft-dora": _peft("dora", 0.0, r),
     }
+    return eager | {f"{name}{COMPILED}": _compiled(eager[name]) for name in ("frozen", "ours-lora", "peft-lora")}
 
 
 @dataclass

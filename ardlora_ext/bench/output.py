@@ -12,15 +12,14 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from ardlora_ext.bench.machine import Json, check_writable, headline, machine, write_json
+from ardlora_ext.console import make_console
 from ardlora_ext.plots import ACCENT, FAINT, GRID, INK
 
-_WIDTH = 160  # columns of a table where the output is not a terminal
 _OTHERS = "#cbd5e1"
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": "#cbd5e1",
@@ -79,6 +78,7 @@ class Result:
     panels: Sequence[Panel]
     notes: list[str] = field(default_factory=list)
     number: Callable[[float], str] = "{:.3g}".format
+    draw: Callable[[Path, Result], None] | None = None  # a picture of another kind than the panels
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, check: str | None = None) -> None:
@@ -98,9 +98,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 def publish(arguments: argparse.Namespace, command: str, result: Result) -> None:
     """Print the table and the notes; write JSON and PNG where asked for."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = make_console()
     table = Table(title=result.title, title_justify="left")
     for column in result.columns:
         numeric = any(isinstance(row[column.key], (int, float)) for row in result.rows)
@@ -115,7 +113,7 @@ def publish(arguments: argparse.Namespace, command: str, result: Result) -> None
     if arguments.json is not None:
         write_json(arguments.json, command, result.rows)
     if arguments.plot is not None:
-        draw(arguments.plot, result)
+        (result.draw or draw)(arguments.plot, result)
 
 
 def draw(path: Path, result: Result) -> None:
@@ -123,7 +121,7 @@ def draw(path: Path, result: Result) -> None:
     across = min(3, len(result.panels))
     down = math.ceil(len(result.panels) / across)
     most = max(len(panel.bars) for panel in result.panels)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * across, 0.5 + down * (0.75 + 0.24 * most)), layout="constrained")
         figure.suptitle(f"{result.title}\n{headline(machine())}", fontsize=9, x=0.01, ha="left")
         grid = figure.subplots(down, across, squeeze=False)

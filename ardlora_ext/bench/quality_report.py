@@ -18,6 +18,7 @@ from rich.table import Table
 from ardlora_ext.bench.quality import Comparison, mean_interval
 from ardlora_ext.bench.stats import paired
 from ardlora_ext.bench.trial import SCORE_QUANTILES, Row
+from ardlora_ext.console import make_console
 from ardlora_ext.plots import FAINT, GRID, INK, KIND_COLOURS
 
 _WIDTH = 200  # columns a table may have where the output is not a terminal
@@ -44,9 +45,7 @@ _STYLE = {
 
 def print_table(found: Comparison, console: Console | None = None) -> None:
     """Print one line per method, then why others did not run."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH, file=console.file)
+    console = console or make_console()
     measure = found.bed.measure
     table = Table(title=f"{found.bed.name}: {measure.label} ({measure.better} is better)", title_justify="left")
     table.add_column("method", no_wrap=True)

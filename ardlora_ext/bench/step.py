@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.memory import peak_mb
-from ardlora_ext.bench.models import MODELS, Batch, Runner, implementations, make_model, make_runner
+from ardlora_ext.bench.models import COMPILED, MODELS, Batch, Runner, implementations, make_model, make_runner
 from ardlora_ext.bench.output import (
     Column,
     Panel,
@@ -102,7 +102,7 @@ def check(model: str, tokens: int, r: int, small: bool) -> str:
     """
     base, batch = make_model(model, torch.float32, tokens, small)
     worst = 0.0
-    for name in (n for n in implementations(r) if n.startswith("ours") and "dropout" not in n):
+    for name in (n for n in implementations(r) if n.startswith("ours") and not n.endswith(("-dropout", COMPILED))):
         ours = make_runner(name, base, batch, r)
         theirs = Runner(name, copy.deepcopy(ours.model), batch, None)
         for path, layer in adapters(theirs.model).items():
@@ -155,7 +155,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench step`."""
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="what to train")
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="of the model")
-    parser.add_argument("--impl", nargs="+", choices=list(implementations(8)), default=list(implementations(8)))
+    names = list(implementations(8))
+    eager = [name for name in names if not name.endswith(COMPILED)]
+    parser.add_argument(
+        "--impl", nargs="+", choices=names, default=eager, help="what to time (default: all but compiled)"
+    )
     parser.add_argument("--tokens", type=int, default=512, help="rows of activations per step")
     parser.add_argument("--r", type=int, default=8, help="rank of every adapter")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of all implementations")

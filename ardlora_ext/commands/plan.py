@@ -87,13 +87,12 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"plan: {error}") from error
     if arguments.json is None:
-        from rich.console import Console
-
+        from ardlora_ext.console import make_console
         from ardlora_ext.plan.cluster import GPUS
         from ardlora_ext.plan.show import show
 
         gpu = (arguments.gpu, GPUS[arguments.gpu]) if arguments.gpu else None
-        show(plan, model, Console(), gpu, arguments.paper)
+        show(plan, model, make_console(), gpu, arguments.paper)
         return
     text = json.dumps(_json(plan, model, arguments), indent=2) + "\n"
     if str(arguments.json) == "-":

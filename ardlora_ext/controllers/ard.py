@@ -138,7 +138,7 @@ class ArdController(Controller[ArdConfig]):
         gradients = training_gradients(self.units) if self.holdout is None else self._holdout_gradients()
         if not gradients:
             return
-        looked_at = self.units.ungated() if self.holdout is None else [*self.units.ungated(), *self.units.gated()]
+        looked_at = self.units.ungated if self.holdout is None else [*self.units.ungated, *self.units.gated]
         dots, finite = row_dots(self.units, gradients, [p.grad for p in looked_at if p.grad is not None])
         if not finite:
             self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
@@ -162,7 +162,7 @@ class ArdController(Controller[ArdConfig]):
         """Return the gradients of a held-out batch (first-order bilevel); those of training stay where they are."""
         assert self.holdout is not None
         with torch.enable_grad():
-            found = torch.autograd.grad(self.holdout(), self.units.gated(), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(self.holdout(), self.units.gated, allow_unused=True, materialize_grads=True)
         average(found, self.processes)
         return dict(enumerate(found))
 

@@ -44,9 +44,9 @@ class Units:
         ]
         self.costs = Costs(np.repeat(own, counts).astype(float), np.array(common, dtype=float), self.module_of)
         self.limit: Ints = np.repeat([layer.max_rank for layer in self.layers], counts).astype(np.int64)
-        sides = [("lora_A", "lora_B") if lay.gate_on_a else ("lora_B", "lora_A") for lay in layouts]
-        self._gated = [(layer._parameters, gated) for layer, (gated, _) in zip(self.layers, sides, strict=True)]
-        self._ungated = [(layer._parameters, other) for layer, (_, other) in zip(self.layers, sides, strict=True)]
+        # Rank changes keep the parameter objects.
+        self.gated = [layer.gated for layer in self.layers]  # of each module, the factor that gates act on
+        self.ungated = [g.lora_A if g.gated is g.lora_B else g.lora_B for g in self.layers]  # the other one
         self.gated_width: Ints = np.array(
             [a if lay.gate_on_a else b for lay, (a, b) in zip(layouts, widths, strict=True)]
         )
@@ -80,17 +80,9 @@ class Units:
         """Return the live rows of each module's gated factor."""
         return np.add.reduceat(self.live(), self.first[:-1])
 
-    def gated(self) -> list[nn.Parameter]:
-        """Return the factor of each module on which gates act."""
-        return [own[name] for own, name in self._gated]  # type: ignore[misc]
-
     def gates(self) -> list[torch.Tensor]:
         """Return the gates of each module; only where a controller sets them."""
         return [layer._buffers["lora_gate"] for layer in self.layers]  # type: ignore[misc]
-
-    def ungated(self) -> list[nn.Parameter]:
-        """Return the other factor of each module."""
-        return [own[name] for own, name in self._ungated]  # type: ignore[misc]
 
     def by_module(self, values: Ints) -> dict[str, list[int]]:
         """Split [units] values into lists by module name."""

@@ -77,7 +77,7 @@ class Importance:
                     continue
                 grad = parameter.grad.contiguous()  # live rows come first
                 held.append(grad)
-                job = *(t.data_ptr() for t in (parameter, grad, *averages)), rows, grad.stride(0)
+                job = *(t.data_ptr() for t in (parameter, grad, *averages)), rows, grad.shape[1]
                 jobs.setdefault(grad.device, []).append((*job, DTYPE_CODES[grad.dtype]))
         return all(
             _device.importance(np.array(blocks, dtype=np.int64), self.beta1, self.beta2, device)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ardlora_ext import _device
 from ardlora_ext.config import ArdConfig
@@ -19,7 +20,7 @@ Gradients = Mapping[int, torch.Tensor]  # by module
 
 def training_gradients(units: Units) -> Gradients:
     """Return the gradients that backward left on the gated factors."""
-    return {m: p.grad for m, p in enumerate(units.gated()) if p.grad is not None}
+    return {m: p.grad for m, p in enumerate(units.gated) if p.grad is not None}
 
 
 def row_dots(units: Units, gradients: Gradients, others: Sequence[torch.Tensor]) -> tuple[Floats, bool]:
@@ -30,7 +31,7 @@ def row_dots(units: Units, gradients: Gradients, others: Sequence[torch.Tensor])
         gradients: of the gated factors by module; without one, dots are 0.
         others: gradients that are only looked at, in the same native call: as the dot with themselves.
     """
-    rows, gated = units.module_rows(), units.gated()
+    rows, gated = units.module_rows(), units.gated
     members = np.array(list(gradients), dtype=np.int64)
     grads = [g.contiguous() for g in (*gradients.values(), *others)]
     blocks = np.empty((len(grads), 4), dtype=np.int64)  # addresses of weight and gradient, rows, columns
@@ -39,19 +40,27 @@ def row_dots(units: Units, gradients: Gradients, others: Sequence[torch.Tensor])
     mine[:, 0] = [gated[m].data_ptr() for m in gradients]
     mine[:, 2], mine[:, 3] = rows[members], units.gated_width[members]
     looked_at[:, 0] = looked_at[:, 1]
-    looked_at[:, 3] = [g.stride(0) for g in grads[len(members) :]]
+    looked_at[:, 3] = [g.shape[1] for g in grads[len(members) :]]
     looked_at[:, 2] = [g.numel() for g in others] // looked_at[:, 3]
     out: Floats = np.zeros(rows.sum())
     finite = True
-    kinds = [(g.dtype, g.device) for g in grads]
-    for kind in set(kinds):
-        chosen = np.array([k == kind for k in kinds])
-        dots = _device.row_dots(blocks[chosen], *kind)
+    for dtype, device, chosen in _kinds(grads):
+        dots = _device.row_dots(blocks[chosen], dtype, device)
         finite = finite and bool(np.isfinite(dots).all())
         here = np.zeros(len(rows), dtype=bool)
         here[members[chosen[: len(members)]]] = True
         out[np.repeat(here, rows)] = dots[: rows[here].sum()]
     return out, finite
+
+
+def _kinds(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.device, NDArray[np.bool_]]]:
+    """Return (dtype, device, which tensors) for each kind among them; there is almost always one, found fast."""
+    if not tensors:
+        return []
+    if len({t.dtype for t in tensors}) == 1 and len({t.get_device() for t in tensors}) == 1:
+        return [(tensors[0].dtype, tensors[0].device, np.ones(len(tensors), dtype=bool))]
+    kinds = [(t.dtype, t.device) for t in tensors]
+    return [(*kind, np.array([k == kind for k in kinds])) for kind in dict.fromkeys(kinds)]
 
 
 class SlopeEstimator:
