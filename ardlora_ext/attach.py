@@ -63,7 +63,7 @@ def attach(
             "ardlora_ext.init_from_gradients(model, batches, loss_fn)"
         )
     torch_optimizer = None if optimizer is None else unwrapped(optimizer)
-    check_placement(model)
+    check_placement(wrapper, model)
     for name, layer in adapters(model).items():
         check_unmerged("attach", name, layer)
     if torch_optimizer is not None:

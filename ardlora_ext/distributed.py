@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ardlora_ext import world
 from ardlora_ext.config import LoraConfig
-from ardlora_ext.inject import adapters, injection, is_sharded
+from ardlora_ext.inject import Injection, activate, adapters, injection, is_sharded, rest
 from ardlora_ext.layers import LoraLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,13 +48,29 @@ def bare(model: nn.Module) -> nn.Module:
     return inner
 
 
-def check_placement(model: nn.Module) -> None:
-    """Check that the ranks of a bare model can move in this run.
+def check_placement(wrapper: nn.Module, model: nn.Module) -> None:
+    """Check that the ranks of the active adapter of a model can move in this run.
+
+    Args:
+        wrapper: DistributedDataParallel around the model, or the model itself.
+        model: the bare model.
 
     Raises:
-        ValueError: adapters are sharded or the base is tensor-parallel, or sizes would change under DDP.
+        ValueError: adapters are sharded or the base is tensor-parallel, sizes would change under DDP, or another
+            adapter was active when gradients were arranged to be averaged.
     """
     record, layers = injection(model), adapters(model)
+    if wrapper is not model:
+        known = {id(p) for p in getattr(wrapper, "_module_parameters", wrapper.parameters())}
+        if any(id(p) not in known for layer in layers.values() for p in layer.trained.values()):
+            raise ValueError(
+                "attach: model must be inside DistributedDataParallel that was made while this adapter was active, got "
+                "one that does not know its parameters; wrap the model anew after set_adapter"
+            )
+    elif record.sync is None and any(other.sync is not None for other in record.named.values()):
+        raise ValueError(
+            "attach: adapter must be replicated as the others are; call ardlora_ext.replicate(model) once more"
+        )
     for name, layer in layers.items():
         if any(map(is_sharded, layer.trained.values())):
             raise ValueError(f"attach: adapters must not be sharded (FSDP2), got '{name}' sharded; {_SHARD}")
@@ -156,6 +172,8 @@ class GradientSync:
 def replicate(model: Model, group: world.Group = None) -> Model:
     """Train the same adapters on every process: start from those of the first, average gradients in each backward.
 
+    All adapters that the model has by name; for those added later, call it again.
+
     Does for a wrapped model what DistributedDataParallel does, in one all-reduce of the live rows per backward pass, so
     that what is sent follows the ranks. Parameters may change their sizes: `capacity="elastic"` works. Accumulate
     inside `model.no_sync()`.
@@ -170,25 +188,49 @@ def replicate(model: Model, group: world.Group = None) -> Model:
     Raises:
         ValueError: the model is not wrapped, already replicated, or there is no process group.
     """
-    record = injection(model)
+    active = injection(model)
     if not world.initialised():
         raise ValueError("replicate: a process group must be there; call torch.distributed.init_process_group() first")
-    if record.sync is not None:
+    missing = [record for record in active.named.values() if record.sync is None]
+    if not missing:
         raise ValueError("replicate: model must not be replicated already")
     first = 0 if group is None else dist.get_global_rank(group, 0)
-    with torch.no_grad():
-        for tensor in [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]:
-            dist.broadcast(tensor.detach(), first, group)
-    record.sync = GradientSync(model, group)
-    model.no_sync = record.sync.no_sync  # where Accelerate looks for it, too
+    for record in missing:
+        _exchange(model, record)
+        with torch.no_grad():
+            for tensor in [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]:
+                dist.broadcast(tensor.detach(), first, group)
+        record.sync = GradientSync(model, group)
+    _exchange(model, active)
+    setattr(model, "no_sync", _NoSync(model))  # noqa: B010 - where Accelerate looks for it, too
     return model
+
+
+def _exchange(model: nn.Module, record: Injection) -> None:
+    """Make the adapter of `record` the active one."""
+    if injection(model) is not record:
+        rest(model)
+        activate(model, record)
+
+
+class _NoSync:
+    """`model.no_sync`: that of the active adapter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """Return a context in which backward passes only accumulate."""
+        sync: GradientSync | None = injection(self.model).sync
+        return nullcontext() if sync is None else sync.no_sync()
 
 
 def fully_shard(model: Model, modules: Sequence[nn.Module] | None = None, **options: Any) -> Model:
     """Shard the frozen weights over the processes with FSDP2 and `replicate` what trains.
 
     Memory for the base falls with the number of processes; adapters, `modules_to_save` and their optimizer state stay
-    whole, so ranks move, checkpoints are written and read as on one process, whatever their number.
+    whole, so ranks move, checkpoints are written and read as on one process, whatever their number. Add adapters of
+    other names before.
 
     Args:
         model: a wrapped model, on every process.
@@ -211,7 +253,9 @@ def fully_shard(model: Model, modules: Sequence[nn.Module] | None = None, **opti
 
     mesh = options.get("mesh")
     replicate(model, None if mesh is None else mesh.get_group() if mesh.ndim == 1 else None)
+    saved = {name for record in injection(model).named.values() for name in record.modules_to_save}
     whole = {p for p in model.parameters() if p.requires_grad}
+    whole |= {p for name in saved for p in model.get_submodule(name).parameters()}
     parts: list[nn.Module] = [*(_blocks(model) if modules is None else modules), model]
     for module in parts:
         shard(module, ignored_params=whole, **options)

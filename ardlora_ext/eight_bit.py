@@ -7,6 +7,7 @@ rows: blocks that stay what they were keep their bits, the others are decoded an
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 _BLOCKS = (256, 2048)  # of bitsandbytes, now and in versions before 0.44
 _TINY = 1e-38
+_TORCHAO, _TORCHAO_PARTS = "OptimState8bit", ("codes", "scale", "qmap")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def find(state: Mapping[str, Any]) -> dict[str, EightBit]:
     found = {}
     for key, value in state.items():
         number = key.removeprefix("state")
-        if type(value).__name__ == "OptimState8bit":
+        if type(value).__name__ == _TORCHAO:
             found[key] = EightBit(value.codes, value.scale, value.qmap, int(value.block_size))
         elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and f"absmax{number}" in state:
             scale, qmap = state[f"absmax{number}"], state[f"qmap{number}"]
@@ -105,6 +107,36 @@ def find(state: Mapping[str, Any]) -> dict[str, EightBit]:
     return found
 
 
+def flattened(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parameter's optimizer state as plain values, dotted keys for what is in a dict or in torchao's type."""
+    flat: dict[str, Any] = {}
+    for key, value in entry.items():
+        if type(value).__name__ == _TORCHAO:
+            value = {name: getattr(value, name) for name in _TORCHAO_PARTS}
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def unflattened(entry: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Rebuild what `flattened` took apart, for a parameter of this dtype.
+
+    Raises:
+        ModuleNotFoundError: it was torchao's, which is not installed.
+    """
+    found: dict[str, Any] = {}
+    for key, value in entry.items():
+        outer, dot, inner = key.partition(".")
+        if dot:
+            found.setdefault(outer, {})[inner] = value
+        else:
+            found[key] = value
+    for key, value in found.items():
+        if isinstance(value, dict) and value.keys() == set(_TORCHAO_PARTS):
+            types: Any = importlib.import_module("torchao.optim.subclass_8bit")
+            found[key] = types.OptimState8bit(**value, signed=bool((value["qmap"] < 0).any()), dtype=dtype)
+    return found
+
+
 def parts(key: str) -> tuple[str, ...]:
     """Return the keys of the state that belong to the moment `key`."""
     number = key.removeprefix("state")
@@ -114,7 +146,7 @@ def parts(key: str) -> tuple[str, ...]:
 def store(state: dict[str, Any], key: str, moment: EightBit) -> None:
     """Put a moment where `find` found it."""
     old = state[key]
-    if type(old).__name__ != "OptimState8bit":
+    if type(old).__name__ != _TORCHAO:
         state[key], state[f"absmax{key.removeprefix('state')}"] = moment.codes, moment.scale
     elif moment.codes.numel() % moment.block:  # torchao keeps those in full precision
         state[key] = moment.decode().to(old.dtype)

@@ -148,11 +148,11 @@ def _pack_optimizer(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[st
     groups: list[dict[str, Any]] = []
     for index, entry in state["state"].items():
         numbers[str(index)] = {}
-        for key, value in _flattened(entry).items():
+        for key, value in eight_bit.flattened(entry).items():
             if is_traceable_wrapper_subclass(value):
                 raise ValueError(
                     f"save_state: optimizer state '{key}' must be plain tensors, got {type(value).__name__}; keep the "
-                    "optimizer's state_dict with torch.save, or use bitsandbytes' 8-bit optimizers"
+                    "optimizer's state_dict with torch.save"
                 )
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value.detach().clone().contiguous()
@@ -166,14 +166,6 @@ def _pack_optimizer(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[st
             else:
                 groups[i][key] = _checked(f"optimizer option '{key}'", value)
     return groups, numbers, tensors
-
-
-def _flattened(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state of one parameter with dotted keys for what is in a dict (bitsandbytes packs so)."""
-    flat: dict[str, Any] = {}
-    for key, value in entry.items():
-        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _unpack_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
@@ -194,12 +186,12 @@ def _unpack_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], tensors: T
         owner, _, rest = name.partition(".")
         index, _, key = rest.partition(".")
         if owner == "optimizer":
-            outer, dot, inner = key.partition(".")
-            entry = state[int(index)].setdefault(outer, {}) if dot else state[int(index)]
-            entry[inner or outer] = value
+            state[int(index)][key] = value
         elif owner == "group":
             groups[int(index)][key] = value
-    return {"state": state, "param_groups": groups}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = {index: eight_bit.unflattened(entry, parameters[index].dtype) for index, entry in state.items()}
+    return {"state": entries, "param_groups": groups}
 
 
 def _checked(name: str, value: Any) -> Any:

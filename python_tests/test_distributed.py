@@ -250,6 +250,53 @@ def test_a_sharded_base_trains_as_one_and_resumes_with_any_number_of_processes(t
     torch.testing.assert_close(clone(input_ids=ids).logits, one.model(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
 
 
+# --- Several adapters by name --------------------------------------------------------------------------------------
+
+
+def train_named(rank: int, size: int, wrappers: list[Wrapper]) -> list[list[Trained]]:
+    return [_train_named(rank, size, wrapper) for wrapper in wrappers]
+
+
+def _train_named(rank: int, size: int, wrapper: Wrapper) -> list[Trained]:
+    """Train one adapter, then another."""
+    model = Causal.base()
+    tokens = torch.randint(0, 64, (STEPS, 4, 12))
+    options = {"modules_to_save": ["norm"]}
+    ard.wrap(model, ard.ArdConfig(**{**_ard, "head_dim": None}, **options))
+    ard.add_adapter(model, "other", ard.ElaConfig(r=4, r_max=8, k=2, b=3, **{**_svd, **options}))
+    wrapped = wrapper(model)
+    found = []
+    for name in ("default", "other"):
+        ard.set_adapter(model, name)
+        optimizer = torch.optim.AdamW(trainable(model), lr=0.01, eps=1e-3)
+        if name == "other" and wrapped is not model:
+            with pytest.raises(ValueError, match=r"made while this adapter was active.*wrap the model anew"):
+                ard.attach(wrapped, optimizer, total_steps=STEPS)
+            wrapped = wrapper(model)
+        controller = ard.attach(wrapped, optimizer, total_steps=STEPS)
+        for t in range(STEPS):
+            ids = tokens[t][rank::size]
+            for i, micro in enumerate(ids.tensor_split(2) if len(ids) > 1 else [ids]):
+                waiting = wrapped.no_sync() if i == 0 and len(ids) > 1 and size > 1 else nullcontext()
+                with waiting:
+                    (wrapped(input_ids=micro, labels=micro).loss * len(micro) / len(ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        events = [(r["step"], r["event"], r.get("module"), r.get("from"), r.get("to")) for r in controller.records]
+        weights = {f"{n}.{f}": w for n, layer in ard.adapters(model).items() for f, w in _live(layer).items()}
+        weights["norm"] = model.get_submodule("model.norm").weight.detach().clone()
+        found.append(Trained(controller.ranks(), events, weights))
+    return found
+
+
+def test_adapters_by_name_train_one_after_the_other() -> None:
+    one = _train_named(0, 1, alone)
+    for process in workers.run(2, train_named, 2, [ddp, ard.replicate, shards]):
+        for found in process:
+            for trained, expected in zip(found, one, strict=True):
+                assert_same(trained, expected)
+
+
 # --- What is noticed ----------------------------------------------------------------------------------------------
 
 
@@ -310,6 +357,11 @@ def notice(rank: int) -> dict[str, Any]:
     refused("FSDP1", lambda: ard.attach(fsdp1(model), optimizer))
     model, optimizer = small()
     refused("replicated", lambda: ard.replicate(ard.replicate(model)))
+    ard.add_adapter(model, "late", ard.LoraConfig())
+    ard.set_adapter(model, "late")
+    refused("late", lambda: ard.attach(model, torch.optim.AdamW(trainable(model))))
+    ard.replicate(model)
+    ard.attach(model, torch.optim.AdamW(trainable(model)))
     model, _ = small()
     refused("ZeRO", lambda: ard.attach(model, ZeroRedundancyOptimizer(trainable(model), torch.optim.AdamW, lr=0.1)))
 
@@ -379,6 +431,7 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         "tensor parallel": r"got 'up' as a DTensor of another kind \(tensor parallelism\)",
         "FSDP1": r"must not be inside FullyShardedDataParallel: it flattens parameters \(FSDP1\); keep adapters whole",
         "replicated": "model must not be replicated already",
+        "late": r"adapter must be replicated as the others are; call ardlora_ext\.replicate\(model\) once more",
         "ZeRO": "must not be ZeroRedundancyOptimizer: it partitions its state over the processes",
         "local SGD": "must not be PostLocalSGDOptimizer: it lets the processes differ between averages",
     }
