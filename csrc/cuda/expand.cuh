@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
         const float* const gate = p.gate == nullptr ? nullptr : p.gate + segment.w_begin + rank;
         stage<T, kExpandThreads>(w_tile, p.w, segment.w_begin + rank, tile_column, p.rank_tile, 7, left,
                                  p.width - tile_column, gate);
-        stage<T, kExpandThreads>(h_tile, p.h, row, segment.h_begin + rank, kExpandRows, log_ranks, p.y.rows - row, left,
-                                 nullptr);
+        stage<T, kExpandThreads, true>(h_tile, p.h, row, segment.h_begin + rank, kExpandRows, log_ranks, p.y.rows - row,
+                                       left, nullptr);
         __syncthreads();
       }
 #pragma unroll 1

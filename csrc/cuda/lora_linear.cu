@@ -39,7 +39,9 @@ Operand weight(const FactorView& w) {
 
 Operand hidden(const MatrixView& h, const Factor& f) {
   bool vector = in_chunks(h, 4);
-  for (const Segment& s : f.segments) vector = vector && s.h_begin % 4 == 0 && s.rank % 4 == 0;
+  for (const Segment& s : f.segments) {
+    vector = vector && s.h_begin % 4 == 0 && s.h_begin + (s.rank + 3) / 4 * 4 <= h.cols;
+  }
   return {h.data, h.row_stride, true, vector};
 }
 

@@ -201,8 +201,9 @@ struct Operand {
 
 // Part of a tile on its way through registers: `fetch` issues the loads, `store` waits for them, converts, multiplies
 // row r with scale[r] (null: 1) and writes. What lies outside [valid_rows, valid_columns) becomes zero.
-// A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile.
-template <typename T, int kThreads, int kElements>
+// A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile. `kCut`: four
+// floats may lie across `valid_columns`, as in an H with room for more ranks.
+template <typename T, int kThreads, int kElements, bool kCut = false>
 struct Staged {
   static constexpr int kChunk = Tile<T>::kChunk, kWords = kElements / 4;
   std::uint32_t raw[kElements];
@@ -230,6 +231,7 @@ struct Staged {
                     ((row + first + at.row) * from.stride + column + at.column) * bytes;
     rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
     const int end = at.column < valid_columns ? (valid_rows < rows ? valid_rows : rows) : 0;
+    const int left = kCut ? valid_columns - at.column : 4;
     if (from.vector) {
 #pragma unroll
       for (int q = 0; q < kWords; ++q) {
@@ -241,7 +243,7 @@ struct Staged {
           if (scale != nullptr) factor[q] = scale[r];
         }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) raw[4 * q + e] = word.part[e];
+        for (int e = 0; e < 4; ++e) raw[4 * q + e] = e < left ? word.part[e] : 0u;
       }
     } else {
 #pragma unroll
@@ -300,10 +302,10 @@ struct Staged {
 };
 
 // All of a tile at once.
-template <typename T, int kThreads>
+template <typename T, int kThreads, bool kCut = false>
 ARDLORA_DEVICE void stage(const Tile<T>& tile, const Operand& from, std::int64_t row, std::int64_t column, int rows,
                           int log_columns, int valid_rows, int valid_columns, const float* scale) {
-  Staged<T, kThreads, 16> part;
+  Staged<T, kThreads, 16, kCut> part;
 #pragma unroll 1
   for (int first = 0; first < rows; first += part.span(log_columns)) {
     part.fetch(from, row, column, first, rows, log_columns, valid_rows, valid_columns, scale);

@@ -97,7 +97,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   };
 
   float acc[2][kMaxRanks / 8][4] = {};
-  Staged<T, kOuterThreads, kRows * kMaxRanks / kOuterThreads> staged;
+  Staged<T, kOuterThreads, kRows * kMaxRanks / kOuterThreads, true> staged;
   const auto copy_x = [&](int step) {
     if (step < end) {
       copy_async<T, kOuterThreads, kRows, kOuterColumns>(x_tile(step), p.x, step * kRows, x_column,

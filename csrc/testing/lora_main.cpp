@@ -192,7 +192,7 @@ const Ranks kHeadRanks[] = {{0, 0, 0, 0}, {8, 8, 8, 8}, {3, 0, 8, 5}, {0, 37, 1,
 // Every option drawn from its list; `number` walks through types and ranks, so that each is met.
 Case draw(unsigned number, bool few) {
   constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 300}, features[] = {64, 72, 100, 136, 256};
-  constexpr std::int64_t padding[] = {0, 0, 8, 3}, shift[] = {0, 0, 8, 1}, slack[] = {0, 4};
+  constexpr std::int64_t padding[] = {0, 0, 8, 3}, shift[] = {0, 0, 8, 1}, slack[] = {0, 1, 3, 4};
   Case c{};
   c.kind = static_cast<UnitKind>(number % 3);
   c.factoring = static_cast<Factoring>(number / 3 % 2);
