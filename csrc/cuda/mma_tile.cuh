@@ -208,6 +208,7 @@ struct Staged {
   static constexpr int kChunk = Tile<T>::kChunk, kWords = kElements / 4;
   std::uint32_t raw[kElements];
   float factor[kWords];
+  int left;  // valid columns from the thread's first
 
   struct Place {
     int row, column, rows;  // of the thread's first item; rows between its items
@@ -231,7 +232,7 @@ struct Staged {
                     ((row + first + at.row) * from.stride + column + at.column) * bytes;
     rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
     const int end = at.column < valid_columns ? (valid_rows < rows ? valid_rows : rows) : 0;
-    const int left = kCut ? valid_columns - at.column : 4;
+    left = valid_columns - at.column;
     if (from.vector) {
 #pragma unroll
       for (int q = 0; q < kWords; ++q) {
@@ -243,7 +244,7 @@ struct Staged {
           if (scale != nullptr) factor[q] = scale[r];
         }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) raw[4 * q + e] = e < left ? word.part[e] : 0u;
+        for (int e = 0; e < 4; ++e) raw[4 * q + e] = word.part[e];
       }
     } else {
 #pragma unroll
@@ -260,10 +261,14 @@ struct Staged {
   }
 
   ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int first, int rows, int log_columns,
-                            int valid_rows, const float* scale) const {
+                            int valid_rows, const float* scale) {
     const Place at(item(from), log_columns);
     rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
     if (from.vector) {
+      if (kCut && left < 4) {
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) raw[e] = e % 4 < left ? raw[e] : 0u;
+      }
 #pragma unroll
       for (int q = 0; q < kWords; ++q) {
         const int r = first + at.row + q * at.rows;
