@@ -60,7 +60,13 @@ BUGS = (
         "p.x.rows - PLANTED - step * kRows, ranks",
     ),
     Bug("missing zero fill", "lora", "mma_tile.cuh", "valid ? 16 : 0);", "valid || PLANTED ? 16 : 0);"),
-    Bug("tail of four floats not cut off", "lora", "mma_tile.cuh", "if (kCut && left < 4)", "if (kCut && left < 4 && !PLANTED)"),
+    Bug(
+        "tail of four floats not cut off",
+        "lora",
+        "mma_tile.cuh",
+        "if (kCut && left < 4)",
+        "if (kCut && left < 4 && !PLANTED)",
+    ),
     Bug(
         "wrong fragment",
         "lora",
