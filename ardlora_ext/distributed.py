@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ardlora_ext import world
 from ardlora_ext.config import LoraConfig
-from ardlora_ext.inject import Injection, activate, adapters, injection, is_sharded, rest
+from ardlora_ext.inject import Injection, activate, adapters, injection, rest
 from ardlora_ext.layers import LoraLinear
+from ardlora_ext.targets import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 

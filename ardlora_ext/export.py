@@ -23,10 +23,11 @@ from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.files import recover, write_set
-from ardlora_ext.inject import adapters, injection, plan_targets, wrap
+from ardlora_ext.inject import adapters, injection, wrap
 from ardlora_ext.layers import Conv1D, LoraLinear
 from ardlora_ext.methods import config_from_dict, config_to_dict
 from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
+from ardlora_ext.targets import plan_targets
 from ardlora_ext.units import UnitLayout
 
 Model = TypeVar("Model", bound=nn.Module)

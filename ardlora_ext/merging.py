@@ -7,8 +7,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ardlora_ext.inject import adapters, check_unmerged, injection, is_sharded, remove
+from ardlora_ext.inject import adapters, check_unmerged, injection, remove
 from ardlora_ext.layers import Conv1D, LoraLinear, is_dense
+from ardlora_ext.targets import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -15,10 +15,11 @@ from ardlora_ext import reference
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.controllers import ArdController
 from ardlora_ext.dora import DoraLinear
-from ardlora_ext.inject import adapters, injection, matches, plan_targets, wrap
+from ardlora_ext.inject import adapters, injection, wrap
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.peft_files import PeftAdapter, read_peft
 from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
+from ardlora_ext.targets import matches, plan_targets
 
 Model = TypeVar("Model", bound=nn.Module)
 

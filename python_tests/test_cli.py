@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 import ardlora_ext
 from ardlora_ext.cli import main
 from ardlora_ext.data import DatasetUnavailable, InputError, default_model, trec_corpus
-from ardlora_ext.finetune import Settings
+from ardlora_ext.settings import Settings
 
 WORDS = ("good", "fine", "great", "bad", "poor", "awful", "the", "film", "plot", "was", "and", "very")
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "ardlora_state.json"}

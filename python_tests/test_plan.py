@@ -13,11 +13,11 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import ardlora_ext as ard
 from ardlora_ext.cli import main
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.inject import plan_targets
 from ardlora_ext.methods import METHODS, config_from_dict
 from ardlora_ext.plan import make_plan, skeleton
 from ardlora_ext.plan.memory import live_parameters, uniform
 from ardlora_ext.plan.trace import SavedBytes
+from ardlora_ext.targets import plan_targets
 
 BATCH, LENGTH = 2, 24
 

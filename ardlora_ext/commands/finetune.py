@@ -6,8 +6,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from ardlora_ext.finetune import DivergenceError, Settings
+from ardlora_ext.finetune import DivergenceError
 from ardlora_ext.methods import METHODS
+from ardlora_ext.settings import Settings
 from ardlora_ext.subcommands import add_config, add_units, fail
 
 _DESCRIPTION = "Fine-tune a model with low-rank adapters whose ranks are learned, and report where the rank went."

@@ -12,8 +12,8 @@ from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig
 from ardlora_ext.heads import head_cut
-from ardlora_ext.inject import plan_targets
 from ardlora_ext.plan.memory import Plan, live_parameters, uniform
+from ardlora_ext.targets import plan_targets
 from ardlora_ext.units import Factoring
 
 SHARE, SAVED = 0.0032, 0.41

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import masking_utils
 
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.inject import adapters, plan_targets, unwrap, wrap
+from ardlora_ext.inject import adapters, unwrap, wrap
 from ardlora_ext.plan.models import fake_mode
+from ardlora_ext.targets import plan_targets
 from ardlora_ext.units import UnitLayout
 
 _H_BYTES = 4  # H is float32

@@ -1,0 +1,172 @@
+"""What a config means on a model: which layers get adapters, how these are cut, what else is trained."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ardlora_ext._device import device_rule
+from ardlora_ext._native import DTYPE_CODES
+from ardlora_ext.config import AdapterConfig, ArdConfig
+from ardlora_ext.heads import unit_layout
+from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.units import UnitLayout
+
+_HEADS = ("classifier", "score")  # transformers' names of classification heads, as in PEFT
+
+
+def plan_targets(
+    model: nn.Module, config: AdapterConfig
+) -> tuple[dict[str, nn.Module], dict[str, UnitLayout], tuple[str, ...]]:
+    """Return what `wrap` would adapt: modules and layouts by name, and `modules_to_save`. Nothing changes.
+
+    Raises:
+        ValueError: as `wrap` does.
+    """
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise ValueError("wrap: model must not be wrapped already; call ardlora_ext.unwrap(model) first")
+    saved = _modules_to_save(model, config)
+    chosen = _select(model, config, saved)
+    _check_tensors(chosen)
+    layouts = {}
+    for name, module in chosen.items():
+        sizes = _features(module)
+        assert sizes is not None
+        layouts[name] = unit_layout(model, name, *sizes, config)
+    _check_budget(config, layouts)
+    return chosen, layouts, saved
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Tell whether PEFT's rule for target_modules takes `name`: full name, dotted suffix, or one regex on all of it."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in_features, out_features) of anything that acts like a linear layer."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and not isinstance(module, LoraLinear):
+        return sizes[0], sizes[1]
+    return None
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside_mha = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    for name, module in model.named_modules():
+        # nn.MultiheadAttention reads out_proj.weight itself and would never call the adapter.
+        if name and _features(module) is not None and not any(name.startswith(p + ".") or not p for p in inside_mha):
+            yield name, module
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    names = [name for name, _ in model.named_modules() if name]
+    if config.modules_to_save is None:
+        if not type(model).__name__.endswith(
+            ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
+        ):
+            return ()
+        return tuple(n for n in names if n in _HEADS)
+    saved: list[str] = []
+    for pattern in config.modules_to_save:
+        found = [n for n in names if matches(n, [pattern])]
+        if not found:
+            raise ValueError(
+                f"wrap: modules_to_save must name modules of the model, got '{pattern}'{_near(pattern, names)}"
+            )
+        saved += found
+    return tuple(dict.fromkeys(saved))
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    leaves = sorted({n.split(".")[-1] for n in names} | set(names))
+    close = difflib.get_close_matches(pattern.split(".")[-1], leaves, n=5, cutoff=0.5)
+    return f"; near misses: {', '.join(close)}" if close else ""
+
+
+def inside(name: str, parents: Sequence[str]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in parents)
+
+
+def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers that `target_modules` names.
+
+    Raises:
+        ValueError: there is nothing to adapt; near misses are listed.
+    """
+    linears = dict(_linears(model))
+    if not linears:
+        raise ValueError(f"wrap: model must have linear layers, got {type(model).__name__} without any")
+    if config.target_modules == "all-linear":
+        head = _output_head(model)
+        chosen = {n: m for n, m in linears.items() if m is not head and n.split(".")[-1] not in ("lm_head", *_HEADS)}
+        if not chosen:  # a model that is nothing but its head
+            chosen = linears
+    else:
+        chosen = {n: m for n, m in linears.items() if matches(n, config.target_modules)}
+        patterns = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
+        unmatched = [
+            p for p in patterns if isinstance(config.target_modules, str) or not any(matches(n, [p]) for n in linears)
+        ]
+        if not chosen or (unmatched and not isinstance(config.target_modules, str)):
+            near = "".join(_near(p, list(linears)) for p in unmatched)
+            names = ", ".join(sorted({n.split(".")[-1] for n in linears}))
+            raise ValueError(
+                f"wrap: target_modules must match linear layers, got no match for {', '.join(map(repr, unmatched))}"
+                f"{near}; linear layers are named: {names}"
+            )
+    excluded = config.exclude_modules
+    chosen = {n: m for n, m in chosen.items() if not inside(n, saved) and not (excluded and matches(n, excluded))}
+    if not chosen:
+        raise ValueError("wrap: target_modules must leave something to adapt after exclude_modules and modules_to_save")
+    return chosen
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Tell whether this process holds a part of `tensor` only (a DTensor)."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def _check_tensors(chosen: dict[str, nn.Module]) -> None:
+    for name, module in chosen.items():
+        for tensor in module.parameters(recurse=False):
+            if is_sharded(tensor):
+                raise ValueError(
+                    f"wrap: parameters must be whole, got '{name}' sharded already (DTensor); wrap first, then call "
+                    "ardlora_ext.fully_shard(model)"
+                )
+            if rule := device_rule(tensor.device):
+                raise ValueError(f"wrap: parameters must {rule}, got '{name}' on {tensor.device}")
+            if tensor.is_floating_point() and tensor.dtype not in DTYPE_CODES:
+                raise ValueError(f"wrap: '{name}' must be float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def parameter_range(layouts: dict[str, UnitLayout], max_rank: int) -> tuple[int, int]:
+    """Return the adapter parameters at rank 1 everywhere and at the largest rank everywhere."""
+    floor = sum(lay.parameters([1] * lay.units) for lay in layouts.values())
+    full = sum(lay.parameters([min(max_rank, lay.max_rank)] * lay.units) for lay in layouts.values())
+    return floor, full
+
+
+def _check_budget(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> None:
+    if not isinstance(config, ArdConfig) or config.budget is None:
+        return
+    floor, full = parameter_range(layouts, config.max_rank)
+    if not floor <= config.budget <= full:
+        raise ValueError(
+            f"wrap: budget must be between {floor:,} parameters (rank 1 everywhere) and {full:,} "
+            f"(rank {config.max_rank} everywhere), got {config.budget:,}"
+        )
