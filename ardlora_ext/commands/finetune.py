@@ -14,7 +14,7 @@ from ardlora_ext.subcommands import add_config, add_units, fail
 _DESCRIPTION = "Fine-tune a model with low-rank adapters whose ranks are learned, and report where the rank went."
 _EPILOG = """\
 examples:
-  python -m ardlora_ext finetune --out run                      all-MiniLM-L6-v2 on the TREC questions, about 3 minutes
+  python -m ardlora_ext finetune --out run                      all-MiniLM-L6-v2 on the TREC questions, about 2 minutes
   python -m ardlora_ext finetune --out run --method lora        the same with fixed ranks
   python -m ardlora_ext finetune --out run --data reviews.csv   your own texts and labels
   python -m ardlora_ext finetune --out run --model llama/ --data notes.jsonl --task lm
