@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import types
 import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as save_tensors
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ardlora_ext.attach import attach
 from ardlora_ext.config import AdapterConfig
@@ -29,7 +25,6 @@ from ardlora_ext.export import save_pretrained
 from ardlora_ext.files import write_set
 from ardlora_ext.inject import adapters, injection, wrap
 from ardlora_ext.optim import restart, unwrapped
-from ardlora_ext.resume import moving_state
 
 RECORDS = "records.jsonl"
 PHASES = ("warmup", "adapt", "harden", "frozen")  # logged by number, because trackers draw numbers
@@ -69,8 +64,6 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Wrap the model if that is left to us, before Trainer makes the optimizer."""
         if self.config is not None and not adapters(model):
             wrap(model, self.config)
-        if adapters(model):  # else on_train_begin says what is missing
-            _save_adapters_alone(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Attach, or go on where the checkpoint was."""
@@ -80,7 +73,6 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "base by now; or call ardlora_ext.wrap(model, config) before Trainer"
             )
         injection(model)
-        _save_adapters_alone(model)
         kept = state.stateful_callbacks.get(type(self).__name__)
         saved = self.restored or (kept["attributes"]["restored"] if isinstance(kept, dict) else None)
         self.restored = None
@@ -182,37 +174,6 @@ def rank_facts(controller: Controller[Any]) -> dict[str, float]:
         if summary.get(key) is not None:
             facts[f"rank_{key}"] = summary[key]
     return facts
-
-
-def _save_adapters_alone(model: nn.Module) -> None:
-    """Let `model.save_pretrained`, which Trainer calls, write what Trainer resumes from too, and a load be content."""
-    if not isinstance(model, PreTrainedModel) or model.save_pretrained.__func__ is _save_for_trainer:
-        return
-    model.save_pretrained = types.MethodType(_save_for_trainer, model)
-    model.register_load_state_dict_post_hook(_forgive_missing_base)
-
-
-def _save_for_trainer(
-    model: PreTrainedModel, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
-) -> None:
-    """Write the PEFT adapter, and `model.safetensors` for Trainer; the whole model once it is not wrapped any more."""
-    if not adapters(model):
-        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
-    elif is_main_process:
-        folder = Path(save_directory)
-        write_set(folder, {SAFE_WEIGHTS_NAME: save_tensors(moving_state(model), {"format": "pt"})})
-        save_pretrained(model, folder)
-
-
-_save_for_trainer.__name__ = "save_pretrained"  # pickle finds a bound method by its name
-
-
-def _forgive_missing_base(model: nn.Module, incompatible: Any) -> None:
-    """Strike a base that is missing as a whole off the list of missing keys: it is frozen and in its place."""
-    moving = moving_state(model).keys()
-    frozen = {name for name in model.state_dict() if name not in moving}
-    if frozen <= set(incompatible.missing_keys):
-        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
 
 
 def _restore(model: nn.Module, saved: dict[str, Any]) -> None:

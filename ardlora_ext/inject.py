@@ -7,10 +7,8 @@ base layers, so that all other code sees one adapter per layer and a model at re
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -127,7 +125,9 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
     record.named[adapter_name] = record
     activate(model, record)
     if hasattr(model, _SAVE):
-        setattr(model, _SAVE, types.MethodType(_save_adapter, model))
+        from ardlora_ext.saving import save_adapters  # it stands on what this module makes
+
+        save_adapters(model)
     return model
 
 
@@ -136,30 +136,6 @@ def _pack(layers: Mapping[str, LoraLinear]) -> None:
     groups: dict[tuple[str, int], Readers] = {}
     for name, layer in layers.items():
         layer.readers = groups.setdefault((name.rpartition(".")[0], layer.layout.in_features), Readers())
-
-
-def _save_adapter(
-    model: Any, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
-) -> None:
-    """Write the adapter where transformers would write the model; the model at rest is written as ever.
-
-    Options that say how to write a large model (`max_shard_size`, `state_dict`, ...) have no meaning for an adapter.
-
-    Raises:
-        ValueError: `push_to_hub` is set.
-    """
-    from ardlora_ext.export import save_pretrained  # it reads what this module makes
-
-    if getattr(model, _ATTRIBUTE, None) is None:
-        type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
-        return
-    if push_to_hub:
-        raise ValueError("save_pretrained: push_to_hub must be False for an adapter; call model.push_to_hub(name)")
-    if is_main_process:
-        save_pretrained(model, save_directory)
-
-
-_save_adapter.__name__ = _SAVE  # pickle finds a bound method by its name
 
 
 def activate(model: nn.Module, record: Injection) -> None:

@@ -362,6 +362,25 @@ def test_checkpoints_are_as_large_as_the_adapter(tmp_path: Path) -> None:
         assert torch.equal(again(**inputs).logits, merged(**inputs).logits)
 
 
+def test_fixed_ranks_resume_without_the_callback(tmp_path: Path) -> None:
+    """Nothing of this package in Trainer: what it saves is the adapter all the same, and it goes on from there."""
+
+    def made() -> tuple[nn.Module, Trainer]:
+        torch.manual_seed(0)
+        model = ard.wrap(bert()[0], ard.LoraConfig(r=2, lora_dropout=0.1))
+        options = {"save_strategy": "steps", "save_steps": STEPS // 2}
+        return model, Trainer(model, arguments(tmp_path, **options), train_dataset=examples(40))
+
+    unbroken, run = made()
+    run.train()
+    half = tmp_path / f"checkpoint-{STEPS // 2}"
+    assert not [name for name in load_file(half / "model.safetensors") if "base_layer" in name]
+    resumed, run = made()
+    run.train(resume_from_checkpoint=str(half))
+    a, b = bits(unbroken), bits(resumed)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
 def test_a_load_that_misses_the_base_only_in_part_says_so(tmp_path: Path) -> None:
     model = classifier()
     trainer(tmp_path, model)

@@ -1,0 +1,66 @@
+"""A wrapped transformers model saves itself as PEFT's does: the adapter, by the `save_pretrained` it has.
+
+Whoever calls that, a script, Accelerate or Trainer, gets an adapter-sized checkpoint. Beside the adapter lies what
+Trainer resumes from, `model.safetensors` with all that training changes; the frozen base is in neither.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from ardlora_ext.export import save_pretrained
+from ardlora_ext.files import write_set
+from ardlora_ext.inject import adapters
+from ardlora_ext.resume import moving_state
+
+WEIGHTS = "model.safetensors"  # transformers' SAFE_WEIGHTS_NAME
+
+
+def save_adapters(model: Any) -> None:
+    """Let `model.save_pretrained` write the adapter from now on, and a load of what it writes be content."""
+    model.save_pretrained = types.MethodType(_save_adapter, model)
+    if _forgive_missing_base not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(_forgive_missing_base)
+
+
+def _save_adapter(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Write the adapter where transformers would write the model; a model without one is written as ever.
+
+    Options that say how to write a large model (`max_shard_size`, `state_dict`, ...) have no meaning for an adapter.
+
+    Raises:
+        ValueError: `push_to_hub` is set.
+    """
+    if not adapters(model):
+        type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+        return
+    if push_to_hub:
+        raise ValueError("save_pretrained: push_to_hub must be False for an adapter; call model.push_to_hub(name)")
+    if is_main_process:
+        write_set(Path(save_directory), {WEIGHTS: save_tensors(moving_state(model), {"format": "pt"})})
+        save_pretrained(model, Path(save_directory))
+
+
+_save_adapter.__name__ = "save_pretrained"  # pickle finds a bound method by its name
+
+
+def _forgive_missing_base(model: nn.Module, incompatible: Any) -> None:
+    """Strike a base that is missing as a whole off the list of missing keys: it is frozen and in its place."""
+    if not adapters(model):
+        return
+    moving = moving_state(model).keys()
+    frozen = {name for name in model.state_dict() if name not in moving}
+    if frozen <= set(incompatible.missing_keys):
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
