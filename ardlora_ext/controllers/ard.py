@@ -21,7 +21,7 @@ from ardlora_ext.config import ArdConfig
 from ardlora_ext.controllers.allocate import Floats, Ints
 from ardlora_ext.controllers.base import Controller
 from ardlora_ext.controllers.knapsack import whole_ranks
-from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots, training_gradients
+from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, gradients_of, kinds, row_dots
 from ardlora_ext.controllers.variation import alpha_step
 from ardlora_ext.resize import RankUpdate, UnitUpdate
 from ardlora_ext.world import average
@@ -135,11 +135,13 @@ class ArdController(Controller[ArdConfig]):
         self._pending, self.skip = None, False
         if self.phase not in ("warmup", "adapt"):
             return
-        gradients = training_gradients(self.units) if self.holdout is None else self._holdout_gradients()
-        if not gradients:
+        gated, ungated = gradients_of(self.units.gated), gradients_of(self.units.ungated)
+        if not gated and self.holdout is None:
             return
-        looked_at = self.units.ungated if self.holdout is None else [*self.units.ungated, *self.units.gated]
-        dots, finite = row_dots(self.units, gradients, [p.grad for p in looked_at if p.grad is not None])
+        dots, finite = row_dots(self.units, gated, ungated)
+        if self.holdout is not None:
+            dots, also = row_dots(self.units, self._holdout_gradients(), {})
+            finite = finite and also
         if not finite:
             self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
             self.skip = True
@@ -311,9 +313,8 @@ class ArdController(Controller[ArdConfig]):
         blocks = np.stack([address[units.module_of] + 4 * first, live], axis=1)
         kind = ("ramp", "ste", "sigmoid", "scale").index(self.config.gate)
         width = self.config.gate_width if self.config.gate == "sigmoid" else float(self.config.r0)
-        devices = [g.device for g in gates]
-        for device in set(devices):
-            here = np.array([d == device for d in devices])[units.module_of]
+        for _, device, modules in kinds(gates):
+            here = modules[units.module_of]
             set_gates(blocks[here], rho[here], kind, self.config.gate_floor, width, device)
         if progress > 0.0 and self.target is not None:
             component = np.arange(live.sum()) - np.repeat(units.first_rows(), live)

@@ -47,12 +47,12 @@ class Units:
         # Rank changes keep the parameter objects.
         self.gated = [layer.gated for layer in self.layers]  # of each module, the factor that gates act on
         self.ungated = [g.lora_A if g.gated is g.lora_B else g.lora_B for g in self.layers]  # the other one
-        self.gated_width: Ints = np.array(
-            [a if lay.gate_on_a else b for lay, (a, b) in zip(layouts, widths, strict=True)]
-        )
+        gated_first = [w if lay.gate_on_a else w[::-1] for lay, w in zip(layouts, widths, strict=True)]
+        self.widths: Ints = np.array(gated_first, dtype=np.int64)  # [modules, 2]: of a row of the gated, the other factor
         self._seen = -1  # rank changes
         self._live: Ints = self.limit
         self._first: Ints = self.limit
+        self._rows: Ints = self.widths
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -62,7 +62,9 @@ class Units:
             return
         self._live = np.array([r for layer in self.layers for r in layer.ranks], dtype=np.int64)
         self._first = np.cumsum(self._live) - self._live
-        for array in (self._live, self._first):
+        rows = [(layer.layout.gate_on_a, layer.layout.rows(layer.ranks)) for layer in self.layers]
+        self._rows = np.array([r if on_a else r[::-1] for on_a, r in rows], dtype=np.int64)
+        for array in (self._live, self._first, self._rows):
             array.flags.writeable = False
         self._seen = LoraLinear.rank_changes
 
@@ -76,9 +78,14 @@ class Units:
         self._refresh()
         return self._first
 
+    def rows(self) -> Ints:
+        """Return the live rows [modules, 2] of each module's gated factor, and of its other one."""
+        self._refresh()
+        return self._rows
+
     def module_rows(self) -> Ints:
         """Return the live rows of each module's gated factor."""
-        return np.add.reduceat(self.live(), self.first[:-1])
+        return np.asarray(self.rows()[:, 0], dtype=np.int64)
 
     def gates(self) -> list[torch.Tensor]:
         """Return the gates of each module; only where a controller sets them."""

@@ -18,49 +18,47 @@ EMA = 0.95  # of Fisher information, of the slope's scale, and of the gains show
 Gradients = Mapping[int, torch.Tensor]  # by module
 
 
-def training_gradients(units: Units) -> Gradients:
-    """Return the gradients that backward left on the gated factors."""
-    return {m: p.grad for m, p in enumerate(units.gated) if p.grad is not None}
+def gradients_of(factors: Sequence[torch.nn.Parameter]) -> Gradients:
+    """Return the gradients that backward left on one factor of each module."""
+    return {m: g for m, p in enumerate(factors) if (g := p.grad) is not None}
 
 
-def row_dots(units: Units, gradients: Gradients, others: Sequence[torch.Tensor]) -> tuple[Floats, bool]:
+def row_dots(units: Units, gated: Gradients, ungated: Gradients) -> tuple[Floats, bool]:
     """Return <dW_i, W_i> of every live row of the gated factors, and whether all gradients are finite.
 
     Args:
         units: of the model.
-        gradients: of the gated factors by module; without one, dots are 0.
-        others: gradients that are only looked at, in the same native call: as the dot with themselves.
+        gated: gradients of the gated factors; without one, dots are 0.
+        ungated: of the others, only looked at, in the same native call: as the dot with themselves.
     """
-    rows, gated = units.module_rows(), units.gated
-    members = np.array(list(gradients), dtype=np.int64)
-    grads = [g.contiguous() for g in (*gradients.values(), *others)]
+    count, rows = len(gated), units.rows()
+    module: Ints = np.array([*gated, *ungated], dtype=np.int64)
+    factor = np.repeat([0, 1], [count, len(ungated)])
+    grads = [g.contiguous() for g in (*gated.values(), *ungated.values())]
     blocks = np.empty((len(grads), 4), dtype=np.int64)  # addresses of weight and gradient, rows, columns
     blocks[:, 1] = [g.data_ptr() for g in grads]
-    mine, looked_at = blocks[: len(members)], blocks[len(members) :]
-    mine[:, 0] = [gated[m].data_ptr() for m in gradients]
-    mine[:, 2], mine[:, 3] = rows[members], units.gated_width[members]
-    looked_at[:, 0] = looked_at[:, 1]
-    looked_at[:, 3] = [g.shape[1] for g in grads[len(members) :]]
-    looked_at[:, 2] = [g.numel() for g in others] // looked_at[:, 3]
-    out: Floats = np.zeros(rows.sum())
+    blocks[:count, 0] = [units.gated[m].data_ptr() for m in gated]
+    blocks[count:, 0] = blocks[count:, 1]
+    blocks[:, 2], blocks[:, 3] = rows[module, factor], units.widths[module, factor]
+    out: Floats = np.zeros(rows[:, 0].sum())
     finite = True
-    for dtype, device, chosen in _kinds(grads):
+    for dtype, device, chosen in kinds(grads):
         dots = _device.row_dots(blocks[chosen], dtype, device)
         finite = finite and bool(np.isfinite(dots).all())
         here = np.zeros(len(rows), dtype=bool)
-        here[members[chosen[: len(members)]]] = True
-        out[np.repeat(here, rows)] = dots[: rows[here].sum()]
+        here[module[:count][chosen[:count]]] = True
+        out[np.repeat(here, rows[:, 0])] = dots[: rows[here, 0].sum()]
     return out, finite
 
 
-def _kinds(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.device, NDArray[np.bool_]]]:
+def kinds(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.device, NDArray[np.bool_]]]:
     """Return (dtype, device, which tensors) for each kind among them; there is almost always one, found fast."""
     if not tensors:
         return []
     if len({t.dtype for t in tensors}) == 1 and len({t.get_device() for t in tensors}) == 1:
         return [(tensors[0].dtype, tensors[0].device, np.ones(len(tensors), dtype=bool))]
-    kinds = [(t.dtype, t.device) for t in tensors]
-    return [(*kind, np.array([k == kind for k in kinds])) for kind in dict.fromkeys(kinds)]
+    found = [(t.dtype, t.device) for t in tensors]
+    return [(*kind, np.array([k == kind for k in found])) for kind in dict.fromkeys(found)]
 
 
 class SlopeEstimator:
