@@ -64,8 +64,8 @@ BUGS = (
         "tail of four floats not cut off",
         "lora",
         "mma_tile.cuh",
-        "if (kCut && left < 4)",
-        "if (kCut && left < 4 && !PLANTED)",
+        "if (kStaging == Staging::kCut && left < 4)",
+        "if (kStaging == Staging::kCut && left < 4 && !PLANTED)",
     ),
     Bug(
         "wrong fragment",
@@ -108,6 +108,21 @@ BUGS = (
         "dropout.cuh",
         "(block * kPhiloxLanes + slot * kChunk + e)",
         "(block * (PLANTED ? kChunk : kPhiloxLanes) + slot * kChunk + e)",
+    ),
+    Bug("masks of the block before", "lora", "dropout.cuh", "if (b != block)", "if (PLANTED ? block < 0 : b != block)"),
+    Bug(
+        "columns not interleaved",
+        "lora",
+        "mma_tile.cuh",
+        "tile.at(row, interleaved<T>(column) + (i ^ swap) * 8)",
+        "tile.at(row, interleaved<T>(column) + (PLANTED ? i : i ^ swap) * 8)",
+    ),
+    Bug(
+        "one share too many",
+        "lora",
+        "sum_shares.cuh",
+        "if (share + i < s.shares)",
+        "if (share + i < s.shares + PLANTED)",
     ),
     Bug(
         "wrong segment column",

@@ -20,12 +20,13 @@ ARDLORA_DEVICE PhiloxWords philox(const Dropout& d, std::uint32_t counter, std::
   std::uint32_t k0 = static_cast<std::uint32_t>(d.seed), k1 = static_cast<std::uint32_t>(d.seed >> 32);
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    const std::uint64_t p0 = static_cast<std::uint64_t>(0xD2511F53u) * c0;
-    const std::uint64_t p1 = static_cast<std::uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<std::uint32_t>(p1);
-    c3 = static_cast<std::uint32_t>(p0);
+    constexpr std::uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
+    // Not the halves of a 64-bit product: nvcc would do all that follows in 64 bits.
+    const std::uint32_t n0 = __umulhi(kM1, c2) ^ c1 ^ k0, n2 = __umulhi(kM0, c0) ^ c3 ^ k1;
+    c1 = kM1 * c2;
+    c3 = kM0 * c0;
+    c0 = n0;
+    c2 = n2;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -43,15 +44,6 @@ ARDLORA_DEVICE bool kept(const Dropout& d, int row, int column) {
   return (in_block / kPhiloxLanes % 2 == 0 ? bits & 0xffffu : bits >> 16) >= d.threshold;
 }
 
-// Bit e is set where the element at column + e is kept.
-template <int kCount>
-ARDLORA_DEVICE std::uint32_t kept_bits(const Dropout& d, int row, int column) {
-  std::uint32_t bits = 0;
-#pragma unroll 1
-  for (int e = 0; e < kCount; ++e) bits |= static_cast<std::uint32_t>(kept(d, row, column + e)) << e;
-  return bits;
-}
-
 // The masks of chunks [slot * kChunk + 16 i, kChunk columns) for i = 0..7 of a block: bit e of byte i of `low` (i < 4)
 // and `high` is set where the element is kept.
 struct ChunkMasks {
@@ -62,58 +54,77 @@ struct ChunkMasks {
 
 template <int kChunk>
 ARDLORA_DEVICE ChunkMasks chunk_masks(const Dropout& d, int row, int block, int slot) {
-  ChunkMasks out;
+  // Half h of v is at least the threshold where h + (2^16 - threshold) carries: both halves in one addition.
+  const std::uint32_t add = ((0x10000u - d.threshold) & 0xffffu) * 0x10001u;
+  std::uint32_t carries[4] = {};  // of word i, each new one above the older
 #pragma unroll 1
   for (int e = 0; e < kChunk; ++e) {
     const PhiloxWords w = philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + slot * kChunk + e),
                                  static_cast<std::uint32_t>(row));
-    std::uint32_t keep[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      keep[i / 2] |= static_cast<std::uint32_t>((w.word[i] & 0xffffu) >= d.threshold) << (i % 2 * 16);
-      keep[i / 2] |= static_cast<std::uint32_t>((w.word[i] >> 16) >= d.threshold) << (i % 2 * 16 + 8);
+      const std::uint32_t v = w.word[i], below = (v & 0x7fff7fffu) + (add & 0x7fff7fffu);
+      carries[i] = carries[i] >> 1 | (((v & add) | ((v | add) & below)) & 0x80008000u);
     }
-    out.low |= keep[0] << e;
-    out.high |= keep[1] << e;
   }
-  return out;
+  const auto bytes = [&](int i) {  // chunks 2 i and 2 i + 1
+    const std::uint32_t c = carries[i] >> (16 - kChunk);
+    return (c & 0xffu) | (c >> 8 & 0xff00u);
+  };
+  return {bytes(0) | bytes(1) << 16, bytes(2) | bytes(3) << 16};
 }
 
-// Zeroes what is dropped of a tile [tile.rows, kColumns] that starts at `row` and `column`; `chunked` where chunks of
-// the tile are chunks of X. The tile must be complete before and needs a barrier after.
-template <typename T, int kThreads, int kColumns>
-ARDLORA_DEVICE void drop(const Tile<T>& tile, const Dropout& d, int row, int column, bool chunked) {
-  constexpr int kChunk = Tile<T>::kChunk, kSlots = kPhiloxLanes / kChunk;
-  if (!chunked) {
+// A thread's masks of the last block of columns, for tiles [kRows, kColumns] of the same rows: a tile narrower than the
+// block begins where the one before it ended.
+template <typename T, int kThreads, int kRows, int kColumns>
+struct TileDropout {
+  static constexpr int kChunk = Tile<T>::kChunk, kSlots = kPhiloxLanes / kChunk, kUnits = kRows * kSlots / kThreads;
+  static_assert(kUnits * kThreads == kRows * kSlots);
+  ChunkMasks masks[kUnits];
+  int block = -1;
+
+  // Zeroes what is dropped of a tile that starts at `row` and `column`; `chunked` where chunks of the tile are chunks
+  // of X. The tile must be complete before and needs a barrier after.
+  ARDLORA_DEVICE void apply(const Tile<T>& tile, const Dropout& d, int row, int column, bool chunked) {
+    if (!chunked) {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < tile.rows * kColumns; i += kThreads) {
-      if (!kept(d, row + i / kColumns, column + i % kColumns)) *tile.at(i / kColumns, i % kColumns) = narrow<T>(0.0f);
+      for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
+        const int r = i / kColumns, c = i % kColumns;
+        if (!kept(d, row + r, column + c)) *tile.at(r, c) = narrow<T>(0.0f);
+      }
+      return;
     }
-    return;
-  }
-  for (int unit = static_cast<int>(threadIdx.x); unit < tile.rows * kSlots; unit += kThreads) {
-    const int r = unit / kSlots, slot = unit % kSlots;
-    for (int block = column / kPhiloxColumns; block * kPhiloxColumns < column + kColumns; ++block) {
-      const ChunkMasks masks = chunk_masks<kChunk>(d, row + r, block, slot);
+    const int slot = static_cast<int>(threadIdx.x) % kSlots;
 #pragma unroll 1
-      for (int i = 0; i < kPhiloxColumns / kPhiloxLanes; ++i) {
-        const int c = block * kPhiloxColumns + i * kPhiloxLanes + slot * kChunk - column;
-        if (c < 0 || c >= kColumns) continue;
-        const std::uint32_t bits = masks.chunk(i);
-        unsigned char* const at = reinterpret_cast<unsigned char*>(tile.at(r, c));
-        Word16 v = load16(at);
+    for (int b = column / kPhiloxColumns; b * kPhiloxColumns < column + kColumns; ++b) {
+      const int first = b * kPhiloxColumns + slot * kChunk - column;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (sizeof(T) == 2) {
-            v.part[e] &= (bits >> (2 * e) & 1u) * 0xffffu | (bits >> (2 * e + 1) & 1u) * 0xffff0000u;
-          } else {
-            v.part[e] &= 0u - (bits >> e & 1u);
-          }
+      for (int u = 0; u < kUnits; ++u) {
+        const int r = (static_cast<int>(threadIdx.x) + u * kThreads) / kSlots;
+        if (b != block) masks[u] = chunk_masks<kChunk>(d, row + r, b, slot);
+#pragma unroll 1
+        for (int i = 0; i < kPhiloxColumns / kPhiloxLanes; ++i) {
+          const int c = first + i * kPhiloxLanes;
+          if (c >= 0 && c < kColumns) keep_only(tile.at(r, c), masks[u].chunk(i));
         }
-        store16(at, v);
+      }
+      block = b;
+    }
+  }
+
+ private:
+  ARDLORA_DEVICE static void keep_only(T* chunk, std::uint32_t bits) {
+    Word16 v = load16(chunk);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if constexpr (sizeof(T) == 2) {
+        v.part[e] &= ((bits >> (2 * e) & 3u) * 0x8001u & 0x10001u) * 0xffffu;
+      } else {
+        v.part[e] &= 0u - (bits >> e & 1u);
       }
     }
+    store16(chunk, v);
   }
-}
+};
 
 }  // namespace ardlora::cuda

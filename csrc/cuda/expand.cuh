@@ -11,8 +11,7 @@
 namespace ardlora::cuda {
 
 struct ExpandParams {
-  const Word16* table;
-  int factor;
+  FactorTable table;
   int width;  // columns of a segment
   Operand h;
   Operand w;
@@ -24,44 +23,16 @@ struct ExpandParams {
   Dropout dropout;   // of what is added
 };
 
-// Products of neighbouring columns belong to the four lanes of a group, two columns each. After this lane l holds one
-// 16-byte chunk's columns of Y: 8 of 16 bits out of four products, or 4 floats out of two. `chunk_column` says which.
-template <int kProducts>
-ARDLORA_DEVICE void gather_chunk(float (&v)[kProducts][2]) {
-  const auto exchange = [&](float& low, float& high, int distance) {
-    const bool upper = (lane_id() & distance) != 0;
-    const float got = __shfl_xor_sync(kFullWarp, upper ? low : high, distance);
-    low = upper ? got : low;
-    high = upper ? high : got;
-  };
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-#pragma unroll
-    for (int j = 0; j < kProducts; j += 2) exchange(v[j][e], v[j + 1][e], 1);
-    if constexpr (kProducts == 4) {
-      exchange(v[0][e], v[2][e], 2);
-      exchange(v[1][e], v[3][e], 2);
-    }
-  }
-}
-
-template <int kProducts>
-ARDLORA_DEVICE int chunk_column() {
-  const int in_group = lane_id() % 4;
-  return kProducts == 4 ? in_group * 8 : in_group % 2 * 8 + in_group / 2 * 4;
-}
-
-// A chunk plus v[e], where bit e of `keep` is set.
+// A chunk plus v.
 template <typename T>
-ARDLORA_DEVICE Word16 add_chunk(const Word16& old, const float* v, std::uint32_t keep) {
+ARDLORA_DEVICE Word16 add_chunk(const Word16& old, const float* v) {
   Word16 sum;
-  const auto add = [&](float to, int e) { return (keep >> e & 1u) != 0 ? to + v[e] : to; };
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     if constexpr (sizeof(T) == 2) {
-      sum.part[e] = pack2<T>(add(widen_low<T>(old.part[e]), 2 * e), add(widen_high<T>(old.part[e]), 2 * e + 1));
+      sum.part[e] = pack2<T>(widen_low<T>(old.part[e]) + v[2 * e], widen_high<T>(old.part[e]) + v[2 * e + 1]);
     } else {
-      sum.part[e] = as_bits(add(as_float(old.part[e]), e));
+      sum.part[e] = as_bits(as_float(old.part[e]) + v[e]);
     }
   }
   return sum;
@@ -77,16 +48,22 @@ struct MaskTable {
   ARDLORA_DEVICE unsigned char* at(int row, int block) const {
     return data + (row * 2 + block - first_block) * (kPhiloxColumns / 8);
   }
-  // One bit each of a chunk's elements.
+  // One bit each of a chunk's elements; `column` is the chunk's first.
   ARDLORA_DEVICE std::uint32_t bits(int row, int column) const {
     const int in_block = column % kPhiloxColumns, slot = in_block % kPhiloxLanes / kChunk;
     const unsigned char* const p = at(row, column / kPhiloxColumns);
     if constexpr (kChunk == 8) return p[slot * 8 + in_block / kPhiloxLanes];
     return static_cast<std::uint32_t>(p[slot * 4 + in_block / kPhiloxLanes / 2]) >> (in_block / kPhiloxLanes % 2 * 4);
   }
+  ARDLORA_DEVICE bool kept(int row, int column) const {
+    const int in_chunk = column % kPhiloxColumns % kPhiloxLanes % kChunk;
+    return (bits(row, column - in_chunk) >> in_chunk & 1u) != 0;
+  }
   ARDLORA_DEVICE void fill(const Dropout& d, int row, int column) const {
+#pragma unroll 1
     for (int unit = static_cast<int>(threadIdx.x); unit < kExpandRows * kSlots; unit += kExpandThreads) {
       const int r = unit / kSlots, slot = unit % kSlots;
+#pragma unroll 1
       for (int block = first_block; block * kPhiloxColumns < column + kExpandColumns; ++block) {
         const ChunkMasks m = chunk_masks<kChunk>(d, row + r, block, slot);
         auto* const to = reinterpret_cast<std::uint32_t*>(at(r, block)) + slot * kChunk / 4;
@@ -110,10 +87,8 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   constexpr int kChunk = Tile<T>::kChunk, kProducts = kChunk / 2;
   constexpr int kWarpColumns = 32, kChunks = kWarpColumns / (8 * kProducts);  // chunks of a row, for one lane
   ARDLORA_SHARED(shared);
-  const FactorIndex index = load_record<FactorIndex>(p.table + p.factor);
-  const int segment_number = static_cast<int>(blockIdx.y) / p.column_tiles;
-  if (segment_number >= index.segments) return;
-  const DeviceSegment segment = load_record<DeviceSegment>(p.table + index.first_segment + segment_number);
+  const DeviceSegment segment = load_record(p.table.segments + blockIdx.y / static_cast<unsigned>(p.column_tiles));
+  if (segment.rank == 0) return;
   const int row = static_cast<int>(blockIdx.x) * kExpandRows;
   const int tile_column = static_cast<int>(blockIdx.y) % p.column_tiles * kExpandColumns;  // in the segment
   const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6);
@@ -123,7 +98,7 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   const MaskTable<T> masks{w_tile.data + tile_bytes<T>(p.rank_tile, kExpandColumns),
                            (segment.col_begin + tile_column) / kPhiloxColumns};
   const bool dropping = p.dropout.threshold > 0;
-  if (dropping && p.y.vector) masks.fill(p.dropout, row, segment.col_begin + tile_column);
+  if (dropping) masks.fill(p.dropout, row, segment.col_begin + tile_column);
   T* const y = static_cast<T*>(p.y.data) + segment.col_begin;
   const int warp_row = warp_id() / 2 * 32;
   const Fragments<T> h = rows_first(h_tile), w = rows_first(w_tile);
@@ -133,7 +108,7 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
 #pragma unroll 1
   for (int half = 0; half < kExpandColumns && tile_column + half < p.width; half += 2 * kWarpColumns) {
     const int warp_column = half + warp_id() % 2 * kWarpColumns;
-    const int column = tile_column + warp_column + chunk_column<kProducts>();  // of the lane's first chunk
+    const int column = tile_column + warp_column + lane_id() % 4 * kChunk;  // of the lane's first chunk
     Word16 old[4][kChunks];
     if (p.y.vector) {
 #pragma unroll
@@ -154,10 +129,10 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
       if (half == 0 || segment.rank > p.rank_tile) {
         __syncthreads();
         const float* const gate = p.gate == nullptr ? nullptr : p.gate + segment.w_begin + rank;
-        stage<T, kExpandThreads>(w_tile, p.w, segment.w_begin + rank, tile_column, p.rank_tile, 7, left,
-                                 p.width - tile_column, gate);
-        stage<T, kExpandThreads, true>(h_tile, p.h, row, segment.h_begin + rank, kExpandRows, log_ranks, p.y.rows - row,
-                                       left, nullptr);
+        stage<T, kExpandThreads, Staging::kInterleaved>(w_tile, p.w, segment.w_begin + rank, tile_column, p.rank_tile,
+                                                        7, left, p.width - tile_column, gate);
+        stage<T, kExpandThreads, Staging::kCut>(h_tile, p.h, row, segment.h_begin + rank, kExpandRows, log_ranks,
+                                                p.y.rows - row, left, nullptr);
         __syncthreads();
       }
 #pragma unroll 1
@@ -183,27 +158,24 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
       const int m = lane_row(i);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        float v[kProducts][2];
-#pragma unroll
-        for (int j = 0; j < kProducts; ++j) {
-          v[j][0] = p.scale * acc[i / 2][c * kProducts + j][i % 2 * 2];
-          v[j][1] = p.scale * acc[i / 2][c * kProducts + j][i % 2 * 2 + 1];
-        }
-        gather_chunk<kProducts>(v);
-        const int n = column + c * 8 * kProducts;
+        const int n = column + c * 8 * kProducts, y_column = segment.col_begin + n;
         if (m >= p.y.rows || n >= p.width) continue;
-        std::uint32_t keep = 0xffu;
-        if (dropping) {
-          const int x_column = segment.col_begin + n;
-          keep = p.y.vector ? masks.bits(m - row, x_column) : kept_bits<kChunk>(p.dropout, m, x_column);
-        }
         T* const to = y + m * p.y.stride + n;
+        float v[kChunk];
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) v[e] = p.scale * acc[i / 2][c * kProducts + e / 2][i % 2 * 2 + e % 2];
         if (p.y.vector) {
-          store16(to, add_chunk<T>(old[i][c], &v[0][0], keep));
+          if (dropping) {
+            const std::uint32_t keep = masks.bits(m - row, y_column);
+#pragma unroll
+            for (int e = 0; e < kChunk; ++e) v[e] = (keep >> e & 1u) != 0 ? v[e] : 0.0f;
+          }
+          store16(to, add_chunk<T>(old[i][c], v));
         } else {
 #pragma unroll
           for (int e = 0; e < kChunk; ++e) {
-            if (n + e < p.width && (keep >> e & 1u) != 0) to[e] = narrow<T>(widen(to[e]) + v[e / 2][e % 2]);
+            if (n + e >= p.width || (dropping && !masks.kept(m - row, y_column + e))) continue;
+            to[e] = narrow<T>(widen(to[e]) + v[e]);
           }
         }
       }

@@ -10,15 +10,16 @@
 namespace ardlora::cuda {
 namespace {
 
-constexpr int kMinSteps = 4;  // of a share: less does not fill the pipeline
+constexpr int kMinSteps = 2;  // of a share
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 int fitting_rank_tile(std::int64_t rank) { return rank <= 16 ? 16 : (rank <= 32 ? 32 : kRankTile); }
 
-// One block for each multiprocessor moves data at full speed, and each further share costs workspace traffic.
+// Two blocks on each multiprocessor hide each other's waits. One block more than that would cost as much as a second
+// on all of them, and each further share costs workspace traffic.
 void set_shares(GemmPlan& plan, std::int64_t blocks, std::int64_t all_steps, int multiprocessors) {
-  const std::int64_t wanted = std::min(ceil_div(multiprocessors, blocks), ceil_div(all_steps, kMinSteps));
+  const std::int64_t wanted = std::min(2 * multiprocessors / blocks, ceil_div(all_steps, kMinSteps));
   plan.steps = static_cast<int>(ceil_div(all_steps, std::max<std::int64_t>(1, wanted)));
   plan.shares = static_cast<int>(ceil_div(all_steps, plan.steps));
 }

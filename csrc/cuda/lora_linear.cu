@@ -68,8 +68,7 @@ class Launches {
     float* const partial = take(plan.workspace());
     float* const out = static_cast<float*>(h.data);
     const float scale = w.scale * dropout.keep_scale;
-    const ShrinkParams params{table(),
-                              factor,
+    const ShrinkParams params{table(factor),
                               static_cast<int>(w.factor->width),
                               activations(x, *w.factor),
                               weight(w),
@@ -102,8 +101,7 @@ class Launches {
 
   void expand(const FactorView& w, int factor, const MatrixView& h, const MatrixView& y, const Dropout& dropout) {
     const GemmPlan plan = this->plan(Gemm::kExpand, w, h.cols, y, dropout);
-    const ExpandParams params{table(),
-                              factor,
+    const ExpandParams params{table(factor),
                               static_cast<int>(w.factor->width),
                               hidden(h, *w.factor),
                               weight(w),
@@ -189,8 +187,7 @@ class Launches {
   OuterParams outer_params(const GemmPlan& plan, const FactorView& grad, int factor, const MatrixView& h,
                            const MatrixView& x, const Dropout& dropout, float* partial) const {
     const bool divided = partial != nullptr;
-    return {table(),
-            factor,
+    return {table(factor),
             static_cast<int>(grad.factor->width),
             hidden(h, *grad.factor),
             activations(x, *grad.factor),
@@ -221,7 +218,7 @@ class Launches {
             0};
   }
 
-  const Word16* table() const { return static_cast<const Word16*>(call_.table); }
+  FactorTable table(int factor) const { return factor_table(call_.table, *p_.table, factor); }
 
   GemmPlan plan(Gemm kind, const FactorView& w, std::int64_t columns, const MatrixView& x, const Dropout& d) const {
     return plan_gemm(kind, *w.factor, columns, x.rows, x.dtype, d.active(), multiprocessors_);
@@ -257,7 +254,7 @@ int multiprocessors(int device) {
   return count;
 }
 #else
-int multiprocessors(int) { return 8; }
+int multiprocessors(int) { return simt::multiprocessors; }
 #endif
 
 std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType activations, int device) {

@@ -110,25 +110,8 @@ ARDLORA_DEVICE Fragments<T> chunks_first(const Tile<T>& t) {
   return {t, t.address(lane_id() % 8 + matrix / 2 * 8, matrix % 2 * Tile<T>::kChunk)};
 }
 
-ARDLORA_DEVICE float as_float(std::uint32_t bits) {
-#ifdef __CUDACC__
-  return __uint_as_float(bits);
-#else
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-#endif
-}
-
-ARDLORA_DEVICE std::uint32_t as_bits(float value) {
-#ifdef __CUDACC__
-  return __float_as_uint(value);
-#else
-  std::uint32_t out;
-  std::memcpy(&out, &value, sizeof out);
-  return out;
-#endif
-}
+ARDLORA_DEVICE float as_float(std::uint32_t bits) { return __uint_as_float(bits); }
+ARDLORA_DEVICE std::uint32_t as_bits(float value) { return __float_as_uint(value); }
 
 template <int kCount>
 ARDLORA_DEVICE void split_tf32(const std::uint32_t* v, std::uint32_t* high, std::uint32_t* low) {
@@ -175,10 +158,16 @@ ARDLORA_DEVICE void copy_async(const Tile<T>& tile, const Activations& x, int ro
     const int c = static_cast<int>(threadIdx.x) % kPerRow * Tile<T>::kChunk;
     const int r = static_cast<int>(threadIdx.x) / kPerRow;
     const T* from = data + (row + r) * x.stride + column + c;
-    const bool whole = row + kRows <= x.rows && column + kColumns <= end;
+    if (row + kRows <= x.rows && column + kColumns <= end) {
 #pragma unroll
+      for (int i = 0; i < kRows / kStride; ++i, from += kStride * x.stride) {
+        cp_async16(tile.address(r + i * kStride, c), from, 16);
+      }
+      return;
+    }
+#pragma unroll 1
     for (int i = 0; i < kRows / kStride; ++i, from += kStride * x.stride) {
-      const bool valid = whole || (column + c < end && row + r + i * kStride < x.rows);
+      const bool valid = column + c < end && row + r + i * kStride < x.rows;
       cp_async16(tile.address(r + i * kStride, c), valid ? from : data, valid ? 16 : 0);
     }
   } else {
@@ -199,11 +188,24 @@ struct Operand {
   bool vector;    // as in Activations
 };
 
+enum class Staging {
+  kPlain,
+  kCut,          // four floats may lie across `valid_columns`, as in an H with room for more ranks
+  kInterleaved,  // columns in the order of `interleaved`
+};
+
+// Where column c lies so that the two columns a lane has of each of kChunk / 2 neighbouring products are one chunk:
+// those of lane l of a group of four are [l * kChunk, (l + 1) * kChunk).
+template <typename T>
+ARDLORA_DEVICE int interleaved(int c) {
+  constexpr int kChunk = Tile<T>::kChunk;
+  return c / (4 * kChunk) * (4 * kChunk) + c % kChunk / 2 * 8 + c / kChunk % 4 * 2 + c % 2;
+}
+
 // Part of a tile on its way through registers: `fetch` issues the loads, `store` waits for them, converts, multiplies
 // row r with scale[r] (null: 1) and writes. What lies outside [valid_rows, valid_columns) becomes zero.
-// A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile. `kCut`: four
-// floats may lie across `valid_columns`, as in an H with room for more ranks.
-template <typename T, int kThreads, int kElements, bool kCut = false>
+// A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile.
+template <typename T, int kThreads, int kElements, Staging kStaging = Staging::kPlain>
 struct Staged {
   static constexpr int kChunk = Tile<T>::kChunk, kWords = kElements / 4;
   std::uint32_t raw[kElements];
@@ -218,25 +220,29 @@ struct Staged {
           column(static_cast<int>(threadIdx.x) * item & ((1 << log_columns) - 1)),
           rows((kThreads * item) >> log_columns) {}
   };
+  // `rows` of vectors: a multiple of 8, and so that the compiler sees it and computes swizzles once.
+  ARDLORA_DEVICE static int apart(int item, int log_columns) { return (kThreads * item / 8 >> log_columns) * 8; }
   ARDLORA_DEVICE static int item(const Operand& from) { return !from.vector ? 1 : (from.is_float ? 4 : kChunk); }
 
-  // Rows [first, first + span(log_columns)) of a tile of `rows` x 2^log_columns, at most kThreads columns.
+  // Rows [first, first + span(log_columns)) of a tile of `rows` x 2^log_columns, at most kThreads / 2 columns.
   ARDLORA_DEVICE static int span(int log_columns) { return (kThreads * kElements) >> log_columns; }
 
   ARDLORA_DEVICE void fetch(const Operand& from, std::int64_t row, std::int64_t column, int first, int rows,
                             int log_columns, int valid_rows, int valid_columns, const float* scale) {
     const Place at(item(from), log_columns);
     const int bytes = from.is_float ? 4 : static_cast<int>(sizeof(T));
-    const std::int64_t step = at.rows * from.stride * bytes;
     const auto* p = static_cast<const unsigned char*>(from.data) +
                     ((row + first + at.row) * from.stride + column + at.column) * bytes;
     rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
     const int end = at.column < valid_columns ? (valid_rows < rows ? valid_rows : rows) : 0;
     left = valid_columns - at.column;
     if (from.vector) {
+      const int between = apart(item(from), log_columns);
+      const std::int64_t step = between * from.stride * bytes;
 #pragma unroll
       for (int q = 0; q < kWords; ++q) {
-        const int r = first + at.row + q * at.rows;
+        if (kStaging != Staging::kCut && first + q * between >= rows) break;
+        const int r = first + at.row + q * between;
         Word16 word{};
         factor[q] = 1.0f;
         if (r < end) {
@@ -247,6 +253,7 @@ struct Staged {
         for (int e = 0; e < 4; ++e) raw[4 * q + e] = word.part[e];
       }
     } else {
+      const std::int64_t step = at.rows * from.stride * bytes;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         raw[e] = 0;
@@ -265,30 +272,31 @@ struct Staged {
     const Place at(item(from), log_columns);
     rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
     if (from.vector) {
-      if (kCut && left < 4) {
+      if (kStaging == Staging::kCut && left < 4) {
 #pragma unroll
         for (int e = 0; e < kElements; ++e) raw[e] = e % 4 < left ? raw[e] : 0u;
       }
+      const int between = apart(item(from), log_columns);
 #pragma unroll
       for (int q = 0; q < kWords; ++q) {
-        const int r = first + at.row + q * at.rows;
+        if (kStaging != Staging::kCut && first + q * between >= rows) break;
+        const int r = first + at.row + q * between;
         if (r >= rows) continue;
-        T* const to = tile.at(r, at.column);
         const std::uint32_t* const v = raw + 4 * q;
         const auto value = [&](int e) { return factor[q] * as_float(v[e]); };
         if constexpr (sizeof(T) == 4) {
-          store16(to, {{as_bits(value(0)), as_bits(value(1)), as_bits(value(2)), as_bits(value(3))}});
+          put<4>(tile, r, at.column, {{as_bits(value(0)), as_bits(value(1)), as_bits(value(2)), as_bits(value(3))}});
         } else if (from.is_float) {
-          store8(to, pack2<T>(value(0), value(1)), pack2<T>(value(2), value(3)));
+          put<2>(tile, r, at.column, {{pack2<T>(value(0), value(1)), pack2<T>(value(2), value(3))}});
         } else if (scale == nullptr) {
-          store16(to, {{v[0], v[1], v[2], v[3]}});
+          put<4>(tile, r, at.column, {{v[0], v[1], v[2], v[3]}});
         } else {
           Word16 out;
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             out.part[e] = pack2<T>(factor[q] * widen_low<T>(v[e]), factor[q] * widen_high<T>(v[e]));
           }
-          store16(to, out);
+          put<4>(tile, r, at.column, out);
         }
       }
     } else {
@@ -300,17 +308,42 @@ struct Staged {
         if constexpr (sizeof(T) == 2) {
           if (!from.is_float) v = widen_low<T>(raw[e]);
         }
-        *tile.at(r, at.column) = narrow<T>(scale != nullptr && r < valid_rows ? v * scale[r] : v);
+        const int c = kStaging == Staging::kInterleaved ? interleaved<T>(at.column) : at.column;
+        *tile.at(r, c) = narrow<T>(scale != nullptr && r < valid_rows ? v * scale[r] : v);
       }
+    }
+  }
+
+ private:
+  // Writes the first kCount words at (row, column).
+  template <int kCount>
+  ARDLORA_DEVICE static void put(const Tile<T>& tile, int row, int column, const Word16& words) {
+    const std::uint32_t* const w = words.part;
+    if constexpr (kStaging == Staging::kInterleaved) {
+      constexpr int kPerPair = sizeof(T) / 2, kPairs = kCount / kPerPair;
+      const int swap = column / Tile<T>::kPanel % 2;  // neighbouring panels lie on the same banks
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        T* const to = tile.at(row, interleaved<T>(column) + (i ^ swap) * 8);
+        if constexpr (kPerPair == 2) {
+          store8(to, swap ? w[2 * (i ^ 1)] : w[2 * i], swap ? w[2 * (i ^ 1) + 1] : w[2 * i + 1]);
+        } else {
+          *reinterpret_cast<std::uint32_t*>(to) = swap ? w[i ^ 1] : w[i];
+        }
+      }
+    } else if constexpr (kCount == 2) {
+      store8(tile.at(row, column), w[0], w[1]);
+    } else {
+      store16(tile.at(row, column), words);
     }
   }
 };
 
 // All of a tile at once.
-template <typename T, int kThreads, bool kCut = false>
+template <typename T, int kThreads, Staging kStaging = Staging::kPlain>
 ARDLORA_DEVICE void stage(const Tile<T>& tile, const Operand& from, std::int64_t row, std::int64_t column, int rows,
                           int log_columns, int valid_rows, int valid_columns, const float* scale) {
-  Staged<T, kThreads, 16, kCut> part;
+  Staged<T, kThreads, 16, kStaging> part;
 #pragma unroll 1
   for (int first = 0; first < rows; first += part.span(log_columns)) {
     part.fetch(from, row, column, first, rows, log_columns, valid_rows, valid_columns, scale);
@@ -321,7 +354,7 @@ ARDLORA_DEVICE void stage(const Tile<T>& tile, const Operand& from, std::int64_t
 // ---- small accesses to global memory
 
 template <typename Record>
-ARDLORA_DEVICE Record load_record(const Word16* at) {
+ARDLORA_DEVICE Record load_record(const Record* at) {
   static_assert(sizeof(Record) == sizeof(Word16));
   const Word16 word = load16(at);
   const auto part = [&](int i) { return static_cast<std::int32_t>(word.part[i]); };

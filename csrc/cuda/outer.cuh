@@ -15,8 +15,7 @@
 namespace ardlora::cuda {
 
 struct OuterParams {
-  const Word16* table;
-  int factor;
+  FactorTable table;
   int width;  // columns of a segment
   Operand h;
   Activations x;
@@ -78,10 +77,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   constexpr int kRows = outer_rows(sizeof(T));
   constexpr int kStageBytes = tile_bytes<T>(kRows, kOuterColumns);
   ARDLORA_SHARED(shared);
-  const FactorIndex index = load_record<FactorIndex>(p.table + p.factor);
-  const int segment_number = static_cast<int>(blockIdx.x) / p.column_tiles;
-  if (segment_number >= index.segments) return;
-  const DeviceSegment segment = load_record<DeviceSegment>(p.table + index.first_segment + segment_number);
+  const DeviceSegment segment = load_record(p.table.segments + blockIdx.x / static_cast<unsigned>(p.column_tiles));
   const int first_rank = static_cast<int>(blockIdx.y) * p.rank_tile;
   if (first_rank >= segment.rank) return;
   const int ranks = segment.rank - first_rank < p.rank_tile ? segment.rank - first_rank : p.rank_tile;
@@ -97,7 +93,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   };
 
   float acc[2][kMaxRanks / 8][4] = {};
-  Staged<T, kOuterThreads, kRows * kMaxRanks / kOuterThreads, true> staged;
+  Staged<T, kOuterThreads, kRows * kMaxRanks / kOuterThreads, Staging::kCut> staged;
   const auto copy_x = [&](int step) {
     if (step < end) {
       copy_async<T, kOuterThreads, kRows, kOuterColumns>(x_tile(step), p.x, step * kRows, x_column,
@@ -115,8 +111,12 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   const Tile<T> w{h_tile(0).data + 2 * tile_bytes<T>(kRows, p.rank_tile), kOnePassRanks};
   if constexpr (kShrinks) {
     const float* const gate = with->gate == nullptr ? nullptr : with->gate + segment.w_begin;
-    stage<T, kOuterThreads>(w, with->w, segment.w_begin, tile_column, kOnePassRanks, 7, ranks, p.width - tile_column,
-                            gate);
+#pragma unroll
+    for (int c = 0; c < kOuterColumns; c += Tile<T>::kPanel) {
+      const Tile<T> panel{w.data + tile_bytes<T>(kOnePassRanks, c), kOnePassRanks};
+      stage<T, kOuterThreads>(panel, with->w, segment.w_begin, tile_column + c, kOnePassRanks, 6, ranks,
+                              p.width - tile_column - c, gate);
+    }
   }
   if (begin < end) {
     fetch_h(begin);
@@ -130,7 +130,8 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
     if (step + 1 < end) fetch_h(step + 1);
     const Tile<T> tile = x_tile(step);
     if (!kShrinks && p.dropout.threshold > 0) {
-      drop<T, kOuterThreads, kOuterColumns>(tile, p.dropout, step * kRows, x_column, p.x.vector);
+      TileDropout<T, kOuterThreads, kRows, kOuterColumns> dropout;
+      dropout.apply(tile, p.dropout, step * kRows, x_column, p.x.vector);
       __syncthreads();
     }
     const Fragments<T> x = chunks_first(tile), h = rows_first(h_tile(step));
@@ -156,19 +157,20 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   }
   cp_async_wait<0>();
 
-  float* const out = p.out + blockIdx.z * p.share_stride;
+  const int first_row = segment.w_begin + first_rank + lane_id() % 4 * 2;  // of the lane, in dW
+  const int n = tile_column + warp_id() * 32 + lane_id() / 4;
+  float* to = p.out + blockIdx.z * p.share_stride + first_row * p.out_stride + n;
 #pragma unroll
-  for (int j = 0; j < kMaxRanks / 8; ++j) {
+  for (int j = 0; j < kMaxRanks / 8; ++j, to += 8 * p.out_stride) {
+    if (j * 8 >= ranks) break;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int r = j * 8 + lane_id() % 4 * 2 + e, w_row = segment.w_begin + first_rank + r;
-      if (r >= ranks) continue;
+      if (j * 8 + lane_id() % 4 * 2 + e >= ranks) continue;
       float scale = 1.0f;
-      if (!p.partial) scale = p.gate == nullptr ? p.scale : p.scale * p.gate[w_row];
+      if (!p.partial) scale = p.gate == nullptr ? p.scale : p.scale * p.gate[first_row + j * 8 + e];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int n = tile_column + warp_id() * 32 + i * 8 + lane_id() / 4;
-        if (n < p.width) out[w_row * p.out_stride + n] = scale * acc[i / 2][j][i % 2 * 2 + e];
+        if (n + i * 8 < p.width) to[e * p.out_stride + i * 8] = scale * acc[i / 2][j][i % 2 * 2 + e];
       }
     }
   }

@@ -1,6 +1,7 @@
 #include "cuda/segment_table.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 
@@ -33,27 +34,21 @@ std::vector<SegmentGroup> segment_groups(const Factor& factor) {
 }
 
 std::vector<std::int64_t> segment_table(const UnitTable& table) {
-  std::vector<std::int32_t> words(8);
-  const auto put = [&words](std::int32_t a, std::int32_t b, std::int32_t c, std::int32_t d) {
-    words.insert(words.end(), {a, b, c, d});
-  };
-  const Factor* factors[2] = {&table.a(), &table.b()};
-  for (int f = 0; f < 2; ++f) {
-    const Factor& factor = *factors[f];
-    narrow(factor.features);
-    narrow(factor.rows);
-    FactorIndex index{};
-    index.first_segment = static_cast<std::int32_t>(words.size() / 4);
-    for (const Segment& s : factor.segments) {
-      put(narrow(s.h_begin), narrow(s.rank), narrow(s.w_begin), narrow(s.col_begin));
+  const std::size_t units = table.ranks().size();
+  std::vector<std::int32_t> words(16 * units);
+  auto at = words.begin();
+  for (const Factor* factor : {&table.a(), &table.b()}) {
+    narrow(factor->features);
+    narrow(factor->rows);
+    auto group = at, segment = at + static_cast<std::ptrdiff_t>(4 * units);
+    for (const SegmentGroup& g : segment_groups(*factor)) {
+      group = std::ranges::copy(std::array{g.first_segment, g.segments, g.h_begin, g.rank}, group).out;
     }
-    index.segments = narrow(static_cast<std::int64_t>(factor.segments.size()));
-    index.first_group = index.first_segment + index.segments;
-    for (const SegmentGroup& g : segment_groups(factor)) {
-      put(index.first_segment + g.first_segment, g.segments, g.h_begin, g.rank);
-      ++index.groups;
+    for (const Segment& s : factor->segments) {
+      const std::array record{narrow(s.h_begin), narrow(s.rank), narrow(s.w_begin), narrow(s.col_begin)};
+      segment = std::ranges::copy(record, segment).out;
     }
-    std::memcpy(words.data() + 4 * f, &index, sizeof index);
+    at += static_cast<std::ptrdiff_t>(8 * units);
   }
   std::vector<std::int64_t> out(words.size() / 2);
   std::memcpy(out.data(), words.data(), words.size() * sizeof(std::int32_t));

@@ -13,8 +13,7 @@
 namespace ardlora::cuda {
 
 struct ShrinkParams {
-  const Word16* table;
-  int factor;
+  FactorTable table;
   int width;  // columns of a segment
   Activations x;
   Operand w;
@@ -32,20 +31,20 @@ struct ShrinkParams {
 
 // Walks the steps of a group: segment after segment, `kPanel` columns at a time.
 struct StepWalk {
-  const Word16* next_segment;
+  const DeviceSegment* next_segment;
   DeviceSegment segment;
   int column;  // in the segment
 
-  ARDLORA_DEVICE StepWalk(const Word16* segments, int step, int steps_per_segment, int columns)
+  ARDLORA_DEVICE StepWalk(const DeviceSegment* segments, int step, int steps_per_segment, int columns)
       : next_segment(segments + step / steps_per_segment + 1),
-        segment(load_record<DeviceSegment>(next_segment - 1)),
+        segment(load_record(next_segment - 1)),
         column(step % steps_per_segment * columns) {}
 
   ARDLORA_DEVICE void advance(int columns, int width, bool more) {
     column += columns;
     if (column < width || !more) return;
     column = 0;
-    segment = load_record<DeviceSegment>(next_segment++);
+    segment = load_record(next_segment++);
   }
 };
 
@@ -54,12 +53,10 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   constexpr int kColumns = Tile<T>::kPanel, kLogColumns = sizeof(T) == 2 ? 6 : 5;
   constexpr int kPairs = kRankTile / 16;
   ARDLORA_SHARED(shared);
-  const FactorIndex index = load_record<FactorIndex>(p.table + p.factor);
-  const int group_number = static_cast<int>(blockIdx.y) / p.rank_tiles;
-  if (group_number >= index.groups) return;
-  const SegmentGroup group = load_record<SegmentGroup>(p.table + index.first_group + group_number);
+  const SegmentGroup group = load_record(p.table.groups + blockIdx.y / static_cast<unsigned>(p.rank_tiles));
   const int first_rank = static_cast<int>(blockIdx.y) % p.rank_tiles * p.rank_tile;
   if (first_rank >= group.rank) return;
+  const DeviceSegment* const segments = p.table.segments + group.first_segment;
   const int ranks = group.rank - first_rank < p.rank_tile ? group.rank - first_rank : p.rank_tile;
   const int row = static_cast<int>(blockIdx.x) * kShrinkRows;
 
@@ -77,8 +74,9 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
 
   float acc[2][2 * kPairs][4] = {};
   if (begin < end) {
-    StepWalk x_walk(p.table + group.first_segment, begin, per_segment, kColumns), w_walk = x_walk;
+    StepWalk x_walk(segments, begin, per_segment, kColumns), w_walk = x_walk;
     Staged<T, kShrinkThreads, kRankTile * kColumns / kShrinkThreads> staged;
+    TileDropout<T, kShrinkThreads, kShrinkRows, kColumns> dropout;
 
     const auto copy_x = [&](int step) {
       if (step < end) {
@@ -111,8 +109,8 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
       if (step + 1 < end) fetch_w();
       const Tile<T> tile = x_tile(step);
       if (p.dropout.threshold > 0) {
-        const StepWalk walk(p.table + group.first_segment, step, per_segment, kColumns);
-        drop<T, kShrinkThreads, kColumns>(tile, p.dropout, row, walk.segment.col_begin + walk.column, p.x.vector);
+        const StepWalk walk(segments, step, per_segment, kColumns);
+        dropout.apply(tile, p.dropout, row, walk.segment.col_begin + walk.column, p.x.vector);
         __syncthreads();
       }
       const Fragments<T> x = rows_first(tile), w = chunks_first(w_tile(step));

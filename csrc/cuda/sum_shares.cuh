@@ -5,7 +5,7 @@
 
 namespace ardlora::cuda {
 
-inline constexpr int kSumThreads = 128;
+inline constexpr int kSumThreads = 32;  // small blocks reach all multiprocessors
 
 struct ShareSum {
   const float* partial;  // [shares, rows, stride], stride a multiple of 4
@@ -41,12 +41,22 @@ __global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumShares
   float sum[4] = {};
   if (row < s.rows) {
     const float* from = s.partial + row * s.stride + column;
-#pragma unroll 8
-    for (int share = 0; share < s.shares; ++share, from += s.rows * s.stride) {
-      if (left >= 4) {
-        const Word16 v = load16(from);
-        for (int e = 0; e < 4; ++e) sum[e] += as_float(v.part[e]);
-      } else {
+    if (left >= 4) {
+      constexpr int kAhead = 8;  // loads in flight
+      for (int share = 0; share < s.shares; share += kAhead) {
+        Word16 v[kAhead] = {};
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (share + i < s.shares) v[i] = load16(from + i * s.rows * s.stride);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          for (int e = 0; e < 4; ++e) sum[e] += as_float(v[i].part[e]);
+        }
+        from += kAhead * s.rows * s.stride;
+      }
+    } else {
+      for (int share = 0; share < s.shares; ++share, from += s.rows * s.stride) {
         for (int e = 0; e < 3; ++e) sum[e] += e < left ? from[e] : 0.0f;
       }
     }

@@ -27,6 +27,7 @@ struct Case {
   std::int64_t padding = 0;  // elements between rows
   std::int64_t shift = 0;    // elements before the first row
   std::int64_t slack = 0;    // rows of the factors past the live ones
+  int multiprocessors = 8;   // decide how sums are divided
   bool gates = false, dropout = false, dx = true, dgate = false, exact = true;
   bool spoiled = false;  // NaN in row 0 of x and dy: no other row may see it
 };
@@ -39,12 +40,11 @@ std::string describe(const Case& c) {
   std::snprintf(text, sizeof text,
                 "%s %s, ranks %s, %" PRId64 " rows %" PRId64 " to %" PRId64 ", %s with %s adapters, padding %" PRId64
                 ", shift %" PRId64 ", slack %" PRId64
-                ", gates %d, dropout %d, dx %d, dgate %d, exact %d, "
-                "spoiled %d",
+                ", multiprocessors %d, gates %d, dropout %d, dx %d, dgate %d, exact %d, spoiled %d",
                 kKinds[static_cast<int>(c.kind)], c.factoring == Factoring::kShared ? "shared" : "independent",
                 ranks.c_str(), c.shape.rows, c.shape.in_features, c.shape.out_features, dtype_name(c.activations),
-                dtype_name(c.adapters), c.padding, c.shift, c.slack, c.gates, c.dropout, c.dx, c.dgate, c.exact,
-                c.spoiled);
+                dtype_name(c.adapters), c.padding, c.shift, c.slack, c.multiprocessors, c.gates, c.dropout, c.dx,
+                c.dgate, c.exact, c.spoiled);
   return text;
 }
 
@@ -112,6 +112,7 @@ class Run {
   std::string name() const { return describe(c_); }
 
   void call() {
+    simt::multiprocessors = c_.multiprocessors;
     std::vector<std::int64_t> words = cuda::segment_table(table_);
     const std::int64_t bytes = cuda::lora_workspace(table_, c_.shape.rows, c_.activations, 0);
     std::vector<float> workspace(static_cast<std::size_t>(bytes / 4), std::nanf(""));
@@ -191,14 +192,16 @@ const Ranks kHeadRanks[] = {{0, 0, 0, 0}, {8, 8, 8, 8}, {3, 0, 8, 5}, {0, 37, 1,
 
 // Every option drawn from its list; `number` walks through types and ranks, so that each is met.
 Case draw(unsigned number, bool few) {
-  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 300}, features[] = {64, 72, 100, 136, 256};
+  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 300}, features[] = {64, 72, 100, 136, 264};
+  constexpr int multiprocessors[] = {1, 3, 8, 54};
   constexpr std::int64_t padding[] = {0, 0, 8, 3}, shift[] = {0, 0, 8, 1}, slack[] = {0, 1, 3, 4};
   Case c{};
+  c.multiprocessors = multiprocessors[number % 4];
   c.kind = static_cast<UnitKind>(number % 3);
   c.factoring = static_cast<Factoring>(number / 3 % 2);
   c.ranks = c.kind == UnitKind::kMatrix ? kMatrixRanks[number / 3 % std::size(kMatrixRanks)]
                                         : kHeadRanks[number / 3 % std::size(kHeadRanks)];
-  c.shape = few ? Shape{rows[number % 5], 72, number % 2 == 0 ? 100 : 136}
+  c.shape = few ? Shape{rows[number % 5], 264, number % 2 == 0 ? 100 : 136}
                 : Shape{pick(rows), pick(features), pick(features)};
   std::tie(c.activations, c.adapters) = kTypes[number % std::size(kTypes)];
   c.padding = pick(padding);

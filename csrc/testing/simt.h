@@ -27,6 +27,7 @@ struct dim3 {
 
 namespace simt {
 
+inline int multiprocessors = 8;  // that the device says it has
 inline constexpr unsigned kWarp = 32;
 inline constexpr unsigned kMaxWords = 6;  // that a lane shows to its warp in one instruction
 
