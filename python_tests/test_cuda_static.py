@@ -21,7 +21,7 @@ REGISTERS = {
     "outer_kernel": 168,
     "outer_kernel<float>": 192,
     "outer_shrink_kernel": 96,
-    "sum_shares_kernel": 56,
+    "sum_shares_kernel": 64,
     "gate_gradient_kernel": 40,
     "rank_resize_kernel": 40,
     "row_sums_kernel": 40,

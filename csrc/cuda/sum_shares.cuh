@@ -21,6 +21,13 @@ struct ShareSum {
   int first_block;
 };
 
+// Up to four neighbouring floats, of which `count` exist; 0 for the others.
+ARDLORA_DEVICE Word16 load_few(const float* from, int count) {
+  if (count >= 4) return load16(from);
+  const auto bits = [&](int e) { return e < count ? as_bits(from[e]) : 0u; };
+  return {{bits(0), bits(1), bits(2), 0u}};
+}
+
 struct SumSharesParams {
   ShareSum sum[2];
 };
@@ -41,23 +48,17 @@ __global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumShares
   float sum[4] = {};
   if (row < s.rows) {
     const float* from = s.partial + row * s.stride + column;
-    if (left >= 4) {
-      constexpr int kAhead = 8;  // loads in flight
-      for (int share = 0; share < s.shares; share += kAhead) {
-        Word16 v[kAhead] = {};
+    const std::int64_t share_stride = s.rows * s.stride;
+    constexpr int kAhead = 8;  // loads in flight
+    for (int share = 0; share < s.shares; share += kAhead, from += kAhead * share_stride) {
+      Word16 v[kAhead] = {};
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (share + i < s.shares) v[i] = load16(from + i * s.rows * s.stride);
-        }
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          for (int e = 0; e < 4; ++e) sum[e] += as_float(v[i].part[e]);
-        }
-        from += kAhead * s.rows * s.stride;
+      for (int i = 0; i < kAhead; ++i) {
+        if (share + i < s.shares) v[i] = load_few(from + i * share_stride, left);
       }
-    } else {
-      for (int share = 0; share < s.shares; ++share, from += s.rows * s.stride) {
-        for (int e = 0; e < 3; ++e) sum[e] += e < left ? from[e] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        for (int e = 0; e < 4; ++e) sum[e] += as_float(v[i].part[e]);
       }
     }
     const float scale = s.gate == nullptr ? s.scale : s.scale * s.gate[row];
