@@ -75,6 +75,17 @@ def orthogonal_rows(
     factors: NDArray[np.int64], fresh: Sequence[Sequence[int]], norms: Sequence[float], threads: int
 ) -> None: ...
 def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], threads: int) -> None: ...
+def secant_slopes(
+    dots: NDArray[np.float32],
+    live: NDArray[np.int64],
+    rho: NDArray[np.float64],
+    spectrum: NDArray[np.float64],
+    fisher: NDArray[np.float64],
+    ema: float,
+) -> NDArray[np.float64]: ...
+def unit_costs(
+    own: NDArray[np.float64], common: NDArray[np.float64], module_of: NDArray[np.int64], ranks: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]: ...
 def prox_step(
     alpha: NDArray[np.float64],
     grad: NDArray[np.float64],

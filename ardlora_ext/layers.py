@@ -79,7 +79,7 @@ class LoraLinear(nn.Module):
         undo_merge: what takes the update out of the base weight again while it is merged, else None.
     """
 
-    rank_changes: ClassVar[int] = 0  # of all layers, so that what was derived from ranks is known to be stale
+    changes: ClassVar[int] = 0  # of ranks and gate buffers of all layers: what was derived from them is stale
 
     lora_gate: torch.Tensor | None
     lora_E: nn.Parameter | None  # noqa: N815
@@ -121,12 +121,17 @@ class LoraLinear(nn.Module):
         trained = nn.Parameter(torch.zeros(self.gated.shape[0], 1)) if gate == "trained" else None
         self.register_parameter("lora_E", trained)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lora_gate":
+            LoraLinear.changes += 1
+        super().__setattr__(name, value)
+
     def set_ranks(self, ranks: Sequence[int]) -> None:
         """Record the live ranks; the caller has brought the buffers in line."""
         if self.ranks == list(ranks):
             return
         self.ranks = list(ranks)
-        LoraLinear.rank_changes += 1
+        LoraLinear.changes += 1
         self.rank_table.copy_(self.layout.encode(self.ranks))  # in place: compiled code holds on to it
 
     @property

@@ -131,6 +131,42 @@ def rank_resize(buffer: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
     return out
 
 
+def secant_slopes(
+    dots: Sequence[torch.Tensor], rho: torch.Tensor, spectrum: torch.Tensor, fisher: torch.Tensor, ema: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each unit's -sqrt(fisher * share of its boundary component) and its next Fisher information.
+
+    Args:
+        dots: <dL/dW_i, W_i> of the live components of each unit.
+        rho: [units] soft ranks; the boundary component is the floor, at most the last live one.
+        spectrum: [units, width] squared singular values.
+        fisher: [units] running means of the squared sums of dots.
+        ema: of them.
+    """
+    fisher = ema * fisher + (1.0 - ema) * torch.stack([d.sum() for d in dots]) ** 2
+    last = torch.tensor([min(len(d), spectrum.shape[1]) - 1 for d in dots])
+    boundary = spectrum.gather(1, torch.minimum(rho.long(), last)[:, None])[:, 0]
+    total = spectrum.sum(dim=1)
+    return -torch.sqrt(fisher * torch.where(total > 0, boundary / total, 0.0)), fisher
+
+
+def unit_costs(
+    own: torch.Tensor, common: torch.Tensor, module_of: torch.Tensor, ranks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the parameters at `ranks` [units] and the cost of each unit's next component.
+
+    A row that the units of a module share [modules] is there for the largest rank; (r_u / max r)^8 says who pays it.
+    """
+    each = [ranks[module_of == m] for m in range(len(common))]
+    largest = torch.stack([r.max() for r in each])
+    reach = [(r / r.max().clamp(min=1e-300)) ** 8 for r in each]
+    shares = [w / w.sum().clamp(min=1e-300) * c for w, c in zip(reach, common, strict=True)]
+    marginal = own.clone()
+    for m, share in enumerate(shares):
+        marginal[module_of == m] += share
+    return own @ ranks + common @ largest, marginal
+
+
 def prox_step(
     alpha: torch.Tensor,
     grad: torch.Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ def plan_targets(
         sizes = _features(module)
         assert sizes is not None
         layouts[name] = unit_layout(model, name, *sizes, config)
+    _check_head_dim(config, layouts)
     _check_budget(config, layouts)
     return chosen, layouts, saved
 
@@ -159,6 +160,21 @@ def parameter_range(layouts: dict[str, UnitLayout], max_rank: int) -> tuple[int,
     floor = sum(lay.parameters([1] * lay.units) for lay in layouts.values())
     full = sum(lay.parameters([min(max_rank, lay.max_rank)] * lay.units) for lay in layouts.values())
     return floor, full
+
+
+def _check_head_dim(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> None:
+    """Check that a head width given by hand cuts something: silence would mean whole matrices."""
+    if config.granularity != "head" or config.head_dim is None:
+        return
+    if isinstance(config.head_dim, Mapping):
+        for pattern in config.head_dim:
+            if not any(matches(name, [pattern]) for name in layouts):
+                raise ValueError(f"wrap: head_dim must match a layer, got '{pattern}'{_near(pattern, list(layouts))}")
+    elif all(layout.kind == "matrix" for layout in layouts.values()):
+        raise ValueError(
+            f"wrap: head_dim must match a layer, got {config.head_dim} and no layer with the name of an attention "
+            "projection; pass head_dim={name: width} or granularity='matrix'"
+        )
 
 
 def _check_budget(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> None:

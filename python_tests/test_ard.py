@@ -465,6 +465,33 @@ def test_a_budget_above_the_soft_ranks_is_spent() -> None:
     assert (gates[-1] == 1).all()
 
 
+MOVES: dict[str, Callable[[nn.Module], object]] = {
+    "to": lambda model: model.to(torch.float64).to(torch.float32),
+    "load": lambda model: model.load_state_dict(model.state_dict()),
+    "by hand": lambda model: [setattr(m, "lora_gate", m.lora_gate.clone()) for m in ard.adapters(model).values()],
+    "shared": lambda model: model.share_memory(),
+    "in place": lambda model: [m.lora_gate.share_memory_() for m in ard.adapters(model).values()],
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+def test_gates_are_written_where_their_buffers_are_now(move: Callable[[nn.Module], object]) -> None:
+    def gates(moved: bool) -> list[torch.Tensor]:
+        seen = []
+
+        def watch(step: int, controller: ArdController, model: nn.Module) -> None:
+            if step == 13 and moved:
+                move(model)
+            seen.append(gates_of(model).clone())
+
+        run(fast(update_interval=50, lr_alpha=0.02, warmup_ratio=0.0), 30, watch)
+        return seen
+
+    plain, other = gates(moved=False), gates(moved=True)
+    assert not torch.equal(plain[12], plain[18])
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
 def test_layer_granularity_ties_the_ranks_of_a_layer() -> None:
     seen = set()
 

@@ -179,10 +179,12 @@ def test_events_lead_there_and_back() -> None:
 @pytest.mark.parametrize("kind", ["ard, heads", "ard, matrices", "elalora, matrices"])
 def test_scaling_takes_decisions_and_changes_all_ranks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bed = scaling.Bed(kind, 80, 4)
-    assert bed.units == 80
+    assert bed.units == len(bed.controller.units) == 80
     assert bed.matrices == (2 if kind == "ard, heads" else 80)
     assert bed.controller.phase == "adapt"
-    bed.steps(1)
+    step, host, decision = bed.steps(1)
+    assert 0 < host < step
+    assert decision >= 0
     if kind.startswith("ard"):
         assert bed.controller.slope.spectrum is not None  # type: ignore[attr-defined]
     else:

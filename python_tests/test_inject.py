@@ -336,6 +336,12 @@ def _already_wrapped() -> nn.Module:
         (Attention, ard.ArdConfig(head_dim=5), "head_dim of 'q_proj' must divide its 32 output features, got 5; pass"),
         (Attention, ard.ArdConfig(head_dim={"down": ("in", 9)}), "'down' must divide its 64 input features, got 9"),
         (Attention, ard.ArdConfig(head_dim={"up": ("side", 8)}), "side of 'up' must be 'in' or 'out', got 'side'"),
+        (lambda: nn.Sequential(nn.Linear(8, 8)), ard.ArdConfig(head_dim=4), "head_dim must match a layer, got 4"),
+        (
+            Attention,
+            ard.ArdConfig(head_dim={"q_proj": 8, "upp": 8}),
+            "head_dim must match a layer, got 'upp'; near.*up",
+        ),
         (_meta, ard.LoraConfig(), r"parameters must be on the CPU.*, got 'q_proj' on meta"),
         (
             lambda: Attention().double(),
@@ -358,6 +364,8 @@ def _already_wrapped() -> nn.Module:
         "head_dim",
         "head_dim of input",
         "head_dim side",
+        "head_dim of no head",
+        "head_dim of no layer",
         "meta",
         "float64",
         "budget too small",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ardlora_ext.controllers.allocate import Costs, Floats, Ints
+from ardlora_ext.controllers.costs import Costs, Floats, Ints
 from ardlora_ext.controllers.knapsack import Menu, SharedMenu, spend, whole_ranks
 
 

@@ -258,6 +258,19 @@ def test_row_dots(isa: str, dtype: torch.dtype) -> None:
     assert ((torch.from_numpy(out).double() - expected).abs() <= 1e-6 * scale).all()
 
 
+def test_row_dots_do_not_depend_on_threads() -> None:
+    sizes = ((7001, 33), (0, 5), (3, 70_001), (1, 1), (2000, 130))  # the parts of threads end within rows and blocks
+    pairs = [(torch.randn(r, c), torch.randn(r, c)) for r, c in sizes]
+    blocks = np.array([(w.data_ptr(), g.data_ptr(), *w.shape) for w, g in pairs], dtype=np.int64)
+    alone = core.row_dots(blocks, DTYPE_CODES[torch.float32], 1)
+    expected = torch.cat([reference.row_dots(w.double(), g.double()) for w, g in pairs])
+    torch.testing.assert_close(torch.from_numpy(alone).double(), expected, rtol=0, atol=1e-2)
+    for threads in (2, 3, 7):
+        assert np.array_equal(core.row_dots(blocks, DTYPE_CODES[torch.float32], threads), alone)
+    with pytest.raises(ValueError, match="row_dots: blocks must have columns, got 3 x 0"):
+        core.row_dots(np.array([[0, 0, 3, 0]]), DTYPE_CODES[torch.float32], 1)
+
+
 def importance_blocks(dtypes: list[torch.dtype]) -> list[tuple[torch.Tensor, ...]]:
     """Weight, gradient, sensitivity and uncertainty of factors of odd sizes, one of them large enough for threads."""
     shapes = ((3, 70), (1, 1), (9, 33), (0, 5), (130, 1030))
@@ -321,6 +334,50 @@ def test_rank_resize_checks_everything_before_it_moves() -> None:
     with pytest.raises(ValueError, match="rank_resize: index must use each row once, got 1 twice"):
         core.rank_resize(moves, [[-1, -1], [1, 1]], 1)
     assert good.all()
+
+
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(live=st.lists(st.integers(1, 9), min_size=1, max_size=12), width=st.integers(1, 9), seed=st.integers(0, 99))
+def test_secant_slopes(live: list[int], width: int, seed: int) -> None:
+    units = len(live)
+    dots = [_random(seed + u, r).float() - 0.5 for u, r in enumerate(live)]
+    rho, spectrum, fisher = 10.0 * _random(seed, units), _random(seed + 1, units, width), _random(seed + 2, units)
+    spectrum[0] = 0.0  # a unit whose lora_B is still zero
+    ours = fisher.numpy().copy()
+    slopes = core.secant_slopes(torch.cat(dots).numpy(), np.array(live), rho.numpy(), spectrum.numpy(), ours, 0.95)
+    expected, mean = reference.secant_slopes([d.double() for d in dots], rho, spectrum, fisher, 0.95)
+    torch.testing.assert_close(torch.from_numpy(slopes), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.from_numpy(ours), mean, rtol=1e-12, atol=0)
+    assert slopes[0] == 0.0
+
+
+def test_secant_slopes_refuses_what_does_not_fit() -> None:
+    live, ones = np.array([2, 1]), np.ones(2)
+    with pytest.raises(ValueError, match="secant_slopes: dots must have 3 entries, got 2"):
+        core.secant_slopes(np.ones(2, np.float32), live, ones, np.ones((2, 2)), ones, 0.9)
+    with pytest.raises(ValueError, match="secant_slopes: live ranks must be >= 1, got 0"):
+        core.secant_slopes(np.ones(1, np.float32), np.array([1, 0]), ones, np.ones((2, 2)), ones, 0.9)
+    with pytest.raises(ValueError, match="secant_slopes: arrays must have 2 units each"):
+        core.secant_slopes(np.ones(3, np.float32), live, ones, np.ones((1, 2)), ones, 0.9)
+    with pytest.raises(ValueError, match="unit_costs: modules must be 0 to 1, got 2"):
+        core.unit_costs(ones, ones, np.array([0, 2]), ones)
+
+
+@settings(max_examples=60, deadline=None)
+@given(units=st.lists(st.integers(1, 5), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_unit_costs(units: list[int], seed: int) -> None:
+    module_of = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(units))
+    own, common = 100 * _random(seed, sum(units)), 1000 * _random(seed + 1, len(units))
+    ranks = 8.0 * _random(seed + 2, sum(units))
+    ranks[module_of == 0] = 0.0
+    parameters, marginal = core.unit_costs(own.numpy(), common.numpy(), module_of.numpy(), ranks.numpy())
+    expected, costs = reference.unit_costs(own, common, module_of, ranks)
+    assert parameters == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(torch.from_numpy(marginal), costs, rtol=1e-12, atol=0)
 
 
 @settings(max_examples=60, deadline=None)

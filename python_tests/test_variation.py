@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import lsq_linear
 
 import ardlora_ext as ard
-from ardlora_ext.controllers.allocate import Floats
+from ardlora_ext.controllers.costs import Floats
 from ardlora_ext.controllers.variation import Variation, alpha_step, solve_chain
 
 from conftest import Attention, trainable

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ardlora_ext.config import AdaConfig
-from ardlora_ext.controllers.allocate import Floats, Ints
+from ardlora_ext.controllers.costs import Floats, Ints
 from ardlora_ext.controllers.schedule import rank_budget
 from ardlora_ext.controllers.svd import SvdController
 from ardlora_ext.resize import RankUpdate, UnitUpdate

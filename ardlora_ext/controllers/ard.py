@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ardlora_ext._device import set_gates
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.controllers.allocate import Floats, Ints
 from ardlora_ext.controllers.base import Controller
+from ardlora_ext.controllers.costs import Floats, Ints
+from ardlora_ext.controllers.gates import Gates
 from ardlora_ext.controllers.knapsack import whole_ranks
-from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, gradients_of, kinds, row_dots
+from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots
 from ardlora_ext.controllers.variation import alpha_step
 from ardlora_ext.resize import RankUpdate, UnitUpdate
 from ardlora_ext.world import average
@@ -52,6 +52,8 @@ class ArdController(Controller[ArdConfig]):
         self.holdout = holdout
         units = self.units
         keys = [layer_key(units.names[m]) for m in units.module_of] if config.granularity == "layer" else None
+        self._alone = keys is None  # each unit is a group
+        self._unit_limit = units.limit.astype(np.float64)
         self.group: Ints = np.arange(len(units)) if keys is None else np.unique(keys, return_inverse=True)[1]
         groups = int(self.group.max()) + 1
         self.limit = np.zeros(groups)
@@ -59,7 +61,8 @@ class ArdController(Controller[ArdConfig]):
         self.alpha: Floats = np.minimum(np.ones(groups), self.limit / config.r0)
         self.grad_square = 0.0
         self.gain: Floats = np.zeros(groups)  # EMA of -dL/dalpha, normalised
-        self.slope = SlopeEstimator(units, config)
+        self.gates = Gates(units, config)
+        self.slope = SlopeEstimator(units, self.gates, config)
         self.previous = self.alpha
         self.chains = self._chains()
         self.lipschitz = 0.0
@@ -73,6 +76,8 @@ class ArdController(Controller[ArdConfig]):
         self._pending: Floats | None = None
         self.skip = False  # this step's gradients hold NaN or Inf
         self.unit_price: Floats = np.full(groups, self.price)
+        self._bounded_by: Ints | None = None  # live ranks that _bounds belong to
+        self._bounds = self.alpha, self.alpha
 
     def _chains(self) -> list[Ints]:
         """Return the groups that follow each other through the layers: same kind of matrix, same head."""
@@ -126,7 +131,14 @@ class ArdController(Controller[ArdConfig]):
         return self.config.r0 * self.alpha
 
     def _unit_rho(self) -> Floats:
-        return np.minimum(self.rho[self.group], self.units.limit)
+        rho = self.rho if self._alone else self.rho[self.group]
+        return np.minimum(rho, self._unit_limit)
+
+    def _by_group(self, values: Floats) -> Floats:
+        """Return the sums of [units] values over each group."""
+        if self._alone:
+            return values
+        return np.bincount(self.group, values, minlength=len(self.alpha)).astype(np.float64)
 
     def _rounded(self) -> Ints:
         return np.maximum(1, np.floor(self._unit_rho() + 0.5)).astype(np.int64)
@@ -135,22 +147,22 @@ class ArdController(Controller[ArdConfig]):
         self._pending, self.skip = None, False
         if self.phase not in ("warmup", "adapt"):
             return
-        gated, ungated = gradients_of(self.units.gated), gradients_of(self.units.ungated)
-        if not gated and self.holdout is None:
+        gated, ungated = ([p.grad for p in factors] for factors in (self.units.gated, self.units.ungated))
+        if self.holdout is None and all(g is None for g in gated):
             return
         dots, finite = row_dots(self.units, gated, ungated)
         if self.holdout is not None:
-            dots, also = row_dots(self.units, self._holdout_gradients(), {})
+            dots, also = row_dots(self.units, self._holdout_gradients())
             finite = finite and also
         if not finite:
             self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
             self.skip = True
             return
         slope = self.slope(dots, self._unit_rho(), self.step)
-        gradient: Floats = np.bincount(self.group, slope, minlength=len(self.alpha)).astype(np.float64)
+        gradient = self._by_group(slope)
         if self.config.normalize:
             correction = 1.0 - EMA ** (self.step + 1)
-            self.grad_square = EMA * self.grad_square + (1.0 - EMA) * float(np.mean(gradient**2))
+            self.grad_square = EMA * self.grad_square + (1.0 - EMA) * float(gradient @ gradient) / len(gradient)
             gradient = gradient / max(np.sqrt(self.grad_square / correction), 1e-30)
         else:
             gradient = gradient * self.config.r0
@@ -166,7 +178,7 @@ class ArdController(Controller[ArdConfig]):
         with torch.enable_grad():
             found = torch.autograd.grad(self.holdout(), self.units.gated, allow_unused=True, materialize_grads=True)
         average(found, self.processes)
-        return dict(enumerate(found))
+        return found
 
     # Decisions.
 
@@ -205,25 +217,23 @@ class ArdController(Controller[ArdConfig]):
             return
         cfg, units = self.config, self.units
         rho = self._unit_rho()
-        cost = np.bincount(self.group, units.costs.marginal(rho), minlength=len(self.alpha))
+        parameters, marginal = units.costs.at(rho)
+        cost = self._by_group(marginal)
         weight = cost / cost.mean() if cfg.cost_weighted else np.ones(len(cost))
         if cfg.slope == "secant":  # the slope is an amplitude, so is the cost it is weighed against
             weight = np.sqrt(weight)
         if self.budget is not None:
             # Augmented Lagrangian: the integral finds the price, the proportional part damps it critically.
-            excess = units.costs.parameters(rho) / self.budget - 1.0
+            excess = parameters / self.budget - 1.0
             self.dual = max(0.0, self.dual + cfg.lr_price * excess)
             self.price = max(0.0, self.dual + 2.0 * np.sqrt(cfg.lr_price / cfg.lr_alpha) * excess)
         self.unit_price = np.asarray(self.price * weight, dtype=np.float64)
-        live = np.full(len(self.alpha), np.inf)
-        np.minimum.at(live, self.group, np.where(units.live() < units.limit, units.live(), np.inf))
-        bounds = np.minimum(1.0, self.limit) / cfg.r0, np.minimum(self.limit, live) / cfg.r0
         moved = alpha_step(
             self.alpha,
             self.previous,
             self._pending,
             np.asarray(weight, dtype=np.float64),
-            bounds,
+            self._alpha_bounds(),
             cfg.lr_alpha,
             float(self.price),
             cfg.tv,
@@ -232,6 +242,17 @@ class ArdController(Controller[ArdConfig]):
             self.chains,
         )
         self.previous, self.alpha = self.alpha, moved
+
+    def _alpha_bounds(self) -> tuple[Floats, Floats]:
+        """Return the smallest and largest alpha of each group: up to the components that its units train now."""
+        live = self.units.live()
+        if live is not self._bounded_by:
+            highest = np.full(len(self.alpha), np.inf)
+            np.minimum.at(highest, self.group, np.where(live < self.units.limit, live, np.inf))
+            highest = np.minimum(self.limit, highest)
+            self._bounds = np.minimum(1.0, self.limit) / self.config.r0, highest / self.config.r0
+            self._bounded_by = live
+        return self._bounds
 
     def _allocate(self) -> RankUpdate | None:
         """Give each unit its boundary and look-ahead component; take back those whose gate is closed.
@@ -306,20 +327,13 @@ class ArdController(Controller[ArdConfig]):
                 self.apply(update)
 
     def _write_gates(self, rho: Floats, progress: float = 0.0) -> None:
-        units, live, rows = self.units, self.units.live(), self.units.module_rows()
-        gates = units.gates()
-        first = units.first_rows() - np.repeat(units.first_rows()[units.first[:-1]], units.counts)  # of the module
-        address = np.array([g.data_ptr() for g in gates], dtype=np.int64)
-        blocks = np.stack([address[units.module_of] + 4 * first, live], axis=1)
-        kind = ("ramp", "ste", "sigmoid", "scale").index(self.config.gate)
-        width = self.config.gate_width if self.config.gate == "sigmoid" else float(self.config.r0)
-        for _, device, modules in kinds(gates):
-            here = modules[units.module_of]
-            set_gates(blocks[here], rho[here], kind, self.config.gate_floor, width, device)
+        units, live = self.units, self.units.live()
+        self.gates.write(rho)
         if progress > 0.0 and self.target is not None:
             component = np.arange(live.sum()) - np.repeat(units.first_rows(), live)
             opened = torch.from_numpy((component < np.repeat(self.target, live)).astype(np.float32))
-            for gate, goal in zip(gates, torch.split(opened, rows.tolist()), strict=True):
+            goals = torch.split(opened, units.module_rows().tolist())
+            for gate, goal in zip(units.gates(), goals, strict=True):
                 gate[: len(goal)].lerp_(goal.to(gate.device), progress)
 
     # Records and state.

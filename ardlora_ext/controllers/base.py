@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -11,19 +11,30 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ardlora_ext.config import AdapterConfig, LoraConfig
-from ardlora_ext.controllers.allocate import Costs, Ints
+from ardlora_ext.controllers.costs import Costs, Ints
 from ardlora_ext.inject import adapters
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.resize import RankUpdate
 from ardlora_ext.world import Group
 
 Config = TypeVar("Config", bound=AdapterConfig)
+Chosen = Ints | slice  # indices, or a slice when it is all of them
+
+
+def kinds(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.device, Chosen]]:
+    """Return (dtype, device, which tensors) for each kind among them; there is almost always one, found fast."""
+    if not tensors:
+        return []
+    if len({t.dtype for t in tensors}) == 1 and len({t.get_device() for t in tensors}) == 1:
+        return [(tensors[0].dtype, tensors[0].device, slice(None))]
+    found = [(t.dtype, t.device) for t in tensors]
+    return [(*kind, np.flatnonzero([k == kind for k in found])) for kind in dict.fromkeys(found)]
 
 
 class Units:
     """All units of a model as flat arrays, in the model's order.
 
-    What follows from the ranks is kept until some layer's ranks change: a step without a decision walks no layer.
+    What follows from ranks and gate buffers is kept until one changes: a step without a decision walks no layer.
     """
 
     def __init__(self, layers: dict[str, LoraLinear]) -> None:
@@ -48,28 +59,32 @@ class Units:
         self.gated = [layer.gated for layer in self.layers]  # of each module, the factor that gates act on
         self.ungated = [g.lora_A if g.gated is g.lora_B else g.lora_B for g in self.layers]  # the other one
         gated_first = [w if lay.gate_on_a else w[::-1] for lay, w in zip(layouts, widths, strict=True)]
-        self.widths: Ints = np.array(gated_first, dtype=np.int64)  # [modules, 2]: of a row of the gated, the other factor
-        self._seen = -1  # rank changes
-        self._live: Ints = self.limit
-        self._first: Ints = self.limit
-        self._rows: Ints = self.widths
+        self.widths: Ints = np.array(
+            gated_first, dtype=np.int64
+        )  # [modules, 2]: of a row of the gated, the other factor
+        self._seen = -1  # changes of ranks and gates
+        self._live = self._first = self._offsets = self.limit
+        self._rows = self.widths
+        self._gates: list[torch.Tensor] = []
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def _refresh(self) -> None:
-        if self._seen == LoraLinear.rank_changes:
+        if self._seen == LoraLinear.changes:
             return
         self._live = np.array([r for layer in self.layers for r in layer.ranks], dtype=np.int64)
         self._first = np.cumsum(self._live) - self._live
+        self._offsets = self._first - np.repeat(self._first[self.first[:-1]], self.counts)
         rows = [(layer.layout.gate_on_a, layer.layout.rows(layer.ranks)) for layer in self.layers]
         self._rows = np.array([r if on_a else r[::-1] for on_a, r in rows], dtype=np.int64)
-        for array in (self._live, self._first, self._rows):
+        self._gates = [gate for layer in self.layers if (gate := layer.lora_gate) is not None]
+        for array in (self._live, self._first, self._offsets, self._rows):
             array.flags.writeable = False
-        self._seen = LoraLinear.rank_changes
+        self._seen = LoraLinear.changes
 
     def live(self) -> Ints:
-        """Return the live rank of each unit."""
+        """Return the live rank of each unit: the same array until a rank changes."""
         self._refresh()
         return self._live
 
@@ -77,6 +92,11 @@ class Units:
         """Return the number of each unit's first component, counted through all gated factors."""
         self._refresh()
         return self._first
+
+    def offsets(self) -> Ints:
+        """Return the number of each unit's first component within its module's gated factor."""
+        self._refresh()
+        return self._offsets
 
     def rows(self) -> Ints:
         """Return the live rows [modules, 2] of each module's gated factor, and of its other one."""
@@ -89,7 +109,12 @@ class Units:
 
     def gates(self) -> list[torch.Tensor]:
         """Return the gates of each module; only where a controller sets them."""
-        return [layer._buffers["lora_gate"] for layer in self.layers]  # type: ignore[misc]
+        self._refresh()
+        return self._gates
+
+    def of_modules(self, modules: Chosen) -> Chosen:
+        """Return which units belong to these modules."""
+        return modules if isinstance(modules, slice) else np.flatnonzero(np.isin(self.module_of, modules))
 
     def by_module(self, values: Ints) -> dict[str, list[int]]:
         """Split [units] values into lists by module name."""

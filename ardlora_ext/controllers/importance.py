@@ -15,7 +15,7 @@ import torch
 
 from ardlora_ext import _device
 from ardlora_ext._native import DTYPE_CODES
-from ardlora_ext.controllers.allocate import Floats
+from ardlora_ext.controllers.costs import Floats
 from ardlora_ext.layers import LoraLinear
 
 _FACTORS = ("lora_E", "lora_A", "lora_B")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import SvdConfig
-from ardlora_ext.controllers.allocate import Ints
 from ardlora_ext.controllers.base import Controller
+from ardlora_ext.controllers.costs import Ints
 from ardlora_ext.controllers.importance import Importance
 from ardlora_ext.controllers.orthogonality import penalty_gradient, share
 from ardlora_ext.controllers.schedule import Phases

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from ardlora_ext._native import core
-from ardlora_ext.controllers.allocate import Floats, Ints
+from ardlora_ext.controllers.costs import Floats, Ints
 
 Variation = Literal["temporal_sq", "temporal_abs", "layer_sq", "layer_abs", "none"]
 

@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <numeric>
+#include <utility>
+
 #include "ardlora/importance.h"
 #include "ardlora/lora_linear.h"
 #include "ardlora/orthogonal_rows.h"
@@ -20,6 +23,7 @@ using namespace ardlora;
 namespace {
 
 using DoubleArray = py::array_t<double, py::array::c_style>;
+using FloatArray = py::array_t<float, py::array::c_style>;
 
 FactorView factor(const UnitTable& table, bool is_a, const MatrixView& weight, std::uintptr_t row_scale, float scale) {
   return {is_a ? &table.a() : &table.b(), weight, floats(row_scale), scale};
@@ -178,6 +182,34 @@ void bind_controller_passes(py::module_& m) {
         orthogonal_rows(factors, threads);
       },
       py::arg("factors"), py::arg("fresh"), py::arg("norms"), py::arg("threads"));
+  m.def(
+      "secant_slopes",
+      [](const FloatArray& dots, const IndexArray& live, const DoubleArray& rho, const DoubleArray& spectrum,
+         DoubleArray fisher, double ema) {
+        const py::ssize_t n = live.size();
+        ARDLORA_CHECK(rho.size() == n && fisher.size() == n && spectrum.ndim() == 2 && spectrum.shape(0) == n,
+                      "secant_slopes: arrays must have ", n, " units each");
+        const std::int64_t rows = std::accumulate(live.data(), live.data() + n, std::int64_t{0});
+        ARDLORA_CHECK(dots.size() == rows, "secant_slopes: dots must have ", rows, " entries, got ", dots.size());
+        py::array_t<double> slopes(n);
+        secant_slopes(
+            {n, dots.data(), live.data(), rho.data(), spectrum.data(), spectrum.shape(1), ema, fisher.mutable_data()},
+            slopes.mutable_data());
+        return slopes;
+      },
+      py::arg("dots"), py::arg("live"), py::arg("rho"), py::arg("spectrum"), py::arg("fisher").noconvert(),
+      py::arg("ema"));
+  m.def(
+      "unit_costs",
+      [](const DoubleArray& own, const DoubleArray& common, const IndexArray& module_of, const DoubleArray& ranks) {
+        const py::ssize_t n = own.size();
+        ARDLORA_CHECK(module_of.size() == n && ranks.size() == n, "unit_costs: arrays must have ", n, " units each");
+        py::array_t<double> marginal(n);
+        const double parameters = unit_costs(
+            {n, own.data(), module_of.data(), ranks.data(), common.size(), common.data()}, marginal.mutable_data());
+        return std::pair(parameters, std::move(marginal));
+      },
+      py::arg("own"), py::arg("common"), py::arg("module_of"), py::arg("ranks"));
   m.def(
       "prox_step",
       [](DoubleArray alpha, const DoubleArray& grad, const DoubleArray& weight, const DoubleArray& lo,

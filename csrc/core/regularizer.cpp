@@ -1,6 +1,8 @@
 #include "ardlora/regularizer.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "ardlora/check.h"
 #include "core/regularizer_formulas.h"
@@ -20,6 +22,49 @@ double damped_step(const ProxParams& p) {
 }  // namespace
 
 void check_gates(const GateParams& p) { ARDLORA_CHECK(p.width > 0.0, "set_gates: width must be > 0, got ", p.width); }
+
+void secant_slopes(const SecantParams& p, double* slopes) {
+  ARDLORA_CHECK(p.width >= 1, "secant_slopes: spectrum must have columns, got ", p.width);
+  for (std::int64_t u = 0; u < p.units; ++u) {
+    ARDLORA_CHECK(p.live[u] >= 1, "secant_slopes: live ranks must be >= 1, got ", p.live[u]);
+  }
+  const float* dots = p.dots;
+  for (std::int64_t u = 0; u < p.units; ++u) {
+    const double* energy = p.spectrum + u * p.width;
+    const std::int64_t boundary = std::min({static_cast<std::int64_t>(p.rho[u]), p.live[u] - 1, p.width - 1});
+    double dot = 0.0, total = 0.0;
+    for (std::int64_t i = 0; i < p.live[u]; ++i) dot += static_cast<double>(dots[i]);
+    for (std::int64_t i = 0; i < p.width; ++i) total += energy[i];
+    p.fisher[u] = p.ema * p.fisher[u] + (1.0 - p.ema) * dot * dot;
+    slopes[u] = total > 0.0 ? -std::sqrt(p.fisher[u] * energy[boundary] / total) : 0.0;
+    dots += p.live[u];
+  }
+}
+
+double unit_costs(const CostParams& p, double* marginal) {
+  std::vector<double> largest(static_cast<std::size_t>(p.modules)), reaching(static_cast<std::size_t>(p.modules));
+  double parameters = 0.0;
+  for (std::int64_t u = 0; u < p.units; ++u) {
+    ARDLORA_CHECK(p.module_of[u] >= 0 && p.module_of[u] < p.modules, "unit_costs: modules must be 0 to ", p.modules - 1,
+                  ", got ", p.module_of[u]);
+    double& most = largest[static_cast<std::size_t>(p.module_of[u])];
+    most = std::max(most, p.ranks[u]);
+    parameters += p.own[u] * p.ranks[u];
+  }
+  for (std::int64_t u = 0; u < p.units; ++u) {
+    const auto m = static_cast<std::size_t>(p.module_of[u]);
+    const double square = largest[m] > 0.0 ? std::pow(p.ranks[u] / largest[m], 2) : 0.0;
+    marginal[u] = square * square * square * square;
+    reaching[m] += marginal[u];
+  }
+  for (std::int64_t u = 0; u < p.units; ++u) {
+    const auto m = static_cast<std::size_t>(p.module_of[u]);
+    const double part = reaching[m] > 0.0 ? marginal[u] / reaching[m] : 0.0;
+    marginal[u] = p.own[u] + p.common[m] * part;
+  }
+  for (std::size_t m = 0; m < largest.size(); ++m) parameters += p.common[m] * largest[m];
+  return parameters;
+}
 
 void prox_step(const ProxParams& p) {
   const double step = damped_step(p);
