@@ -51,18 +51,20 @@ double unit_costs(const CostParams& p, double* marginal) {
     most = std::max(most, p.ranks[u]);
     parameters += p.own[u] * p.ranks[u];
   }
+  for (std::size_t m = 0; m < largest.size(); ++m) {
+    parameters += p.common[m] * largest[m];
+    largest[m] = largest[m] > 0.0 ? 1.0 / largest[m] : 0.0;
+  }
   for (std::int64_t u = 0; u < p.units; ++u) {
     const auto m = static_cast<std::size_t>(p.module_of[u]);
-    const double square = largest[m] > 0.0 ? std::pow(p.ranks[u] / largest[m], 2) : 0.0;
-    marginal[u] = square * square * square * square;
+    const double share = p.ranks[u] * largest[m], square = share * share, fourth = square * square;
+    marginal[u] = fourth * fourth;
     reaching[m] += marginal[u];
   }
+  for (std::size_t m = 0; m < reaching.size(); ++m) reaching[m] = reaching[m] > 0.0 ? p.common[m] / reaching[m] : 0.0;
   for (std::int64_t u = 0; u < p.units; ++u) {
-    const auto m = static_cast<std::size_t>(p.module_of[u]);
-    const double part = reaching[m] > 0.0 ? marginal[u] / reaching[m] : 0.0;
-    marginal[u] = p.own[u] + p.common[m] * part;
+    marginal[u] = p.own[u] + marginal[u] * reaching[static_cast<std::size_t>(p.module_of[u])];
   }
-  for (std::size_t m = 0; m < largest.size(); ++m) parameters += p.common[m] * largest[m];
   return parameters;
 }
 
@@ -81,9 +83,11 @@ double gate_value(const GateParams& p, double rho, std::int64_t j) { return gate
 void set_gates(const std::vector<GateBlock>& blocks, const double* rho, const GateParams& p) {
   check_gates(p);
   for (std::size_t u = 0; u < blocks.size(); ++u) {
-    for (std::int64_t j = 0; j < blocks[u].count; ++j) {
-      blocks[u].gate[j] = static_cast<float>(gate_value(p, rho[u], j));
-    }
+    const GateBlock& b = blocks[u];
+    // A ramp is 1 up to its last two components: most gates need no formula.
+    const std::int64_t open = p.kind == GateKind::kRamp ? std::min(b.count, static_cast<std::int64_t>(rho[u])) : 0;
+    std::fill(b.gate, b.gate + open, 1.0f);
+    for (std::int64_t j = open; j < b.count; ++j) b.gate[j] = static_cast<float>(gate_formula(p, rho[u], j));
   }
 }
 
