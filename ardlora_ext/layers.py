@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ardlora_ext import ops, reference, world
+from ardlora_ext import ops, reference, spectra, world
 from ardlora_ext._native import core
 from ardlora_ext.packing import Readers
 from ardlora_ext.units import UnitLayout, native_table
@@ -289,31 +289,9 @@ class LoraLinear(nn.Module):
         factors = self.lora_A.float(), self.lora_B.float()
         return reference.lora_delta(self.layout, self.ranks, *factors, self.gate, self.scaling)
 
-    @torch.no_grad()
     def singular_values(self) -> torch.Tensor:
-        """Return the singular values of each unit's update, [units, largest rank] float64, descending, 0-padded.
-
-        From the rank-sized Gram matrices of the factors: the update itself is never formed.
-        """
-        ranks, widest = torch.tensor(self.ranks), max(self.ranks)
-        live = torch.arange(widest) < ranks[:, None]  # [units, widest]
-        if widest == 0:
-            return live.double()
-        own = ((ranks.cumsum(0) - ranks)[:, None] + torch.arange(widest)).clamp(max=len(self.gated) - 1)
-        weight = self.scaling * (live.double() if self.gate is None else live * self.gate.detach().double().cpu()[own])
-
-        def gram(factor: torch.Tensor, shared: bool) -> torch.Tensor:
-            """Return <row i, row j> of each unit [units, widest, widest], or [1, ...] of a factor they share."""
-            rows = (factor[None, :widest] if shared else factor[own.to(factor.device)]).double()
-            return (rows @ rows.mT).cpu()
-
-        # sigma^2 are the eigenvalues of A A^T B B^T, symmetric as C^T (gated) C with C C^T the other factor's.
-        other = self.lora_A if self.gated is self.lora_B else self.lora_B
-        values, vectors = torch.linalg.eigh(gram(other, self.layout.shared))
-        root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
-        gated = gram(self.gated, shared=False) * weight[:, :, None] * weight[:, None, :]
-        squares: torch.Tensor = torch.linalg.eigvalsh(root.mT @ gated @ root)
-        return squares.clamp(min=0.0).sqrt().flip(-1) * live
+        """Return the singular values of each unit's update, [units, largest rank] float64, descending, 0-padded."""
+        return spectra.singular_values([self])
 
     @torch.no_grad()
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from ardlora_ext.controllers.base import Controller
 from ardlora_ext.controllers.costs import Floats, Ints
 from ardlora_ext.controllers.gates import Gates
 from ardlora_ext.controllers.knapsack import whole_ranks
+from ardlora_ext.controllers.order import component_orders
 from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots
 from ardlora_ext.controllers.variation import alpha_step
 from ardlora_ext.resize import RankUpdate, UnitUpdate
@@ -150,10 +151,11 @@ class ArdController(Controller[ArdConfig]):
         gated, ungated = ([p.grad for p in factors] for factors in (self.units.gated, self.units.ungated))
         if self.holdout is None and all(g is None for g in gated):
             return
-        dots, finite = row_dots(self.units, gated, ungated)
+        dots, others = row_dots(self.units, gated, ungated)
+        finite = np.isfinite(dots).all() and np.isfinite(others).all()
         if self.holdout is not None:
-            dots, also = row_dots(self.units, self._holdout_gradients())
-            finite = finite and also
+            dots, _ = row_dots(self.units, self._holdout_gradients())
+            finite = finite and np.isfinite(dots).all()
         if not finite:
             self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
             self.skip = True
@@ -268,32 +270,14 @@ class ArdController(Controller[ArdConfig]):
         return self._resize_to(ranks, reorder=self.config.reorder and self.config.gate == "ramp")
 
     def _resize_to(self, ranks: Ints, reorder: bool = False) -> RankUpdate | None:
-        modules = {}
+        modules, orders = {}, component_orders(self.units, self._unit_rho()) if reorder else {}
         now, then = self.units.by_module(self.units.live()), self.units.by_module(ranks)
         for m, name in enumerate(self.units.names):
-            order = self._order(m) if reorder else list(range(max(now[name])))
-            if now[name] != then[name] or order != sorted(order):
+            if now[name] != then[name] or m in orders:
+                order = orders.get(m, list(range(max(now[name]))))
                 pairs = zip(now[name], then[name], strict=True)
                 modules[name] = tuple(UnitUpdate(tuple(order[: min(a, b)]), max(b - a, 0)) for a, b in pairs)
         return RankUpdate(modules, seed=self.config.seed + self.step) if modules else None
-
-    @torch.no_grad()
-    def _order(self, module: int) -> list[int]:
-        """Return the components of a module, the fully open ones by falling ||a_j|| ||b_j||, the others in place.
-
-        Units with factors of their own are only reordered when the matrix is one unit.
-        """
-        layer = self.units.layers[module]
-        live = max(layer.ranks)
-        if layer.layout.units > 1 and not layer.layout.shared:
-            return list(range(live))
-        mine = self._unit_rho()[self.units.first[module] : self.units.first[module + 1]]
-        still = min(int(np.floor(mine.min())), *layer.ranks, live)  # open in every unit
-        own = layer.gated.norm(dim=1)
-        common = (layer.lora_A if layer.gated is layer.lora_B else layer.lora_B).norm(dim=1)
-        begins = torch.tensor(layer.table.unit_begin[:-1], device=own.device)
-        useful = own[begins[:, None] + torch.arange(still, device=own.device)].sum(dim=0) * common[:still]
-        return [*torch.argsort(useful, descending=True, stable=True).tolist(), *range(still, live)]
 
     def _decide(self, limit: Ints) -> None:
         """Fix the final ranks; gates then slide there."""

@@ -14,6 +14,7 @@ from ardlora_ext.config import ArdConfig
 from ardlora_ext.controllers.base import Units, kinds
 from ardlora_ext.controllers.costs import Floats
 from ardlora_ext.controllers.gates import Gates
+from ardlora_ext.spectra import singular_values
 
 EMA = 0.95  # of Fisher information, of the slope's scale, and of the gains shown in records
 
@@ -21,13 +22,13 @@ Gradients = Sequence[torch.Tensor | None]  # of one factor of each module
 Dots = NDArray[np.float32]
 
 
-def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[Dots, bool]:
-    """Return <dW_i, W_i> of every live row of the gated factors, and whether all gradients are finite.
+def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[Dots, Dots]:
+    """Return <dW_i, W_i> of every live row of the gated factors, and <dW_i, dW_i> of the others, in one native call.
 
     Args:
         units: of the model.
         gated: gradients of the gated factors; without one, dots are 0.
-        ungated: of the others, only looked at, in the same native call: as the dot with themselves.
+        ungated: of the others; what is finite here has finite gradients.
     """
     rows, given = units.rows(), [*gated, *ungated]
     grads = [g.contiguous() for g in given if g is not None]
@@ -39,19 +40,15 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
     blocks[:count, 0] = [units.gated[m].data_ptr() for m in module[:count].tolist()]
     blocks[count:, 0] = blocks[count:, 1]
     blocks[:, 2], blocks[:, 3] = rows[module, factor], units.widths[module, factor]
-    out: Dots = np.zeros(rows[:, 0].sum(), dtype=np.float32)
-    finite = True
+    sizes = rows.T.ravel()
+    out: Dots = np.zeros(sizes.sum(), dtype=np.float32)
     for dtype, device, chosen in kinds(grads):
-        dots = _device.row_dots(blocks[chosen], dtype, device)
-        finite = finite and bool(np.isfinite(dots).all())
-        mine = module[chosen][factor[chosen] == 0]
-        if len(mine) == len(rows):  # as good as always
-            out = dots[: len(out)]
-            continue
-        here = np.zeros(len(rows), dtype=bool)
-        here[mine] = True
-        out[np.repeat(here, rows[:, 0])] = dots[: rows[here, 0].sum()]
-    return out, finite
+        dots, here = _device.row_dots(blocks[chosen], dtype, device), index[chosen]
+        if len(here) == len(sizes):  # as good as always
+            out = dots
+        else:
+            out[np.repeat(np.isin(np.arange(len(sizes)), here), sizes)] = dots
+    return out[: rows[:, 0].sum()], out[rows[:, 0].sum() :]
 
 
 class SlopeEstimator:
@@ -93,8 +90,5 @@ class SlopeEstimator:
         holds the share sigma_j^2 / sum sigma^2 of it.
         """
         if self.spectrum is None or step % self.config.update_interval == 0:
-            widest = int(self.units.live().max())
-            values = [layer.singular_values().numpy() ** 2 for layer in self.units.layers]
-            padded = [np.pad(v, ((0, 0), (0, widest - v.shape[1]))) for v in values]
-            self.spectrum = np.asarray(np.concatenate(padded), dtype=np.float64)
+            self.spectrum = singular_values(self.units.layers).square().numpy()
         return core.secant_slopes(dots, self.units.live(), rho, self.spectrum, self.fisher, EMA)
