@@ -20,7 +20,7 @@ from ardlora_ext.data import InputError
 from ardlora_ext.inject import adapters
 
 STEP_KEYS = {
-    "model", "dtype", "impl", "overhead", "median_ms", "p10_ms", "p90_ms", "tokens_per_s", "peak_mb",
+    "model", "dtype", "impl", "overhead", "median_ms", "p10_ms", "p90_ms", "tokens_per_s", "control_ms", "peak_mb",
 }  # fmt: skip
 
 

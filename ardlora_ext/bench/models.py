@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 
 from ardlora_ext.attach import attach
 from ardlora_ext.config import AdapterConfig, ArdConfig, ElaConfig, LoraConfig
+from ardlora_ext.controllers.base import Controller
 from ardlora_ext.inject import wrap
 
 Batch = dict[str, torch.Tensor]
@@ -122,12 +124,14 @@ class Runner:
 
     Attributes:
         allocate: what the method does about ranks after backward, or None.
+        control: seconds of `allocate` in each step.
     """
 
     name: str
     model: nn.Module
     batch: Batch
     allocate: Callable[[], object] | None
+    control: list[float] = field(default_factory=list)
 
     def forward(self) -> torch.Tensor:
         """Return the loss."""
@@ -138,7 +142,9 @@ class Runner:
         """Run forward and backward, and what the method does about ranks."""
         self.forward().backward()  # type: ignore[no-untyped-call]
         if self.allocate is not None:
+            began = time.perf_counter()
             self.allocate()
+            self.control.append(time.perf_counter() - began)
         self.model.zero_grad(set_to_none=True)
 
 
@@ -155,12 +161,21 @@ def make_runner(name: str, base: nn.Module, batch: Batch, r: int) -> Runner:
     return Runner(name, model, batch, _allocation(name, model))
 
 
+def _decide(controller: Controller[Any]) -> None:
+    """Do what the hooks of `attach` do in an optimizer step, without its arithmetic."""
+    controller.observe()
+    update = controller.propose()
+    if update is not None and controller.apply is not None:
+        controller.apply(update)
+
+
 def _allocation(name: str, model: nn.Module) -> Callable[[], object] | None:
     if name in ("ours-ard", "ours-ela"):
-        # The controller follows an optimizer; one of rate 0 costs little and changes nothing.
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        attach(model, optimizer, total_steps=STEPS).step = STEPS // 2
-        return optimizer.step
+        controller = attach(
+            model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), total_steps=STEPS
+        )
+        controller.step = STEPS // 2
+        return lambda: _decide(controller)
     if name == "peft-adalora":
         allocator: Any = model.base_model
         return lambda: allocator.update_and_allocate(STEPS // 2)
