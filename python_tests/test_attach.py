@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -239,6 +240,8 @@ def test_a_gradient_that_is_no_number_skips_the_decision(value: float, factor: s
     optimizer = SGD(trainable(model), lr=0.5)
     controller = ard.attach(model, optimizer, total_steps=STEPS)
     assert isinstance(controller, ArdController)
+    layer = ard.adapters(model)["o_proj"]
+    read = at == 21 or getattr(layer, factor) is layer.gated  # the other factor says nothing about alpha
     # Our user's own guard comes after the controller has looked, so training can go on.
     optimizer.register_step_pre_hook(
         lambda opt, *_: [p.grad.nan_to_num_(0, 0, 0) for g in opt.param_groups for p in g["params"]] and None
@@ -249,15 +252,17 @@ def test_a_gradient_that_is_no_number_skips_the_decision(value: float, factor: s
         value_t.backward()
         before = controller.ranks(), controller.alpha.tolist(), [g.ranks for g in ard.adapters(model).values()]
         if t == at:
-            getattr(ard.adapters(model)["o_proj"], factor).grad[0, 0] = value
+            getattr(layer, factor).grad[0, 0] = value
         optimizer.step()
         optimizer.zero_grad()
         losses.append(value_t.item())
         if t == at:
             after = controller.ranks(), controller.alpha.tolist(), [g.ranks for g in ard.adapters(model).values()]
-            assert after == before
-    skips = [r for r in controller.records if r["event"] == "skip"]
-    assert [(r["step"], r["reason"]) for r in skips] == [(at, "gradients hold NaN or Inf, ranks stay")]
+            assert np.isfinite(controller.alpha).all()
+            assert after[2] == before[2]
+            assert not read or after == before
+    skips = [(r["step"], r["reason"]) for r in controller.records if r["event"] == "skip"]
+    assert skips == ([(at, "gradients hold NaN or Inf, ranks stay")] if read else [])
     assert controller.phase == "frozen"
     assert max(r["step"] for r in controller.records) > at
     assert sum(losses[-10:]) < sum(losses[:10])

@@ -120,6 +120,10 @@ class ArdController(Controller[ArdConfig]):
         warm = self._at(self.config.warmup_ratio) if known else _OPEN_END_WARMUP * self.config.update_interval
         return "warmup" if self.step < warm else "adapt"
 
+    def _due(self) -> bool:
+        """Tell whether ranks may change after this step."""
+        return (self.step + 1) % self.config.update_interval == 0
+
     def _must_harden(self) -> bool:
         left = self._at(self.config.freeze_ratio) + self._at(self.config.harden_ratio)
         return self.total_steps is not None and self.step >= self.total_steps - left
@@ -148,7 +152,9 @@ class ArdController(Controller[ArdConfig]):
         self._pending, self.skip = None, False
         if self.phase not in ("warmup", "adapt"):
             return
-        gated, ungated = ([p.grad for p in factors] for factors in (self.units.gated, self.units.ungated))
+        gated = [p.grad for p in self.units.gated]
+        # Alpha follows the gated factors alone; a decision is not made on a step that is broken elsewhere either.
+        ungated = [p.grad for p in self.units.ungated] if self._due() else ()
         if self.holdout is None and all(g is None for g in gated):
             return
         dots, others = row_dots(self.units, gated, ungated)
@@ -188,12 +194,12 @@ class ArdController(Controller[ArdConfig]):
         return self._allocate() if self.target is None and self.step == 0 else None  # a resumed run has its ranks
 
     def propose(self) -> RankUpdate | None:
-        phase = self.phase
+        phase, due = self.phase, self._due()
         self.step += 1
         update = None
         if phase == "adapt" and not self.skip:
             self._move_alpha()
-            if self.step % self.config.update_interval == 0:
+            if due:
                 self._record_ranks()
                 update = self._allocate()
         if self.target is None and self._must_harden():
