@@ -28,7 +28,7 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
     Args:
         units: of the model.
         gated: gradients of the gated factors; without one, dots are 0.
-        ungated: of the others; what is finite here has finite gradients.
+        ungated: of the others, or none: what is finite here has finite gradients.
     """
     rows, given = units.rows(), [*gated, *ungated]
     grads = [g.contiguous() for g in given if g is not None]
@@ -40,7 +40,7 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
     blocks[:count, 0] = [units.gated[m].data_ptr() for m in module[:count].tolist()]
     blocks[count:, 0] = blocks[count:, 1]
     blocks[:, 2], blocks[:, 3] = rows[module, factor], units.widths[module, factor]
-    sizes = rows.T.ravel()
+    sizes = rows.T.ravel()[: len(given)]
     out: Dots = np.zeros(sizes.sum(), dtype=np.float32)
     for dtype, device, chosen in kinds(grads):
         dots, here = _device.row_dots(blocks[chosen], dtype, device), index[chosen]
