@@ -80,7 +80,7 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
 
 
 def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
-    out = torch.zeros(rank, rows.shape[1])
+    out = rows.new_zeros(rank, rows.shape[1])
     out[: rows.shape[0]] = rows
     return out
 

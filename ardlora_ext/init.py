@@ -34,8 +34,9 @@ class _Sketch:
         self.block = block
         self.sizes = n, k
         self.left = True
-        self.basis = torch.randn(n, min(2 * block.rank + _OVERSAMPLING, n, k), generator=generator)
-        self.sum = torch.zeros(k, self.basis.shape[1])
+        drawn = torch.randn(n, min(2 * block.rank + _OVERSAMPLING, n, k), generator=generator)
+        self.basis = drawn.to(layer.lora_A.device)
+        self.sum = self.basis.new_zeros(k, self.basis.shape[1])
 
     def add(self, x: torch.Tensor, dy: torch.Tensor) -> None:
         """Take x [M, K] and dy [M, N] of one backward pass in; G is the sum of dy^T x."""
@@ -46,7 +47,7 @@ class _Sketch:
         """Go on to the next pass."""
         self.basis = torch.linalg.qr(self.sum).Q
         self.left = not self.left
-        self.sum = torch.zeros(self.sizes[1 if self.left else 0], self.basis.shape[1])
+        self.sum = self.basis.new_zeros(self.sizes[1 if self.left else 0], self.basis.shape[1])
 
     def directions(self) -> torch.Tensor:
         """Return the top right-singular vectors of G, [rank, k], after the last pass."""

@@ -79,7 +79,7 @@ class LoraLinear(nn.Module):
         undo_merge: what takes the update out of the base weight again while it is merged, else None.
     """
 
-    changes: ClassVar[int] = 0  # of ranks and gate buffers of all layers: what was derived from them is stale
+    changes: ClassVar[int] = 0  # of ranks, gate buffers and devices of all layers: what was derived is stale
 
     lora_gate: torch.Tensor | None
     lora_E: nn.Parameter | None  # noqa: N815
@@ -152,7 +152,7 @@ class LoraLinear(nn.Module):
         return native_table(self.rank_table)
 
     def _gates(self, value: float) -> torch.Tensor:
-        gates = torch.zeros(len(self.gated))
+        gates = torch.zeros(len(self.gated), device=self.gated.device)
         gates[: sum(self.ranks)] = value
         return gates
 
@@ -165,6 +165,7 @@ class LoraLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> LoraLinear:
         """Follow `.to(...)`, but keep gates in float32, the type the kernels read, bit for bit."""
         gate = None if self.gate is None else self.gate.detach()
+        LoraLinear.changes += 1
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if gate is not None and self.lora_E is None:
             self.lora_gate = gate.to(self.lora_A.device)
@@ -346,7 +347,7 @@ def fold(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return plain LoRA factors (A [hidden, in_features], B [out_features, hidden]) in float32 of units at `ranks`."""
     hidden = layout.table(ranks).hidden
-    a, b = torch.zeros(hidden, layout.in_features), torch.zeros(hidden, layout.out_features)
+    a, b = (lora_A.new_zeros(hidden, n, dtype=torch.float32) for n in (layout.in_features, layout.out_features))
     own = 0
     for (a_rows, b_rows, in_cols, out_cols), r in zip(reference.unit_slices(layout, ranks), ranks, strict=True):
         h = slice(0, r) if layout.shared else slice(own, own + r)

@@ -83,7 +83,7 @@ def _fill(rows: torch.Tensor, kept: int, init: NewRows, generator: torch.Generat
     """Give the rows [r, width] of one unit past the `kept` ones values; return what is to be made orthogonal."""
     width = rows.shape[1]
     for i in range(kept, len(rows)):
-        row = torch.randn(width, generator=generator)
+        row = torch.randn(width, generator=generator).to(rows.device)
         rows[i] = (projected_row(row, rows[:i].float()) if init == "projected" else row).to(rows.dtype)
     if init == "projected":
         return []

@@ -270,7 +270,7 @@ def test_other_optimizers_are_refused(spoil: Callable[[Run], None], message: str
     [
         (config(r0=3), "load_state: config must be the saved one, with r0=2, got 3"),
         (ard.LoraConfig(), "config must be the saved one"),
-        (config(target_modules=["up"]), "config must be the saved one, with target_modules='all-linear'"),
+        (config(target_modules=["q_proj"]), "config must be the saved one, with target_modules='all-linear'"),
     ],
 )
 def test_other_configs_are_refused(of: ard.AdapterConfig, message: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import ardlora_ext as ard
 from ardlora_ext import reference, start
 from ardlora_ext.controllers.ela import candidates, exchange, with_ties
-from ardlora_ext.controllers.orthogonality import penalty, penalty_gradient, share
+from ardlora_ext.controllers.orthogonality import Rows, add_penalty_gradients, penalty, penalty_gradient, share
 from ardlora_ext.controllers.schedule import Phases, exchange_count
 from ardlora_ext.optim import pin_lr
 from ardlora_ext.resize import apply
@@ -69,6 +69,32 @@ def test_closed_form_gradient_equals_autograd(form: Any) -> None:
         (expected,) = torch.autograd.grad(penalty(rows, form), rows)
         torch.testing.assert_close(penalty_gradient(rows.detach(), form), expected, rtol=1e-12, atol=1e-12)
     assert penalty_gradient(torch.eye(3), form).abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["squared", "norm"])
+def test_penalty_gradients_of_all_units(form: Any, dtype: torch.dtype, isa: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(r: int, width: int) -> torch.Tensor:
+        return (torch.randn(r, width, generator=generator) / width**0.5).to(dtype)
+
+    sizes = [(5, 33), (0, 8), (1, 1), (16, 200), (3, 64), (70, 75)]
+    factors = [rows(r + 2, width) for r, width in sizes]
+    grads = [rows(*f.shape) for f in factors]
+    grads[4] = rows(64, 5).T  # not contiguous: torch does it
+    before = [g.double() for g in grads]
+    units = [Rows(f, g, 1, 1 + r, 0.1 + r) for (r, _), f, g in zip(sizes, factors, grads, strict=True)]
+    units += [Rows(factors[3], grads[3], 17, 18, 2.0)]  # two units of one factor
+    add_penalty_gradients(units, form)
+    expected, roundings = [g.clone() for g in before], [g.abs() for g in before]
+    for unit, k in zip(units, (0, 1, 2, 3, 4, 5, 3), strict=True):
+        part, m = slice(unit.begin, unit.end), factors[k][unit.begin : unit.end].double()
+        expected[k][part] += unit.strength * penalty_gradient(m, form)
+        norm = 1.0 if form == "squared" else penalty(m, form).clamp(min=0.1)
+        roundings[k][part] += unit.strength * 4.0 / norm * ((m.abs() @ m.abs().T + 1.0) @ m.abs())
+    for grad, e, size in zip(grads, expected, roundings, strict=True):
+        assert ((grad.double() - e).abs() <= torch.finfo(dtype).eps * e.abs() + 1e-6 * size).all()
 
 
 def test_both_forms_start_equally_strong() -> None:

@@ -92,7 +92,7 @@ class AdaController(SvdController[AdaConfig]):
         ends = np.cumsum([sum(layer.ranks) for layer in self.units.layers])
         for layer, kept in zip(self.units.layers, np.split(self.kept, ends[:-1]), strict=True):
             if layer.lora_E is not None:
-                layer.lora_E[: len(kept), 0].masked_fill_(torch.from_numpy(~kept), 0.0)
+                layer.lora_E[: len(kept), 0].masked_fill_(torch.from_numpy(~kept).to(layer.lora_E.device), 0.0)
 
     def _remove(self) -> RankUpdate | None:
         """Take out what is masked."""

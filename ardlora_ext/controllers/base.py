@@ -31,6 +31,13 @@ def kinds(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.devi
     return [(*kind, np.flatnonzero([k == kind for k in found])) for kind in dict.fromkeys(found)]
 
 
+def present(gradients: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], Ints]:
+    """Return the gradients that there are, contiguous, and which ones they are."""
+    found = [g.contiguous() for g in gradients if g is not None]
+    everything = len(found) == len(gradients)
+    return found, np.arange(len(found)) if everything else np.flatnonzero([g is not None for g in gradients])
+
+
 class Units:
     """All units of a model as flat arrays, in the model's order.
 

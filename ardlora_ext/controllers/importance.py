@@ -15,7 +15,8 @@ import torch
 
 from ardlora_ext import _device
 from ardlora_ext._native import DTYPE_CODES
-from ardlora_ext.controllers.costs import Floats
+from ardlora_ext.controllers.base import kinds, present
+from ardlora_ext.controllers.costs import Floats, Ints
 from ardlora_ext.layers import LoraLinear
 
 _FACTORS = ("lora_E", "lora_A", "lora_B")
@@ -29,7 +30,7 @@ def component_scores(sensitivity: Tensors, uncertainty: Tensors) -> torch.Tensor
 
 
 def _pack(tensor: torch.Tensor) -> str:
-    return base64.b64encode(tensor.numpy().astype("<f4").tobytes()).decode()
+    return base64.b64encode(tensor.cpu().numpy().astype("<f4").tobytes()).decode()
 
 
 def _unpack(text: str, shape: Sequence[int]) -> torch.Tensor:
@@ -54,11 +55,24 @@ class Importance:
         self.sensitivity = [self._zeros(layer) for layer in self.layers]
         self.uncertainty = [self._zeros(layer) for layer in self.layers]
         self.released: Tensors | None = None  # scores of each module
+        self._parameters = [layer.factors[factor] for layer in self.layers for factor in _FACTORS]
+        self._blocks: Ints = np.zeros((0, 7), dtype=np.int64)  # for `_device.importance`, but for what steps bring
+        self._seen = -1  # changes of layers that the blocks belong to
 
     @staticmethod
     def _zeros(layer: LoraLinear) -> Tensors:
-        rows = sum(layer.ranks)
-        return [torch.zeros(rows, layer.factors[factor].shape[1]) for factor in _FACTORS]
+        rows, factors = sum(layer.ranks), layer.factors
+        return [torch.zeros(rows, factors[f].shape[1], device=factors[f].device) for f in _FACTORS]
+
+    def _find(self) -> None:
+        """Note where the averages are, after they have followed their layers."""
+        self._blocks = np.zeros((len(self._parameters), 7), dtype=np.int64)
+        for column, averages in enumerate((self.sensitivity, self.uncertainty), start=2):
+            for layer, module in zip(self.layers, averages, strict=True):
+                module[:] = [t.to(layer.lora_A.device) for t in module]
+            self._blocks[:, column] = [t.data_ptr() for module in averages for t in module]
+            self._blocks[:, 4:6] = [tuple(t.shape) for module in averages for t in module]
+        self._seen = LoraLinear.changes
 
     @torch.no_grad()
     def update(self) -> bool:
@@ -67,22 +81,18 @@ class Importance:
         Returns:
             False if a gradient is not finite: nothing has changed then.
         """
-        jobs: dict[torch.device, list[tuple[int, ...]]] = {}
-        held = Tensors()  # contiguous copies of gradients, where one was needed
-        for m, layer in enumerate(self.layers):
-            rows, factors = sum(layer.ranks), layer.factors
-            for factor, *averages in zip(_FACTORS, self.sensitivity[m], self.uncertainty[m], strict=True):
-                parameter = factors[factor]
-                if not rows or parameter.grad is None:
-                    continue
-                grad = parameter.grad.contiguous()  # live rows come first
-                held.append(grad)
-                job = *(t.data_ptr() for t in (parameter, grad, *averages)), rows, grad.shape[1]
-                jobs.setdefault(grad.device, []).append((*job, DTYPE_CODES[grad.dtype]))
-        return all(
-            _device.importance(np.array(blocks, dtype=np.int64), self.beta1, self.beta2, device)
-            for device, blocks in jobs.items()
-        )
+        if self._seen != LoraLinear.changes:
+            self._find()
+        grads, index = present([p.grad for p in self._parameters])
+        blocks = self._blocks[index]
+        blocks[:, 0] = [self._parameters[i].data_ptr() for i in index.tolist()]
+        blocks[:, 1] = [g.data_ptr() for g in grads]
+        for dtype, device, chosen in kinds(grads):
+            some = blocks[chosen]
+            some[:, 6] = DTYPE_CODES[dtype]
+            if not _device.importance(some, self.beta1, self.beta2, device):
+                return False
+        return True
 
     def module_scores(self) -> Tensors:
         """Return S [components] of each module; the last known after `release`."""
@@ -92,7 +102,7 @@ class Importance:
 
     def scores(self) -> Floats:
         """Return S of every component, module after module [components]."""
-        result: Floats = torch.cat(self.module_scores()).double().numpy()
+        result: Floats = torch.cat([scores.cpu() for scores in self.module_scores()]).double().numpy()
         return result
 
     def move(self, module: int, plan: Sequence[int]) -> None:
@@ -101,6 +111,7 @@ class Importance:
         if self.released is not None:
             self.released[module] = _follow(self.released[module], source)
             return
+        self._seen = -1
         for averages in (self.sensitivity[module], self.uncertainty[module]):
             averages[:] = [_follow(old, source) for old in averages]
 
@@ -134,3 +145,4 @@ class Importance:
                 raise ValueError(f"state: {name} must have the shapes of the model's adapters at their present ranks")
             loaded = [[_unpack(t, s) for t, s in zip(*pair, strict=True)] for pair in zip(stored, shapes, strict=True)]
             setattr(self, name, loaded)
+        self._seen = -1

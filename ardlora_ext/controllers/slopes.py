@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ardlora_ext import _device
 from ardlora_ext._native import core
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.controllers.base import Units, kinds
+from ardlora_ext.controllers.base import Units, kinds, present
 from ardlora_ext.controllers.costs import Floats
 from ardlora_ext.controllers.gates import Gates
 from ardlora_ext.spectra import singular_values
@@ -30,9 +30,8 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
         gated: gradients of the gated factors; without one, dots are 0.
         ungated: of the others, or none: what is finite here has finite gradients.
     """
-    rows, given = units.rows(), [*gated, *ungated]
-    grads = [g.contiguous() for g in given if g is not None]
-    index = np.arange(len(given)) if len(grads) == len(given) else np.flatnonzero([g is not None for g in given])
+    rows = units.rows()
+    grads, index = present([*gated, *ungated])
     factor, module = np.divmod(index, len(rows))
     count = int(np.searchsorted(factor, 1))  # of gated ones
     blocks = np.empty((len(grads), 4), dtype=np.int64)  # addresses of weight and gradient, rows, columns
@@ -40,7 +39,7 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
     blocks[:count, 0] = [units.gated[m].data_ptr() for m in module[:count].tolist()]
     blocks[count:, 0] = blocks[count:, 1]
     blocks[:, 2], blocks[:, 3] = rows[module, factor], units.widths[module, factor]
-    sizes = rows.T.ravel()[: len(given)]
+    sizes = rows.T.ravel()[: len(gated) + len(ungated)]
     out: Dots = np.zeros(sizes.sum(), dtype=np.float32)
     for dtype, device, chosen in kinds(grads):
         dots, here = _device.row_dots(blocks[chosen], dtype, device), index[chosen]

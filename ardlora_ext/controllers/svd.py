@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import nn
 
 from ardlora_ext.config import SvdConfig
 from ardlora_ext.controllers.base import Controller
 from ardlora_ext.controllers.costs import Ints
 from ardlora_ext.controllers.importance import Importance
-from ardlora_ext.controllers.orthogonality import penalty_gradient, share
+from ardlora_ext.controllers.orthogonality import Rows, add_penalty_gradients, share
 from ardlora_ext.controllers.schedule import Phases
 from ardlora_ext.resize import UnitUpdate, row_plans
 
@@ -69,26 +68,19 @@ class SvdController(Controller[Config]):
             self._score()
         every = self.config.orth_interval
         if self.config.orth_reg_weight > 0.0 and self.step % every == 0:
-            self._add_orthogonality(self.config.orth_reg_weight * every)
+            add_penalty_gradients(self._factor_rows(self.config.orth_reg_weight * every), self.config.orth_form)
 
-    @torch.no_grad()
-    def _add_orthogonality(self, weight: float) -> None:
-        """Add the gradient of the regulariser to the factors of every layer in train mode."""
-        form, rank = self.config.orth_form, self.config.initial_rank
-        equal: dict[tuple[int, int, torch.dtype, torch.device], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    def _factor_rows(self, weight: float) -> Iterator[Rows]:
+        """Yield the rows of every unit's factors that have gradients, of layers in train mode."""
+        form, rank, units = self.config.orth_form, self.config.initial_rank, len(self.units)
         for layer in self.units.layers:
+            if not layer.training:
+                continue
             begins = layer.table.unit_begin
             for factor in (layer.lora_A, layer.lora_B):
-                if not layer.training or factor.grad is None:
-                    continue
-                for begin, end in pairwise(begins):
-                    key = end - begin, factor.shape[1], factor.dtype, factor.device
-                    equal.setdefault(key, []).append((factor[begin:end], factor.grad[begin:end]))
-        for (r, width, dtype, _), units in equal.items():  # all of one shape in one product
-            if r:
-                gradient = penalty_gradient(torch.stack([rows for rows, _ in units]).float(), form).to(dtype)
-                strength = weight * share(rank, width, len(self.units), form)
-                torch._foreach_add_([grad for _, grad in units], gradient.unbind(), alpha=strength)
+                if (grad := factor.grad) is not None:
+                    strength = weight * share(rank, factor.shape[1], units, form)
+                    yield from (Rows(factor, grad, begin, end, strength) for begin, end in pairwise(begins))
 
     def _score(self) -> None:
         """Take this step's gradients into the scores; gradients with NaN or Inf are left out, with one record."""

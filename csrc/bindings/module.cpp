@@ -12,6 +12,7 @@
 #include "ardlora/orthogonal_rows.h"
 #include "ardlora/rank_resize.h"
 #include "ardlora/regularizer.h"
+#include "ardlora/soft_orthogonality.h"
 #include "bindings/bench.h"
 #include "bindings/cuda.h"
 #include "bindings/matrix_arg.h"
@@ -157,6 +158,23 @@ void bind_controller_passes(py::module_& m) {
         return update_importance(blocks, beta1, beta2, threads);
       },
       py::arg("blocks"), py::arg("beta1"), py::arg("beta2"), py::arg("threads"));
+  m.def(
+      "soft_orthogonality",
+      [](const IndexArray& table, const DoubleArray& strength, bool norm, int threads) {
+        // [n, 5]: addresses of rows and gradient, rows, columns, dtype code
+        ARDLORA_CHECK(table.ndim() == 2 && table.shape(1) == 5 && strength.size() == table.shape(0),
+                      "soft_orthogonality: blocks must be [", strength.size(), ", 5]");
+        const auto r = table.unchecked<2>();
+        std::vector<OrthogonalityBlock> blocks;
+        for (py::ssize_t i = 0; i < r.shape(0); ++i) {
+          blocks.push_back({reinterpret_cast<const void*>(r(i, 0)), reinterpret_cast<void*>(r(i, 1)), r(i, 2), r(i, 3),
+                            dtype_from_code(static_cast<int>(r(i, 4)), "soft_orthogonality")});
+        }
+        const double* strengths = strength.data();
+        py::gil_scoped_release release;
+        add_soft_orthogonality(blocks, strengths, norm, threads);
+      },
+      py::arg("blocks"), py::arg("strength"), py::arg("norm"), py::arg("threads"));
   m.def(
       "rank_resize",
       [](const IndexArray& moves, const std::vector<std::vector<std::int64_t>>& plans, int threads) {

@@ -102,6 +102,8 @@ using KeepBitsFn = void (*)(const Dropout&, std::int64_t m_begin, std::int64_t m
 using FiniteFn = float (*)(const void* weight, const void* grad, std::int64_t n);
 using ImportanceFn = void (*)(const void* weight, const void* grad, float* sensitivity, float* uncertainty,
                               std::int64_t n, double beta1, double beta2);
+using CombinationFn = void (*)(const float* coefficients, const void* rows, std::int64_t count, std::int64_t n,
+                               void* out);
 using RowDotFn = float (*)(const void* a, const void* b, std::int64_t n);
 
 // The roofline's loops: kPeakChains independent multiply-adds of whole vectors per step; passes over memory.
@@ -131,7 +133,8 @@ struct KernelTable {
   ActivationKernels activation[kDTypeCount];
   KeepBitsFn keep_bits;
   RowDotFn row_dot[kDTypeCount][kDTypeCount];  // [a][b]: of one type, or b float
-  FiniteFn importance_finite[kDTypeCount];     // 0, or NaN where an entry of weight * grad is not finite
+  CombinationFn add_combination[kDTypeCount];
+  FiniteFn importance_finite[kDTypeCount];  // 0, or NaN where an entry of weight * grad is not finite
   ImportanceFn importance_update[kDTypeCount];
   PeakLoopFn fma_loop;
   PeakLoopFn pair_loop;  // of bf16 pairs; null where the instruction set has none

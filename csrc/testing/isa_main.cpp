@@ -1,15 +1,17 @@
 // Every instruction set that this processor runs against the scalar kernels: LoRA linear forward and backward with and
-// without dropout (whose masks must be the same bits), importance and row dots. Meant for processors that the Python
-// tests do not reach, under an emulator.
+// without dropout (whose masks must be the same bits), importance, row dots and soft orthogonality. Meant for
+// processors that the Python tests do not reach, under an emulator.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "ardlora/importance.h"
 #include "ardlora/lora_linear.h"
+#include "ardlora/soft_orthogonality.h"
 #include "cpu/kernel_table.h"
 
 using namespace ardlora;
@@ -123,13 +125,17 @@ void check_passes(const std::vector<std::string>& isas, int number) {
     update_importance({{weight.view.data, grad.view.data, first, first + rows * cols, rows * cols, type}}, 0.85, 0.9,
                       1);
     row_dots({{weight.view.data, grad.view.data, rows, cols}}, type, dots.wide.data(), 1);
-    return std::pair{means, dots};
+    Matrix pulled(grad);
+    const double strength = 0.1;
+    add_soft_orthogonality({{weight.view.data, pulled.view.data, rows, cols, type}}, &strength, number % 2 == 0, 1);
+    return std::tuple{means, dots, pulled};
   };
   const auto wanted = passes("scalar");
   for (const std::string& isa : isas) {
     const auto got = passes(isa);
-    compare(got.first, wanted.first, isa.c_str(), "mean");
-    compare(got.second, wanted.second, isa.c_str(), "row dot");
+    compare(std::get<0>(got), std::get<0>(wanted), isa.c_str(), "mean");
+    compare(std::get<1>(got), std::get<1>(wanted), isa.c_str(), "row dot");
+    compare(std::get<2>(got), std::get<2>(wanted), isa.c_str(), "soft orthogonality");
   }
 }
 

@@ -43,6 +43,7 @@ const KernelTable kTable = {
         {row_dot<BFloat16, float>, row_dot<BFloat16, BFloat16>, nullptr},
         {row_dot<Float16, float>, nullptr, row_dot<Float16, Float16>},
     },
+    {add_combination<float>, add_combination<BFloat16>, add_combination<Float16>},
     {importance_finite<float>, importance_finite<BFloat16>, importance_finite<Float16>},
     {importance_update<float>, importance_update<BFloat16>, importance_update<Float16>},
     fma_loop,

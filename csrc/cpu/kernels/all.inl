@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/operands.inl"
 
+#include "cpu/kernels/combination.inl"
 #include "cpu/kernels/dropout.inl"
 #include "cpu/kernels/expand.inl"
 #include "cpu/kernels/importance.inl"

@@ -1,0 +1,135 @@
+"""A device of fake tensors that stands for a CUDA device: an operation that mixes it with the CPU raises, as it would.
+
+`FakeTensorMode` knows where every tensor is, but holds no numbers: reading one on the host gives ones here. Addresses
+tell where a tensor is, so that native calls can be checked by what they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
+
+from ardlora_ext import _device, resize, start
+from ardlora_ext._native import core
+from ardlora_ext.controllers import gates
+from ardlora_ext.layers import LoraLinear
+from ardlora_ext.units import UnitLayout
+
+FAR = torch.device("meta")  # FakeTensorMode treats it as a device like others; a CPU build of torch knows no fake CUDA
+_FIRST = 1 << 50  # addresses from here on are there
+_TYPES = (torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8)
+_NUMPY = {dtype: torch.zeros((), dtype=dtype).numpy().dtype for dtype in _TYPES}
+
+
+def _values(tensor: Tensor) -> NDArray[Any]:
+    known = getattr(tensor, "constant", None)  # of small tensors that were made of Python numbers
+    with no_dispatch():
+        return np.ones(tensor.shape, dtype=_NUMPY[tensor.dtype]) if known is None else known.numpy().copy()
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    if tensor.device == FAR:
+        raise TypeError("a tensor of a CUDA device must be copied by Tensor.cpu() before it is a numpy array")
+    return _values(tensor)
+
+
+_HOST: dict[Any, Callable[..., Any]] = {
+    Tensor.data_ptr: lambda t: 4096 + _FIRST * (t.device == FAR),
+    Tensor.numpy: _numpy,
+    Tensor.item: lambda t: _values(t).item(),
+    Tensor.tolist: lambda t: _values(t).tolist(),
+    torch.equal: lambda *_: True,
+    Tensor.__float__: lambda t: float(_values(t)),
+    Tensor.__int__: lambda t: int(_values(t)),
+    Tensor.__bool__: lambda t: bool(_values(t).all()),
+}
+
+
+class _Host(TorchFunctionMode):
+    """Gives what is read on the host."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _HOST:
+            return func(*args, **(kwargs or {}))
+        if isinstance(args[0], FakeTensor):
+            return _HOST[func](*args)
+        with no_dispatch():
+            return func(*args, **(kwargs or {}))
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Move a module by new parameters: torch would swap fake ones, which their views forbid."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(fn(parameter.detach()), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else fn(buffer)
+    return module
+
+
+def _there(addresses: NDArray[np.int64], device: torch.device) -> None:
+    assert device == FAR
+    assert (addresses >= _FIRST).all(), "a native call on the device was given memory of the host"
+
+
+def _row_dots(blocks: NDArray[np.int64], _dtype: torch.dtype, device: torch.device) -> NDArray[np.float32]:
+    _there(blocks[:, :2], device)
+    return np.ones(blocks[:, 2].sum(), dtype=np.float32)
+
+
+def _importance(blocks: NDArray[np.int64], _beta1: float, _beta2: float, device: torch.device) -> bool:
+    _there(blocks[:, :4], device)
+    return True
+
+
+def _rank_resize(moves: NDArray[np.int64], _plans: Any, device: torch.device) -> None:
+    _there(moves[:, :2], device)
+
+
+def _set_gates(blocks: NDArray[np.int64], rho: Any, kind: int, floor: float, width: float, device: Any) -> None:
+    if device == FAR:
+        _there(blocks[:, 0], device)
+    else:
+        core.set_gates(blocks, rho, kind, floor, width)
+
+
+_encode = UnitLayout.encode
+
+
+def _encoded(layout: UnitLayout, ranks: Sequence[int]) -> Tensor:
+    with no_dispatch():
+        return _encode(layout, ranks)
+
+
+@contextmanager
+def far_device() -> Iterator[None]:
+    """Let tensors be made on, and moved to, `FAR`, and let our kernels run there without a result."""
+    with (
+        mock.patch.object(_device, "_on_cuda", lambda device: device == FAR),
+        mock.patch.object(_device, "core", SimpleNamespace(cuda_built=lambda: True)),
+        mock.patch.object(_device, "row_dots", _row_dots),
+        mock.patch.object(_device, "importance", _importance),
+        mock.patch.object(resize, "rank_resize", _rank_resize),
+        mock.patch.object(gates, "set_gates", _set_gates),
+        mock.patch.object(start, "core", SimpleNamespace(orthogonal_rows=lambda *_: None)),
+        mock.patch.object(UnitLayout, "encode", _encoded),
+        mock.patch.object(LoraLinear, "table", property(lambda layer: layer.layout.table(layer.ranks))),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # torch does not ask it of this device
+        mock.patch.object(nn.Module, "_apply", _apply),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Host(),
+    ):
+        yield

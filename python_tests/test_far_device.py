@@ -1,0 +1,159 @@
+"""Everything that runs on a CUDA device, on a fake one: nothing may mix it with the host (`far_device.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from far_device import FAR, far_device
+from torch import nn
+from torch.optim import AdamW
+
+import ardlora_ext as ard
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.init import _point, _Sketch, blocks
+from ardlora_ext.merging import merge_adapter, unmerge_adapter
+
+from conftest import Attention, trainable
+
+ARD = ard.ArdConfig(r0=3, r_max=6, head_dim=8, update_interval=2, lr_alpha=0.1, lora_dropout=0.1)
+ELA = {"r": 4, "b": 2, "deltaT": 2, "tinit": 2, "tfinal": 4}
+ADA = {"init_r": 6, "target_r": 4, "tinit": 2, "tfinal": 4, "deltaT": 2}
+CONFIGS: dict[str, AdapterConfig] = {
+    "lora": ard.LoraConfig(r=4, init="orthogonal", capacity="fixed"),
+    "lora heads": ard.LoraConfig(r=4, granularity="head", head_dim=8),
+    "pissa": ard.LoraConfig(r=4, init="pissa"),
+    "dora": ard.DoraConfig(r=4),
+    "ard": ARD,
+    "ard tangent": ard.ArdConfig(r0=3, head_dim=8, update_interval=2, slope="tangent", factoring="independent"),
+    "ard layer": ard.ArdConfig(r0=3, granularity="layer", update_interval=2, variation="layer_sq"),
+    "elalora": ard.ElaConfig(**ELA, grace=0),  # type: ignore[arg-type]
+    "elalora code": ard.ElaConfig(**ELA, mode="code"),  # type: ignore[arg-type]
+    "adalora": ard.AdaConfig(**ADA),  # type: ignore[arg-type]
+    "adalora removal": ard.AdaConfig(**ADA, removal=True),  # type: ignore[arg-type]
+}
+
+
+def wrapped(config: AdapterConfig) -> nn.Module:
+    return ard.wrap(Attention().to(FAR), config)
+
+
+def loss(model: nn.Module) -> torch.Tensor:
+    x = torch.randn(6, 32, device=FAR)
+    result: torch.Tensor = (model(x) - x).square().mean()
+    return result
+
+
+def fit(model: nn.Module, steps: int, **options: Any) -> tuple[ard.Controller[Any], AdamW]:
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    controller = ard.attach(model, optimizer, total_steps=20, **options)
+    for _ in range(steps):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return controller, optimizer
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_training_with_rank_changes(config: AdapterConfig) -> None:
+    with far_device():
+        model = wrapped(config)
+        controller, _ = fit(model, 20)
+        assert {t.device for t in (*model.parameters(), *model.buffers())} == {FAR}
+        controller.load_state_dict(controller.state_dict())
+        assert controller.step == 20
+
+
+def test_training_with_a_holdout() -> None:
+    with far_device():
+        model = wrapped(ARD)
+        fit(model, 6, holdout=lambda: loss(model))
+
+
+def _finalize(model: nn.Module) -> None:
+    controller, _ = fit(model, 6)
+    controller.finalize()
+
+
+def _merge(model: nn.Module) -> None:
+    fit(model, 6)
+    merge_adapter(model)
+    unmerge_adapter(model)
+    ard.merge(model)
+
+
+def _named(model: nn.Module) -> None:
+    ard.add_adapter(model, "other", ard.LoraConfig(r=4))
+    ard.set_adapter(model, "other")
+    loss(model)
+    with ard.disable_adapter(model):
+        loss(model)
+
+
+def _compress(model: nn.Module) -> None:
+    controller, optimizer = fit(model, 6)
+    controller.finalize()
+    ard.compress(model, 0.5, optimizer=optimizer)
+
+
+def _prune(model: nn.Module) -> None:
+    controller, optimizer = fit(model, 6)
+    controller.finalize()
+    ranks = {name: [max(r - 1, 0) for r in layer.ranks] for name, layer in ard.adapters(model).items()}
+    ard.svd_prune(model, ranks, optimizer)
+
+
+def _reload(model: nn.Module) -> None:
+    model.load_state_dict(model.state_dict())
+    larger = wrapped(ard.ArdConfig(r0=6, r_max=6, head_dim=8))
+    if any(layer.lora_gate is not None for layer in ard.adapters(model).values()):
+        model.load_state_dict(larger.state_dict())
+    assert {t.device for t in (*model.parameters(), *model.buffers())} == {FAR}
+
+
+def _singular_values(model: nn.Module) -> None:
+    for layer in ard.adapters(model).values():
+        assert layer.singular_values().device.type == "cpu"
+        assert {t.device for t in layer.fold()} == {FAR}
+
+
+ACTIONS = (_finalize, _merge, _named, _compress, _prune, _reload, _singular_values)
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__[1:])
+@pytest.mark.parametrize("name", ["lora heads", "ard", "elalora", "adalora", "dora"])
+def test_what_else_is_done_with_a_model(name: str, action: Callable[[nn.Module], None]) -> None:
+    with far_device():
+        action(wrapped(CONFIGS[name]))
+
+
+def test_start_from_gradients() -> None:
+    with far_device():
+        for layer in ard.adapters(wrapped(CONFIGS["lora heads"])).values():
+            k, n = layer.layout.in_features, layer.layout.out_features
+            sketches = [_Sketch(layer, block, torch.Generator()) for block in blocks(layer.layout, layer.ranks)]
+            for _ in range(2):
+                for sketch in sketches:
+                    sketch.add(torch.randn(5, k, device=FAR), torch.randn(5, n, device=FAR))
+                    sketch.turn()
+                    sketch.add(torch.randn(5, k, device=FAR), torch.randn(5, n, device=FAR))
+            _point(layer, sketches)
+
+
+def test_mixing_and_host_memory_are_noticed() -> None:
+    with far_device():
+        model = wrapped(CONFIGS["adalora"])
+        layer = next(iter(ard.adapters(model).values()))
+        with pytest.raises(RuntimeError, match="on the same device"):
+            layer.lora_A @ torch.randn(32, 2)
+        with pytest.raises(TypeError, match="must be copied"):
+            layer.lora_A.detach().numpy()
+        controller, _ = fit(model, 3)
+        assert isinstance(controller, ard.AdaController)
+        controller.importance.sensitivity[0][0] = controller.importance.sensitivity[0][0].cpu()
+        controller.importance._blocks[0, 2] = controller.importance.sensitivity[0][0].data_ptr()
+        loss(model).backward()
+        with pytest.raises(AssertionError, match="was given memory of the host"):
+            controller.importance.update()
