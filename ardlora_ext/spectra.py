@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ def singular_values(layers: Sequence[LoraLinear]) -> torch.Tensor:
         layers: their units follow each other. Layers of one shape are taken together.
     """
     counts = [layer.layout.units for layer in layers]
-    first = [sum(counts[:i]) for i in range(len(counts))]
+    first = [0, *accumulate(counts)]
     out = torch.zeros(sum(counts), max(max(layer.ranks) for layer in layers), dtype=torch.float64)
     for chunk in _alike(layers):
         values = _together([layers[i] for i in chunk])
@@ -34,7 +35,8 @@ def _alike(layers: Sequence[LoraLinear]) -> Iterator[list[int]]:
     """Yield the indices of layers that share shape and device, as many as fit the memory for them."""
     groups: dict[object, list[int]] = {}
     for i, layer in enumerate(layers):
-        groups.setdefault((layer.layout, layer.gated.device, layer.gated.dtype), []).append(i)
+        kind = layer.layout, layer.gated.device, layer.gated.dtype, layer.gate is None
+        groups.setdefault(kind, []).append(i)
     for group in groups.values():
         layout = layers[group[0]].layout
         widest = max(max(layers[i].ranks) for i in group)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
+from test_layers import scramble, set_ranks
 from test_resize import assert_followed, components
 from torch import nn
 from torch.optim import Adam, AdamW
@@ -23,6 +24,7 @@ from ardlora_ext import resize
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.controllers import ArdController
 from ardlora_ext.controllers.base import Units
+from ardlora_ext.controllers.order import component_orders
 from ardlora_ext.layers import LoraLinear
 from ardlora_ext.units import UnitLayout
 
@@ -344,6 +346,32 @@ def test_a_change_of_ranks_brings_the_least_useful_component_last() -> None:
     after = (layer.lora_A.norm(dim=1) * layer.lora_B.norm(dim=1))[:3]
     torch.testing.assert_close(after.detach(), useful.detach(), rtol=0.1, atol=0.05)
     assert controller.step == 1
+
+
+@pytest.mark.parametrize("factoring", ["shared", "independent"])
+def test_orders_equal_the_transcription(factoring: Any) -> None:
+    torch.manual_seed(0)
+    model = ard.wrap(nn.Sequential(Attention(), Attention()), fast(r0=5, r_max=5, factoring=factoring))
+    layers = ard.adapters(model)
+    set_ranks(model, lambda _, u: 5 - u % 2)
+    scramble(model)
+    rho = 2.5 + 3.0 * torch.rand(sum(layer.layout.units for layer in layers.values())).double().numpy()
+    expected: dict[int, list[int]] = {}
+    unit = 0
+    for m, layer in enumerate(layers.values()):
+        units, live = layer.layout.units, max(layer.ranks)
+        still = min([math.floor(r) for r in rho[unit : unit + units]] + layer.ranks)
+        unit += units
+        if units > 1 and not layer.layout.shared:
+            continue
+        gated, other = layer.gated.detach(), (layer.lora_A if layer.gated is layer.lora_B else layer.lora_B).detach()
+        begins = [sum(layer.ranks[:u]) for u in range(units)]
+        useful = [sum(float(gated[b + j].norm()) for b in begins) * float(other[j].norm()) for j in range(still)]
+        order = [*sorted(range(still), key=lambda j: -useful[j]), *range(still, live)]
+        if order != list(range(live)):
+            expected[m] = order
+    assert component_orders(Units(layers), rho) == expected
+    assert len(expected) > 2
 
 
 def test_a_higher_price_buys_fewer_ranks() -> None:

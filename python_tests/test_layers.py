@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import ardlora_ext as ard
-from ardlora_ext import reference, resize
+from ardlora_ext import reference, resize, spectra
 from ardlora_ext.layers import Capacity, Gate, LoraLinear, capacity_of
 from ardlora_ext.units import UnitLayout
 
@@ -227,6 +227,27 @@ def test_fold_and_singular_values_agree_with_the_dense_update(layout: UnitLayout
         expected = torch.linalg.svdvals(delta[rows, columns].double())[: layer.ranks[u]]
         torch.testing.assert_close(values[u, : layer.ranks[u]], expected, rtol=0, atol=1e-4 * values.max().item())
         assert not values[u, layer.ranks[u] :].any()
+
+
+@pytest.mark.parametrize("entries", [1, 1 << 22])  # one layer at a time, and all alike together
+def test_singular_values_of_many_layers(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "_ENTRIES", entries)
+    gates: tuple[Gate, ...] = ("controlled", "trained", "none")
+    layers = [make_layer(layout, gate=gate) for gate in gates for layout in (*LAYOUTS, *LAYOUTS)]
+    draw = random.Random(0)
+    for layer in layers:
+        set_ranks(layer, lambda *_: draw.randint(0, 5))
+        scramble(layer, seed=draw.randint(0, 99))
+    values = spectra.singular_values(layers)
+    assert values.shape == (sum(layer.layout.units for layer in layers), max(max(layer.ranks) for layer in layers))
+    begin = 0
+    for layer in layers:
+        delta = layer.get_delta_weight().double()
+        for (_, _, columns, rows), r in zip(reference.unit_slices(layer.layout, layer.ranks), layer.ranks, strict=True):
+            expected = torch.linalg.svdvals(delta[rows, columns])[:r]
+            torch.testing.assert_close(values[begin, :r], expected, rtol=0, atol=1e-4 * values.max().item())
+            assert not values[begin, r:].any()
+            begin += 1
 
 
 def test_rank_zero_everywhere() -> None:
