@@ -31,6 +31,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "ard layer": ard.ArdConfig(r0=3, granularity="layer", update_interval=2, variation="layer_sq"),
     "elalora": ard.ElaConfig(**ELA, grace=0),  # type: ignore[arg-type]
     "elalora code": ard.ElaConfig(**ELA, mode="code"),  # type: ignore[arg-type]
+    "elalora heads": ard.ElaConfig(**ELA, granularity="head", head_dim=8, factoring="independent"),  # type: ignore[arg-type]
     "adalora": ard.AdaConfig(**ADA),  # type: ignore[arg-type]
     "adalora removal": ard.AdaConfig(**ADA, removal=True),  # type: ignore[arg-type]
 }
