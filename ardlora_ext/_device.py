@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from ardlora_ext._native import DTYPE_CODES, core, threads
 from ardlora_ext.units import native_table
 
-__all__ = ["check_device", "device_rule", "importance", "lora_call", "rank_resize", "row_dots", "set_gates"]
+__all__ = [
+    "best_device",
+    "check_device",
+    "device_rule",
+    "importance",
+    "lora_call",
+    "rank_resize",
+    "row_dots",
+    "set_gates",
+]
 
 
 def _on_cuda(device: torch.device) -> bool:
@@ -29,6 +38,11 @@ def device_rule(device: torch.device) -> str | None:
     if device.type == "cpu" or (_on_cuda(device) and core.cuda_built()):
         return None
     return "be on the CPU or a CUDA device" if core.cuda_built() else "be on the CPU, this build has no CUDA kernels"
+
+
+def best_device() -> torch.device:
+    """Return the CUDA device that torch would use, where this build has kernels for it, else the CPU."""
+    return torch.device("cuda" if core.cuda_available() and torch.cuda.is_available() else "cpu")
 
 
 def check_device(op: str, *devices: torch.device) -> None:

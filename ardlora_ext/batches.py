@@ -39,13 +39,15 @@ def _document(tokenizer: Any, text: str) -> list[int]:
 class Collator:
     """Pad a list of features to one batch; blocks of text have one length and are their own labels."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, device: torch.device | None = None) -> None:
         self._pad = DataCollatorWithPadding(tokenizer)
+        self._device = torch.device("cpu") if device is None else device
 
     def __call__(self, features: list[Features]) -> Batch:
+        """Return the batch on the collator's device."""
         if "labels" in features[0]:
-            return dict(self._pad(features))
-        ids = torch.tensor([feature["input_ids"] for feature in features])
+            return {name: value.to(self._device) for name, value in self._pad(features).items()}
+        ids = torch.tensor([feature["input_ids"] for feature in features]).to(self._device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -110,7 +112,7 @@ def evaluate(model: torch.nn.Module, features: Sequence[Features], collate: Coll
             loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")  # [batch, predictions]
             hit = logits.argmax(-1) == labels
             parts = (loss, hit, torch.ones_like(hit))
-            results[:, chosen] = torch.stack([part.double().sum(1) for part in parts])
+            results[:, chosen] = torch.stack([part.double().sum(1) for part in parts]).cpu()
     model.train()
     losses, hits, counts = results
     return Outcome(losses, hits, counts, "accuracy" if labelled else "perplexity")

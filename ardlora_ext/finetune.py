@@ -25,6 +25,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from ardlora_ext._device import best_device
 from ardlora_ext.attach import attach
 from ardlora_ext.batches import Batch, Collator, Features, Outcome, batches, encode, evaluate
 from ardlora_ext.config import AdapterConfig
@@ -161,7 +162,8 @@ def prepare(settings: Settings, corpus: Corpus) -> Job:
         )
     folder = settings.model or default_model()
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, corpus, tokenizer)
+    device = best_device() if settings.device is None else torch.device(settings.device)
+    model = load_model(folder, corpus, tokenizer).to(device)
     max_length = held_length(model, settings.max_length)
     train_features = encode(corpus.train, tokenizer, max_length)
     test_features = encode(corpus.test, tokenizer, max_length)
@@ -176,7 +178,7 @@ def prepare(settings: Settings, corpus: Corpus) -> Job:
     except ValueError as error:
         raise InputError(str(error)) from error
     schedule = LambdaLR(optimizer, lambda step: _warmup_decay(step, steps))
-    collate = Collator(tokenizer)
+    collate = Collator(tokenizer, device)
     return Job(settings, model, collate, train_features, test_features, steps, optimizer, schedule, controller, config)
 
 

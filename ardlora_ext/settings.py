@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from ardlora_ext._device import best_device
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.data import InputError
 from ardlora_ext.methods import Method, config_for
@@ -37,6 +40,7 @@ class Settings:
         max_length: Tokens at which a text is cut, or of a block of text.
         seed: Of everything random but the split.
         threads: CPU threads; None leaves torch's choice.
+        device: Where to train; None for the first CUDA device where torch and this build can use one, else the CPU.
     """
 
     out: Path
@@ -58,6 +62,7 @@ class Settings:
     max_length: int = 128
     seed: int = 0
     threads: int | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.model is not None and self.data is None:
@@ -68,6 +73,10 @@ class Settings:
                 raise InputError(f"finetune: --{name.replace('_', '-')} must be positive, got {value}")
         if self.max_length < 2:
             raise InputError(f"finetune: --max-length must be at least 2, got {self.max_length}")
+        if self.device is not None and not _usable(self.device):
+            raise InputError(
+                f"finetune: --device must be cpu or a GPU that torch and this build can use, got '{self.device}'"
+            )
         try:
             self.adapter_config()
         except ValueError as error:
@@ -99,3 +108,11 @@ class Settings:
                 values = value if isinstance(value, tuple) else (value,)
                 words += [f"--{entry.name.replace('_', '-')}", *map(str, values)]
         return shlex.join(words)
+
+
+def _usable(name: str) -> bool:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    return device.type in {"cpu", best_device().type} and (device.index or 0) < max(torch.cuda.device_count(), 1)

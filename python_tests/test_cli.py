@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from far_device import FAR, far_device
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -20,7 +21,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 import ardlora_ext
 from ardlora_ext.cli import main
-from ardlora_ext.data import DatasetUnavailable, InputError, default_model, trec_corpus
+from ardlora_ext.data import DatasetUnavailable, InputError, default_model, load_corpus, trec_corpus
+from ardlora_ext.finetune import Trace, prepare, train
 from ardlora_ext.settings import Settings
 
 WORDS = ("good", "fine", "great", "bad", "poor", "awful", "the", "film", "plot", "was", "and", "very")
@@ -268,6 +270,8 @@ def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch-size", "0"], "--batch-size must be positive, got 0"),
         (["--max-steps", "-3"], "--max-steps must be positive, got -3"),
         (["--lr", "nan"], "--lr must be positive, got nan"),
+        (["--device", "cuda:99"], "--device must be cpu or a GPU that torch and this build can use, got 'cuda:99'"),
+        (["--device", "gpu"], "--device must be cpu or a GPU that torch and this build can use, got 'gpu'"),
         (["--max-length", "1"], "--max-length must be at least 2, got 1"),
     ],
 )
@@ -288,6 +292,19 @@ def test_mistakes_end_in_one_sentence(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_run_stays_on_its_device(
+    tmp_path: Path, encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the fake device: from loading to evaluation, whatever meets the host raises."""
+    monkeypatch.setattr("ardlora_ext.settings._usable", lambda _: True)
+    settings = Settings(out=tmp_path, model=encoder, data=reviews, max_steps=6, batch_size=4, device=str(FAR))
+    with far_device():
+        job = prepare(settings, load_corpus(reviews))
+        train(job, Trace())
+        assert job.evaluate(job.test).counts.shape == (len(job.test),)
+        assert {p.device for p in job.model.parameters()} == {FAR}
 
 
 def test_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +129,15 @@ ACTIONS = (_finalize, _merge, _named, _compress, _prune, _reload, _singular_valu
 def test_what_else_is_done_with_a_model(name: str, action: Callable[[nn.Module], None]) -> None:
     with far_device():
         action(wrapped(CONFIGS[name]))
+
+
+@pytest.mark.parametrize("config", [ARD, ard.DoraConfig(r=4), ard.ElaConfig(**ELA)], ids=["ard", "dora", "elalora"])  # type: ignore[arg-type]
+@pytest.mark.filterwarnings("ignore:save_pretrained:UserWarning")  # nothing was attached
+def test_loading(config: AdapterConfig, tmp_path: Path) -> None:
+    ard.save_pretrained(ard.wrap(Attention(), config), tmp_path)
+    with far_device():
+        model = ard.load_pretrained(Attention().to(FAR), tmp_path)
+        assert {t.device for t in (*model.parameters(), *model.buffers())} == {FAR}
 
 
 def test_start_from_gradients() -> None:

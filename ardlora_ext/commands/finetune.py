@@ -104,6 +104,11 @@ def _add_training(training: argparse._ArgumentGroup) -> None:
     training.add_argument(
         "--seed", type=int, metavar="N", default=Settings.seed, help="of all that is random but the data split"
     )
+    training.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda or cuda:1 (default: a GPU where torch and this build can use one)",
+    )
     training.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
 
 
