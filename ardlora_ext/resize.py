@@ -127,7 +127,7 @@ def row_plans(layout: UnitLayout, ranks: Sequence[int], units: Sequence[UnitUpda
 
 @dataclass
 class _Factor:
-    """A factor that moves, with all that has its rows, by key: "" for the parameter, "grad", or a key of its state."""
+    """A factor that moves, with all that has its rows, by key: "" for itself, "grad", "lora_gate", or of its state."""
 
     parameter: nn.Parameter
     plan: int  # 0: rows of lora_A, 1: rows of lora_B
@@ -159,6 +159,8 @@ def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimi
         old, coded = {"": parameter.data}, {}
         if parameter.grad is not None:
             old["grad"] = parameter.grad
+        if layer.lora_gate is not None and parameter is layer.gated:
+            old["lora_gate"] = layer.lora_gate  # a new component is closed until its controller opens it
         for key, moment in ({} if optimizer is None else moments(optimizer, parameter)).items():
             if isinstance(moment, EightBit):
                 coded[key] = moment.gather(plans[place])
@@ -167,8 +169,8 @@ def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimi
         for value in old.values():
             if not value.is_contiguous():
                 raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {value.stride()}")
-        rows, width = parameter.shape
-        new = old if rows == caps[place] else {k: value.new_empty(caps[place], width) for k, value in old.items()}
+        same = len(parameter) == caps[place]
+        new = old if same else {k: value.new_empty(caps[place], *value.shape[1:]) for k, value in old.items()}
         factors.append(_Factor(parameter, place, old, new, coded))
     return _Change(name, layer, units, plans, factors)
 
@@ -179,9 +181,10 @@ def _move(changes: Sequence[_Change]) -> None:
     moves: dict[torch.device, list[tuple[int, ...]]] = {}
     for first, change in enumerate(changes):
         for factor in change.factors:
-            rows, width = factor.old[""].shape
+            rows = len(factor.old[""])
             for key, old in factor.old.items():
-                move = (old.data_ptr(), factor.new[key].data_ptr(), width * old.itemsize, rows, 2 * first + factor.plan)
+                row_bytes = old.nbytes // max(rows, 1)
+                move = (old.data_ptr(), factor.new[key].data_ptr(), row_bytes, rows, 2 * first + factor.plan)
                 moves.setdefault(old.device, []).append(move)
     for device, found in moves.items():
         rank_resize(np.array(found, dtype=np.int64), plans, device)
@@ -202,27 +205,11 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
         parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
         parameter.set_(factor.new.pop(""))  # type: ignore[call-overload]
         parameter.grad = factor.new.pop("grad", None)
+        if "lora_gate" in factor.new:
+            change.layer.lora_gate = factor.new.pop("lora_gate")
         if optimizer is not None:
             optimizer.state[parameter].update(factor.new)
     change.layer.set_ranks([u.rank for u in change.units])
-
-
-def _new_gates(layer: LoraLinear, units: Sequence[UnitUpdate]) -> torch.Tensor | None:
-    """Gates of kept components move with them; a new component is closed until its controller opens it."""
-    if layer.lora_gate is None:
-        return None
-    plan = torch.tensor(_own_plan(layer.ranks, units), dtype=torch.int64, device=layer.lora_gate.device)
-    gates = layer.lora_gate[plan.clamp(min=0)]
-    return torch.where(plan >= 0, gates, 0.0)
-
-
-def _set_gates(layer: LoraLinear, gates: torch.Tensor) -> None:
-    """Write the live gates, in place where their buffer still has the rows of its factor."""
-    assert layer.lora_gate is not None
-    if len(layer.lora_gate) != len(layer.gated):
-        layer.lora_gate = layer.lora_gate.new_empty(len(layer.gated))
-    layer.lora_gate[: len(gates)] = gates
-    layer.lora_gate[len(gates) :] = 0.0
 
 
 def _start_rows(change: _Change, seed: int) -> list[Fresh]:
@@ -279,13 +266,10 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
         if optimizer is not None and update.optimizer == "restarted":
             restart(optimizer)
         return
-    gates = [_new_gates(change.layer, change.units) for change in changes]
     _move(changes)
     fresh: list[Fresh] = []
-    for change, gate in zip(changes, gates, strict=True):
+    for change in changes:
         _commit(change, optimizer)
-        if gate is not None:
-            _set_gates(change.layer, gate)
         seed = zlib.crc32(f"{update.seed}/{change.name}".encode())
         if update.init == "zero":
             fresh += _start_rows(change, seed)
