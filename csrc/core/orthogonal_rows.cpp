@@ -13,7 +13,8 @@ namespace {
 // Orthonormal rows that grow one by one.
 class Basis {
  public:
-  Basis(std::int64_t most, std::int64_t width) : width_(width), rows_(static_cast<std::size_t>(most * width)) {}
+  Basis(std::int64_t most, std::int64_t width)
+      : width_(width), rows_(static_cast<std::size_t>(most * width)), part_(static_cast<std::size_t>(most)) {}
 
   // Takes `row` in, less what lies in the basis, and returns it with norm 1; null if nothing is left of it.
   const float* add(const float* row) {
@@ -23,10 +24,9 @@ class Basis {
     const float before = norm(v);
     for (int round = 0; round < 2; ++round) {  // twice is enough for full accuracy
       for (std::int64_t i = 0; i < size_; ++i) {
-        const float* q = rows_.data() + i * width_;
-        const float c = dot_(q, v, width_);
-        for (std::int64_t n = 0; n < width_; ++n) v[n] -= c * q[n];
+        part_[static_cast<std::size_t>(i)] = -dot_(rows_.data() + i * width_, v, width_);
       }
+      add_(part_.data(), rows_.data(), size_, width_, v);
     }
     const float after = norm(v);
     if (!(after > kDependent * before)) return nullptr;
@@ -40,8 +40,10 @@ class Basis {
 
   const cpu::RowDotFn dot_ =
       cpu::active().row_dot[static_cast<int>(DType::kFloat32)][static_cast<int>(DType::kFloat32)];
+  const cpu::CombinationFn add_ = cpu::active().add_combination[static_cast<int>(DType::kFloat32)];
   std::int64_t width_, size_ = 0;
   std::vector<float> rows_;
+  std::vector<float> part_;  // of a row along each of the others
 };
 
 // Signs in place of a row that is a sum of the others, as a repeated seed makes it.
