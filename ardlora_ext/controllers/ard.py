@@ -8,7 +8,6 @@ component, the look-ahead, is trained behind a nearly closed gate, so ranks can 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,17 +22,11 @@ from ardlora_ext.controllers.gates import Gates
 from ardlora_ext.controllers.knapsack import whole_ranks
 from ardlora_ext.controllers.order import component_orders
 from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots
-from ardlora_ext.controllers.variation import alpha_step
+from ardlora_ext.controllers.variation import alpha_step, layer_chains, layer_key
 from ardlora_ext.resize import RankUpdate, UnitUpdate
 from ardlora_ext.world import average
 
 _OPEN_END_WARMUP = 2  # update intervals, when the length of the run is not known
-
-
-def layer_key(name: str) -> str:
-    """Return what names the transformer layer of a module: the path up to its first number."""
-    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
-    return found.group(0) if found else name.rpartition(".")[0]
 
 
 class ArdController(Controller[ArdConfig]):
@@ -65,7 +58,7 @@ class ArdController(Controller[ArdConfig]):
         self.gates = Gates(units, config)
         self.slope = SlopeEstimator(units, self.gates, config)
         self.previous = self.alpha
-        self.chains = self._chains()
+        self.chains = layer_chains(units, self.group, whole_layers=keys is not None)
         self.lipschitz = 0.0
         self.price = 0.0 if config.l1 is None else config.l1
         self.dual = 0.0
@@ -79,18 +72,6 @@ class ArdController(Controller[ArdConfig]):
         self.unit_price: Floats = np.full(groups, self.price)
         self._bounded_by: Ints | None = None  # live ranks that _bounds belong to
         self._bounds = self.alpha, self.alpha
-
-    def _chains(self) -> list[Ints]:
-        """Return the groups that follow each other through the layers: same kind of matrix, same head."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for u, m in enumerate(self.units.module_of):
-            kind = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$", "*", self.units.names[m])
-            unit = int(u - self.units.first[m])
-            key = ("layer", 0) if self.config.granularity == "layer" else (kind, unit)
-            chain = found.setdefault(key, [])
-            if self.group[u] not in chain:
-                chain.append(int(self.group[u]))
-        return [np.array(chain, dtype=np.int64) for chain in found.values() if len(chain) > 1]
 
     def adopt_ranks(self) -> None:
         """Start from the ranks that units have, as those of an imported adapter do, instead of from r0."""

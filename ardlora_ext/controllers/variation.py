@@ -17,15 +17,41 @@ negative momentum.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from ardlora_ext._native import core
+from ardlora_ext.controllers.base import Units
 from ardlora_ext.controllers.costs import Floats, Ints
 
 Variation = Literal["temporal_sq", "temporal_abs", "layer_sq", "layer_abs", "none"]
+
+
+def layer_key(name: str) -> str:
+    """Return what names the transformer layer of a module: the path up to its first number."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return found.group(0) if found else name.rpartition(".")[0]
+
+
+def layer_chains(units: Units, group: Ints, whole_layers: bool) -> list[Ints]:
+    """Return the groups that follow each other through the layers: same kind of matrix, same head.
+
+    Args:
+        units: of the model.
+        group: [units] the group of each.
+        whole_layers: a group is a layer, and all of them are one chain.
+    """
+    found: dict[tuple[str, int], list[int]] = {}
+    for u, m in enumerate(units.module_of):
+        kind = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$", "*", units.names[m])
+        key = ("layer", 0) if whole_layers else (kind, int(u - units.first[m]))
+        chain = found.setdefault(key, [])
+        if group[u] not in chain:
+            chain.append(int(group[u]))
+    return [np.array(chain, dtype=np.int64) for chain in found.values() if len(chain) > 1]
 
 
 def alpha_step(
