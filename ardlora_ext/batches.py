@@ -39,9 +39,9 @@ def _document(tokenizer: Any, text: str) -> list[int]:
 class Collator:
     """Pad a list of features to one batch; blocks of text have one length and are their own labels."""
 
-    def __init__(self, tokenizer: Any, device: torch.device | None = None) -> None:
+    def __init__(self, tokenizer: Any, device: torch.device | str = "cpu") -> None:
         self._pad = DataCollatorWithPadding(tokenizer)
-        self._device = torch.device("cpu") if device is None else device
+        self._device = device
 
     def __call__(self, features: list[Features]) -> Batch:
         """Return the batch on the collator's device."""

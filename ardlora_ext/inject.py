@@ -111,8 +111,9 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
         as PEFT's does.
 
     Raises:
-        ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide, a
-            budget is out of range, the build has no kernels for the parameters' device. The model is unchanged then.
+        ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide,
+            `head_dim` matches no layer, a budget is out of range, the build has no kernels for the parameters' device.
+            The model is unchanged then.
     """
     chosen, layouts, saved = plan_targets(model, config)
     capacity = _capacity(config)

@@ -249,6 +249,11 @@ class LoraLinear(nn.Module):
         """The factor with one row per unit and component, on which gates act."""
         return self.lora_A if self.layout.gate_on_a else self.lora_B
 
+    @property
+    def ungated(self) -> nn.Parameter:
+        """The other factor."""
+        return self.lora_B if self.layout.gate_on_a else self.lora_A
+
     def _dense_base(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Return (weight [N, K], bias) when the base is a plain frozen linear, else None.
 

@@ -145,7 +145,7 @@ def secant_slopes(
     """
     fisher = ema * fisher + (1.0 - ema) * torch.stack([d.sum() for d in dots]) ** 2
     last = torch.tensor([min(len(d), spectrum.shape[1]) - 1 for d in dots])
-    boundary = spectrum.gather(1, torch.minimum(rho.long(), last)[:, None])[:, 0]
+    boundary = spectrum.gather(1, torch.minimum(rho.long().clamp(min=0), last)[:, None])[:, 0]
     total = spectrum.sum(dim=1)
     return -torch.sqrt(fisher * torch.where(total > 0, boundary / total, 0.0)), fisher
 

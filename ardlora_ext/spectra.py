@@ -51,7 +51,7 @@ def _together(layers: Sequence[LoraLinear]) -> torch.Tensor:
     ranks = torch.tensor([layer.ranks for layer in layers])  # [layers, units]
     live = torch.arange(int(ranks.max())) < ranks[..., None]  # [layers, units, widest]
     gated, begins = _rows([layer.gated for layer in layers], ranks.sum(1)), ranks.flatten().cumsum(0) - ranks.flatten()
-    others = [layer.lora_A if layer.gated is layer.lora_B else layer.lora_B for layer in layers]
+    others = [layer.ungated for layer in layers]
     weight = live * torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)[:, None, None]
     own = _places(begins.view_as(ranks), live)
     if layers[0].gate is not None:

@@ -7,21 +7,18 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_attach import bed
-from test_attach import config as fast_config
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
@@ -439,65 +436,3 @@ def test_importing_the_package_does_not_import_trainer() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'ardlora_ext' has no attribute 'RankCallbacks'"):
         ard.RankCallbacks  # noqa: B018
-
-
-# Other loops.
-
-
-def looped(
-    make: Callable[[list[nn.Parameter]], Optimizer], run: Callable[[nn.Module, Optimizer, Any], None]
-) -> nn.Module:
-    model, loss = bed()
-    ard.wrap(model, fast_config())
-    optimizer = make(trainable(model))
-    ard.attach(model, optimizer, total_steps=20)
-    run(model, optimizer, loss)
-    return model
-
-
-def test_accelerate_equals_a_plain_loop() -> None:
-    def accelerated(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        _, prepared = accelerator.prepare(model, optimizer)
-        for t in range(40):
-            with accelerator.accumulate(model):
-                accelerator.backward(loss(t))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trainable(model), 0.1)
-                prepared.step()
-                prepared.zero_grad()
-
-    def plain(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
-        for t in range(20):
-            (loss(2 * t) / 2).backward()
-            (loss(2 * t + 1) / 2).backward()
-            nn.utils.clip_grad_norm_(trainable(model), 0.1)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    assert_equal(*(looped(lambda p: AdamW(p, lr=0.01), loop) for loop in (accelerated, plain)))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_scaler_skips_is_no_step(fused: bool) -> None:
-    bad = (3, 11)
-
-    def scaled(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
-        for t in range(22):
-            value = loss(t) * float("inf") if t in bad else loss(t)
-            scaler.scale(value).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-    def plain(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
-        for t in range(22):
-            if t not in bad:
-                loss(t).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-    ours, theirs = (looped(lambda p: AdamW(p, lr=0.01, fused=fused), loop) for loop in (scaled, plain))
-    assert_equal(ours, theirs)
-    assert ours._ardlora.controller.step == 20  # type: ignore[union-attr]

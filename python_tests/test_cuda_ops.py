@@ -183,28 +183,6 @@ def test_training_with_rank_changes_follows_the_cpu(device: torch.device, reques
         assert {"cuda_row_dots", "cuda_set_gates", "cuda_rank_resize", "cuda_lora_backward"} <= calls.keys()
 
 
-CONFIGS = [
-    ard.LoraConfig(r=4),
-    ard.LoraConfig(r=4, init="orthogonal"),
-    ard.ArdConfig(r0=3, r_max=8, head_dim=8),
-    ard.ElaConfig(r=4),
-    ard.AdaConfig(init_r=6, target_r=4),
-    ard.DoraConfig(r=4),
-]
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
-def test_adapters_are_put_where_their_layer_is(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meta device stands for a CUDA device: no operation may mix it with the CPU."""
-    monkeypatch.setattr(_device, "_on_cuda", lambda device: device.type == "meta")
-    monkeypatch.setattr(_device, "core", SimpleNamespace(cuda_built=lambda: True))
-    model = ard.wrap(Attention().to("meta"), config)
-    for layer in ard.adapters(model).values():
-        assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
-        assert layer.rank_table.device.type == "cpu"  # native tables are made of it
-        assert layer.get_delta_weight().device.type == "meta"
-
-
 def test_devices_are_checked_before_anything_runs() -> None:
     layout = UnitLayout("matrix", "shared", 1, 8, 8)
     x, weight, factor = torch.zeros(2, 8), torch.zeros(8, 8), torch.zeros(4, 8)

@@ -62,6 +62,9 @@ def fit(model: nn.Module, steps: int, **options: Any) -> tuple[ard.Controller[An
 def test_training_with_rank_changes(config: AdapterConfig) -> None:
     with far_device():
         model = wrapped(config)
+        for layer in ard.adapters(model).values():
+            assert layer.rank_table.device.type == "cpu"  # native tables are made of it
+            assert layer.get_delta_weight().device == FAR
         controller, _ = fit(model, 20)
         assert {t.device for t in (*model.parameters(), *model.buffers())} == {FAR}
         controller.load_state_dict(controller.state_dict())

@@ -64,7 +64,7 @@ class Units:
         self.limit: Ints = np.repeat([layer.max_rank for layer in self.layers], counts).astype(np.int64)
         # Rank changes keep the parameter objects.
         self.gated = [layer.gated for layer in self.layers]  # of each module, the factor that gates act on
-        self.ungated = [g.lora_A if g.gated is g.lora_B else g.lora_B for g in self.layers]  # the other one
+        self.ungated = [layer.ungated for layer in self.layers]  # the other one
         gated_first = [w if lay.gate_on_a else w[::-1] for lay, w in zip(layouts, widths, strict=True)]
         self.widths: Ints = np.array(
             gated_first, dtype=np.int64

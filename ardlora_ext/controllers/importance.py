@@ -62,10 +62,10 @@ class Importance:
     @staticmethod
     def _zeros(layer: LoraLinear) -> Tensors:
         rows, factors = sum(layer.ranks), layer.factors
-        return [torch.zeros(rows, factors[f].shape[1], device=factors[f].device) for f in _FACTORS]
+        return [torch.zeros(rows, factors[f].shape[1]) for f in _FACTORS]
 
     def _find(self) -> None:
-        """Note where the averages are, after they have followed their layers."""
+        """Bring the averages to where their layers are, and note their addresses."""
         self._blocks = np.zeros((len(self._parameters), 7), dtype=np.int64)
         for column, averages in enumerate((self.sensitivity, self.uncertainty), start=2):
             for layer, module in zip(self.layers, averages, strict=True):

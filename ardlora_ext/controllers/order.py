@@ -19,7 +19,7 @@ def component_orders(units: Units, rho: Floats) -> dict[int, list[int]]:
         units: of the model.
         rho: [units] soft ranks.
     """
-    live, first, modules = units.live(), units.first_rows(), np.arange(len(units.layers))
+    live, first, modules = units.live(), units.first_rows(), len(units.layers)
     movable = [layer.layout.units == 1 or layer.layout.shared for layer in units.layers]
     open_in_all = np.minimum.reduceat(np.minimum(np.floor(rho).astype(np.int64), live), units.first[:-1])
     still = np.where(movable, open_in_all, 0)
@@ -32,7 +32,7 @@ def component_orders(units: Units, rho: Floats) -> dict[int, list[int]]:
     module = np.repeat(units.module_of, live)
     moving = component < still[module]
     place = module[moving] * len(column) + component[moving]
-    useful = np.bincount(place, own[moving], minlength=len(modules) * len(column)).reshape(len(modules), -1)
+    useful = np.bincount(place, own[moving], minlength=modules * len(column)).reshape(modules, -1)
     rows = units.rows()[:, 1]
     useful = useful * common[np.minimum((np.cumsum(rows) - rows)[:, None] + column, len(common) - 1)]
     useful[column >= still[:, None]] = -np.inf

@@ -31,7 +31,8 @@ void secant_slopes(const SecantParams& p, double* slopes) {
   const float* dots = p.dots;
   for (std::int64_t u = 0; u < p.units; ++u) {
     const double* energy = p.spectrum + u * p.width;
-    const std::int64_t boundary = std::min({static_cast<std::int64_t>(p.rho[u]), p.live[u] - 1, p.width - 1});
+    const std::int64_t last = std::min(p.live[u], p.width) - 1;
+    const auto boundary = static_cast<std::int64_t>(std::clamp(p.rho[u], 0.0, static_cast<double>(last)));
     double dot = 0.0, total = 0.0;
     for (std::int64_t i = 0; i < p.live[u]; ++i) dot += static_cast<double>(dots[i]);
     for (std::int64_t i = 0; i < p.width; ++i) total += energy[i];
@@ -85,7 +86,8 @@ void set_gates(const std::vector<GateBlock>& blocks, const double* rho, const Ga
   for (std::size_t u = 0; u < blocks.size(); ++u) {
     const GateBlock& b = blocks[u];
     // A ramp is 1 up to its last two components: most gates need no formula.
-    const std::int64_t open = p.kind == GateKind::kRamp ? std::min(b.count, static_cast<std::int64_t>(rho[u])) : 0;
+    const double covered = p.kind == GateKind::kRamp ? std::clamp(rho[u], 0.0, static_cast<double>(b.count)) : 0.0;
+    const auto open = static_cast<std::int64_t>(covered);
     std::fill(b.gate, b.gate + open, 1.0f);
     for (std::int64_t j = open; j < b.count; ++j) b.gate[j] = static_cast<float>(gate_formula(p, rho[u], j));
   }

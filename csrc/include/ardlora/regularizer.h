@@ -7,7 +7,8 @@
 namespace ardlora {
 
 // The secant slope of the loss at each unit's soft rank rho: minus the square root of what its boundary component
-// j = min(floor(rho), live - 1, width - 1) is worth. The unit's update is worth its Fisher information along itself,
+// j = floor(rho), from 0 to min(live, width) - 1, is worth. The unit's update is worth its Fisher information along
+// itself,
 //   fisher = ema*fisher + (1 - ema)*(sum of the unit's dots)^2,
 // of which j has the share spectrum[j] / sum(spectrum); 0 for a unit without energy.
 struct SecantParams {
