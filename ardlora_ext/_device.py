@@ -78,6 +78,11 @@ def _segments(table: core.UnitTable, device: torch.device, _stream_handle: int) 
     return _to_device(core.cuda_segment_table(table), device)
 
 
+def hidden_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype of H and dH for x: on the CPU float32; tensor cores take them in the dtype of x."""
+    return x.dtype if _on_cuda(x.device) else torch.float32
+
+
 def lora_call(
     op: str, x: torch.Tensor, rank_table: torch.Tensor, *arguments: Any, dropout: tuple[float, int] = (0.0, 0)
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext._device import check_device, lora_call
+from ardlora_ext._device import check_device, hidden_dtype, lora_call
 from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, matrix
 from ardlora_ext.packing import GradientSum
 
@@ -81,7 +81,7 @@ def _adapter_forward(
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """Accumulate the adapter into y [M, N] in place and return H."""
-    h = torch.empty(x.shape[0], _hidden_rows(lora_A, lora_B), dtype=torch.float32, device=x.device)
+    h = torch.empty(x.shape[0], _hidden_rows(lora_A, lora_B), dtype=hidden_dtype(x), device=x.device)
     lora_call(
         "lora_forward",
         x,
@@ -250,7 +250,7 @@ def _backward(
 
 
 def _hidden_shape(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.numel() // x.shape[-1], _hidden_rows(lora_A, lora_B), dtype=torch.float32)
+    return x.new_empty(x.numel() // x.shape[-1], _hidden_rows(lora_A, lora_B), dtype=hidden_dtype(x))
 
 
 def _linear_shapes(

@@ -20,7 +20,7 @@ REGISTERS = {
     "expand_kernel<float>": 192,
     "outer_kernel": 168,
     "outer_kernel<float>": 192,
-    "outer_shrink_kernel": 96,
+    "outer_shrink_kernel": 168,
     "sum_shares_kernel": 64,
     "gate_gradient_kernel": 40,
     "rank_resize_kernel": 40,
@@ -31,7 +31,7 @@ REGISTERS = {
 }
 WIDE_LOADS = {"rank_resize_kernel", "row_sums_kernel", "importance_kernel", "sum_shares_kernel", "expand_kernel"}
 GEMM = {"shrink_kernel", "expand_kernel", "outer_kernel", "outer_shrink_kernel"}
-ASYNC_COPIES = {"shrink_kernel", "outer_kernel", "outer_shrink_kernel"}
+ASYNC_COPIES = GEMM
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def adapter_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, itemsiz
 
 
 def hidden_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, rows: Mapping[str, int]) -> int:
-    """Return the bytes of all H: float32, [M, the rows that both factors hold]."""
+    """Return the bytes of all H, [M, the rows that both factors hold], in float32; CUDA keeps 16 bits where x has."""
     return sum(
         4 * rows.get(name, 0) * min(_capacities(layout, ranks[name], config)) for name, layout in layouts.items()
     )

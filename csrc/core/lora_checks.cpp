@@ -19,8 +19,8 @@ void check_activations(const FactorView& w, const MatrixView& x, const char* op,
   check_dtype_pair(x.dtype, w.weight.dtype, op);
 }
 
-void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, const char* op) {
-  ARDLORA_CHECK(h.dtype == DType::kFloat32, op, ": h must be float32, got ", dtype_name(h.dtype));
+void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, DType dtype, const char* op) {
+  ARDLORA_CHECK(h.dtype == dtype, op, ": h must be ", dtype_name(dtype), ", got ", dtype_name(h.dtype));
   check_view(h, h.cols, op, "h");
   ARDLORA_CHECK(h.rows == rows, op, ": h must have ", rows, " rows, got ", h.rows);
   for (const Segment& s : w.factor->segments) {
@@ -42,19 +42,19 @@ FactorView with_weight(FactorView factor, const MatrixView& weight) {
   return factor;
 }
 
-void check_forward(const LoraParams& p, const MatrixView& y) {
+void check_forward(const LoraParams& p, const MatrixView& y, DType hidden) {
   constexpr const char* op = "lora_forward";
   const FactorView a = factor_a(p), b = factor_b(p);
   check_factor(a, op, "lora_A");
   check_factor(b, op, "lora_B");
   check_activations(a, p.x, op, "x");
   check_activations(b, y, op, "y");
-  check_hidden(p.h, a, p.x.rows, op);
-  check_hidden(p.h, b, y.rows, op);
+  check_hidden(p.h, a, p.x.rows, hidden, op);
+  check_hidden(p.h, b, y.rows, hidden, op);
 }
 
 void check_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
-                    const MatrixView& dA, const MatrixView& dB, const float* dgate) {
+                    const MatrixView& dA, const MatrixView& dB, const float* dgate, DType hidden) {
   constexpr const char* op = "lora_backward";
   const FactorView a = factor_a(p), b = factor_b(p);
   ARDLORA_CHECK(dgate == nullptr || p.gate != nullptr, op, ": dgate must come with a gate");
@@ -64,9 +64,9 @@ void check_backward(const LoraParams& p, const MatrixView& dy, const MatrixView&
   check_gradient(with_weight(b, dB), op, "dB");
   check_activations(a, p.x, op, "x");
   check_activations(b, dy, op, "dy");
-  check_hidden(p.h, b, dy.rows, op);
-  check_hidden(dh, b, dy.rows, op);
-  check_hidden(dh, a, p.x.rows, op);
+  check_hidden(p.h, b, dy.rows, hidden, op);
+  check_hidden(dh, b, dy.rows, hidden, op);
+  check_hidden(dh, a, p.x.rows, hidden, op);
   if (dx.data == nullptr) return;
   check_activations(a, dx, op, "dx");
   ARDLORA_CHECK(dx.rows == dy.rows, op, ": dx must have ", dy.rows, " rows, got ", dx.rows);

@@ -8,14 +8,14 @@ namespace ardlora {
 void check_factor(const FactorView& w, const char* op, const char* name);
 void check_gradient(const FactorView& w, const char* op, const char* name);
 void check_activations(const FactorView& w, const MatrixView& x, const char* op, const char* name);
-void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, const char* op);
+void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, DType dtype, const char* op);
 
 FactorView factor_a(const LoraParams& p);
 FactorView factor_b(const LoraParams& p);
 FactorView with_weight(FactorView factor, const MatrixView& weight);
 
-void check_forward(const LoraParams& p, const MatrixView& y);
+void check_forward(const LoraParams& p, const MatrixView& y, DType hidden);
 void check_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
-                    const MatrixView& dA, const MatrixView& dB, const float* dgate);
+                    const MatrixView& dA, const MatrixView& dB, const float* dgate, DType hidden);
 
 }  // namespace ardlora

@@ -100,7 +100,7 @@ class RowPass {
 void shrink(const FactorView& w, const MatrixView& x, const MatrixView& h, int threads) {
   check_factor(w, "shrink", "weight");
   check_activations(w, x, "shrink", "x");
-  check_hidden(h, w, x.rows, "shrink");
+  check_hidden(h, w, x.rows, DType::kFloat32, "shrink");
   Arena::Use arena;
   const int used = cpu::useful_threads(threads, factor_flops(*w.factor, x.rows));
   const RowPass rows(w, x, nullptr, {}, h, false, used, arena);
@@ -114,7 +114,7 @@ void shrink(const FactorView& w, const MatrixView& x, const MatrixView& h, int t
 void expand(const FactorView& w, const MatrixView& h, const MatrixView& y, int threads) {
   check_factor(w, "expand", "weight");
   check_activations(w, y, "expand", "y");
-  check_hidden(h, w, y.rows, "expand");
+  check_hidden(h, w, y.rows, DType::kFloat32, "expand");
   Arena::Use arena;
   const int used = cpu::useful_threads(threads, factor_flops(*w.factor, y.rows));
   const ExpandPass pass(w, y, used, arena);
@@ -134,7 +134,7 @@ void expand(const FactorView& w, const MatrixView& h, const MatrixView& y, int t
 void outer(const FactorView& w, const MatrixView& h, const MatrixView& x, int threads) {
   check_gradient(w, "outer", "weight");
   check_view(x, w.factor->features, "outer", "x");
-  check_hidden(h, w, x.rows, "outer");
+  check_hidden(h, w, x.rows, DType::kFloat32, "outer");
   Arena::Use arena;
   const OuterPass pass(w, h, x, arena);
   const int used = cpu::useful_threads(threads, factor_flops(*w.factor, x.rows));
@@ -147,7 +147,7 @@ void outer(const FactorView& w, const MatrixView& h, const MatrixView& x, int th
 }
 
 void lora_forward(const LoraParams& p, const MatrixView& y) {
-  check_forward(p, y);
+  check_forward(p, y, DType::kFloat32);
   const bool masked = p.dropout.active();
   const FactorView a = scaled(factor_a(p), masked ? p.dropout.keep_scale : 1.0f), b = factor_b(p);
   Arena::Use arena;
@@ -166,7 +166,7 @@ void lora_forward(const LoraParams& p, const MatrixView& y) {
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                    const MatrixView& dA, const MatrixView& dB, float* dgate) {
-  check_backward(p, dy, dh, dx, dA, dB, dgate);
+  check_backward(p, dy, dh, dx, dA, dB, dgate, DType::kFloat32);
   const FactorView a = scaled(factor_a(p), p.dropout.active() ? p.dropout.keep_scale : 1.0f), b = factor_b(p);
   FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);
   const bool on_a = p.table->gate_on_a(), has_dx = dx.data != nullptr;

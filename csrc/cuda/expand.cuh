@@ -1,7 +1,8 @@
 // expand  Y[M, columns] += scale * H (gate o W)
 //
-// A block makes 128 x 128 of Y for one segment, whose columns no other segment has. Y is read into registers before the
-// products start and written once, rounded once. The ranks go through shared memory up to 64 at a time.
+// A block makes 128 x 128 of Y for one segment, whose columns no other segment has, in two halves. Y is read into
+// registers before the products start and written once, rounded once. Ranks go through shared memory up to 64 at a
+// time, while those before are multiplied: H by cp.async, W through registers, multiplied with its gates.
 #pragma once
 
 #include "cuda/dropout.cuh"
@@ -13,13 +14,13 @@ namespace ardlora::cuda {
 struct ExpandParams {
   FactorTable table;
   int width;  // columns of a segment
-  Operand h;
+  Activations h;  // in the type of y
   Operand w;
   const float* gate;  // of W's rows, or null
   float scale;
   Activations y;
   int column_tiles;  // of a segment; grid.y = segments * column_tiles
-  int rank_tile;     // 16, 32 or 64
+  int rank_tile;     // 16, 32 or, with 16-bit types, 64
   Dropout dropout;   // of what is added
 };
 
@@ -82,104 +83,166 @@ struct MaskTable {
   }
 };
 
+// A thread's part of a block's tile of Y: in each half, four rows 8 apart and kChunks chunks of each.
+template <typename T>
+struct ExpandTile {
+  static constexpr int kChunk = Tile<T>::kChunk, kProducts = kChunk / 2, kChunkColumns = 8 * kProducts;
+  static constexpr int kWarpColumns = kExpandHalf / 2, kChunks = kWarpColumns / kChunkColumns;
+  const ExpandParams& p;
+  int lane_row, y_column;       // of the first chunk: in the tile, in Y
+  int rows_left, columns_left;  // of Y and of the segment, from there
+  T* y;
+  Word16 old[4][kChunks];
+  float acc[2][kWarpColumns / 8][4];
+
+  ARDLORA_DEVICE ExpandTile(const ExpandParams& params, int row, int col_begin, int tile_column)
+      : p(params), lane_row(warp_row() + lane_id() / 4) {
+    const int column = tile_column + warp_column() + lane_id() % 4 * kChunk;
+    y_column = col_begin + column;
+    rows_left = p.y.rows - row - lane_row;
+    columns_left = p.width - column;
+    y = static_cast<T*>(p.y.data) + (row + lane_row) * p.y.stride + y_column;
+  }
+
+  ARDLORA_DEVICE static int warp_row() { return warp_id() / 2 * 32; }
+  ARDLORA_DEVICE static int warp_column() { return warp_id() % 2 * kWarpColumns; }
+  ARDLORA_DEVICE static int chunk_column(int half, int c) { return half * kExpandHalf + c * kChunkColumns; }
+  ARDLORA_DEVICE bool exists(int i, int column) const { return i * 8 < rows_left && column < columns_left; }
+
+  ARDLORA_DEVICE void begin(int half) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int n = chunk_column(half, c);
+        old[i][c] = Word16{};
+        if (p.y.vector && exists(i, n)) old[i][c] = load16(y + i * 8 * p.y.stride + n);
+      }
+    }
+#pragma unroll
+    for (auto& i : acc) {
+#pragma unroll
+      for (auto& j : i) {
+#pragma unroll
+        for (float& v : j) v = 0.0f;
+      }
+    }
+  }
+
+  ARDLORA_DEVICE void multiply(const Tile<T>& h_tile, const Tile<T>& w_tile, int ranks) {
+    const Fragments<T> h = rows_first(h_tile), w = rows_first(w_tile);
+#pragma unroll 1
+    for (int k = 0; k < ranks; k += Tile<T>::kStep) {
+      std::uint32_t a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) h.load_a(a[i], warp_row() + i * 16, k);
+#pragma unroll
+      for (int j = 0; j < kWarpColumns / 16; ++j) {
+        std::uint32_t b[4];
+        w.load_b_trans(b, k, warp_column() + j * 16);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          multiply_add<T>(acc[i][2 * j], a[i], b);
+          multiply_add<T>(acc[i][2 * j + 1], a[i], b + 2);
+        }
+      }
+    }
+  }
+
+  ARDLORA_DEVICE void end(int half, const MaskTable<T>& masks) const {
+    const bool dropping = p.dropout.threshold > 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int n = chunk_column(half, c);
+        if (!exists(i, n)) continue;
+        T* const to = y + i * 8 * p.y.stride + n;
+        float v[kChunk];
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) v[e] = p.scale * acc[i / 2][c * kProducts + e / 2][i % 2 * 2 + e % 2];
+        if (p.y.vector) {
+          if (dropping) {
+            const std::uint32_t keep = masks.bits(lane_row + i * 8, y_column + n);
+#pragma unroll
+            for (int e = 0; e < kChunk; ++e) v[e] = (keep >> e & 1u) != 0 ? v[e] : 0.0f;
+          }
+          store16_global(to, add_chunk<T>(old[i][c], v));
+        } else {
+#pragma unroll
+          for (int e = 0; e < kChunk; ++e) {
+            if (n + e >= columns_left || (dropping && !masks.kept(lane_row + i * 8, y_column + n + e))) continue;
+            to[e] = narrow<T>(widen(to[e]) + v[e]);
+          }
+        }
+      }
+    }
+  }
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand_kernel(const ExpandParams p) {
-  constexpr int kChunk = Tile<T>::kChunk, kProducts = kChunk / 2;
-  constexpr int kWarpColumns = 32, kChunks = kWarpColumns / (8 * kProducts);  // chunks of a row, for one lane
+  constexpr int kLogHalf = 6;
+  static_assert(1 << kLogHalf == kExpandHalf);
   ARDLORA_SHARED(shared);
   const DeviceSegment segment = load_record(p.table.segments + blockIdx.y / static_cast<unsigned>(p.column_tiles));
   if (segment.rank == 0) return;
   const int row = static_cast<int>(blockIdx.x) * kExpandRows;
   const int tile_column = static_cast<int>(blockIdx.y) % p.column_tiles * kExpandColumns;  // in the segment
   const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6);
+  const int rank_tiles = (segment.rank + p.rank_tile - 1) >> log_ranks;
+  const int h_bytes = tile_bytes<T>(kExpandRows, p.rank_tile), w_bytes = tile_bytes<T>(p.rank_tile, kExpandHalf);
+  const auto h_tile = [&](int step) {  // a single tile of ranks stays
+    return Tile<T>{shared + (rank_tiles > 1 ? step % 2 * h_bytes : 0), kExpandRows};
+  };
+  const auto w_tile = [&](int step) { return Tile<T>{shared + 2 * h_bytes + step % 2 * w_bytes, p.rank_tile}; };
 
-  const Tile<T> h_tile{shared, kExpandRows};
-  const Tile<T> w_tile{shared + tile_bytes<T>(kExpandRows, p.rank_tile), p.rank_tile};
-  const MaskTable<T> masks{w_tile.data + tile_bytes<T>(p.rank_tile, kExpandColumns),
-                           (segment.col_begin + tile_column) / kPhiloxColumns};
-  const bool dropping = p.dropout.threshold > 0;
-  if (dropping) masks.fill(p.dropout, row, segment.col_begin + tile_column);
-  T* const y = static_cast<T*>(p.y.data) + segment.col_begin;
-  const int warp_row = warp_id() / 2 * 32;
-  const Fragments<T> h = rows_first(h_tile), w = rows_first(w_tile);
-  const auto lane_row = [&](int i) { return row + warp_row + i * 8 + lane_id() / 4; };
+  const MaskTable<T> masks{w_tile(0).data + 2 * w_bytes, (segment.col_begin + tile_column) / kPhiloxColumns};
+  ExpandTile<T> y(p, row, segment.col_begin, tile_column);
+  y.begin(0);
+  if (p.dropout.threshold > 0) masks.fill(p.dropout, row, segment.col_begin + tile_column);
 
-  // Half of the columns at a time: sums and old values of all would need too many registers.
+  // A step multiplies one tile of ranks for one half of the columns.
+  Staged<T, kExpandThreads, kRankTile * kExpandHalf / kExpandThreads, Staging::kInterleaved> staged;
+  const auto ranks = [&](int tile) {
+    const int left = segment.rank - tile * p.rank_tile;
+    return left < p.rank_tile ? left : p.rank_tile;
+  };
+  const auto gate = [&](int tile) {
+    return p.gate == nullptr ? nullptr : p.gate + segment.w_begin + tile * p.rank_tile;
+  };
+  const auto copy_h = [&](int step, int tile) {
+    const int column = segment.h_begin + tile * p.rank_tile;
+    copy_async<T, kExpandThreads, kExpandRows>(h_tile(step), p.h, row, column, log_ranks, column + ranks(tile));
+    cp_async_commit();
+  };
+  const auto fetch_w = [&](int half, int tile) {
+    const int column = tile_column + half * kExpandHalf;
+    staged.fetch(p.w, segment.w_begin + tile * p.rank_tile, column, p.rank_tile, kLogHalf, ranks(tile),
+                 p.width - column, gate(tile));
+  };
+  const auto store_w = [&](int step, int tile) {
+    staged.store(w_tile(step), p.w, p.rank_tile, kLogHalf, ranks(tile), gate(tile));
+  };
+
+  const int steps = (tile_column + kExpandHalf < p.width ? 2 : 1) * rank_tiles;
+  copy_h(0, 0);
+  fetch_w(0, 0);
+  store_w(0, 0);
 #pragma unroll 1
-  for (int half = 0; half < kExpandColumns && tile_column + half < p.width; half += 2 * kWarpColumns) {
-    const int warp_column = half + warp_id() % 2 * kWarpColumns;
-    const int column = tile_column + warp_column + lane_id() % 4 * kChunk;  // of the lane's first chunk
-    Word16 old[4][kChunks];
-    if (p.y.vector) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          const int n = column + c * 8 * kProducts;
-          old[i][c] = Word16{};
-          if (lane_row(i) < p.y.rows && n < p.width) old[i][c] = load16(y + lane_row(i) * p.y.stride + n);
-        }
-      }
-    }
-
-    float acc[2][kWarpColumns / 8][4] = {};
-#pragma unroll 1
-    for (int rank = 0; rank < segment.rank; rank += p.rank_tile) {
-      const int left = segment.rank - rank;
-      if (half == 0 || segment.rank > p.rank_tile) {
-        __syncthreads();
-        const float* const gate = p.gate == nullptr ? nullptr : p.gate + segment.w_begin + rank;
-        stage<T, kExpandThreads, Staging::kInterleaved>(w_tile, p.w, segment.w_begin + rank, tile_column, p.rank_tile,
-                                                        7, left, p.width - tile_column, gate);
-        stage<T, kExpandThreads, Staging::kCut>(h_tile, p.h, row, segment.h_begin + rank, kExpandRows, log_ranks,
-                                                p.y.rows - row, left, nullptr);
-        __syncthreads();
-      }
-#pragma unroll 1
-      for (int k = 0; k < p.rank_tile && k < left; k += Tile<T>::kStep) {
-        std::uint32_t a[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) h.load_a(a[i], warp_row + i * 16, k);
-#pragma unroll
-        for (int j = 0; j < kWarpColumns / 16; ++j) {
-          std::uint32_t b[4];
-          w.load_b_trans(b, k, warp_column + j * 16);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            multiply_add<T>(acc[i][2 * j], a[i], b);
-            multiply_add<T>(acc[i][2 * j + 1], a[i], b + 2);
-          }
-        }
-      }
-    }
-
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int m = lane_row(i);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int n = column + c * 8 * kProducts, y_column = segment.col_begin + n;
-        if (m >= p.y.rows || n >= p.width) continue;
-        T* const to = y + m * p.y.stride + n;
-        float v[kChunk];
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) v[e] = p.scale * acc[i / 2][c * kProducts + e / 2][i % 2 * 2 + e % 2];
-        if (p.y.vector) {
-          if (dropping) {
-            const std::uint32_t keep = masks.bits(m - row, y_column);
-#pragma unroll
-            for (int e = 0; e < kChunk; ++e) v[e] = (keep >> e & 1u) != 0 ? v[e] : 0.0f;
-          }
-          store16(to, add_chunk<T>(old[i][c], v));
-        } else {
-#pragma unroll
-          for (int e = 0; e < kChunk; ++e) {
-            if (n + e >= p.width || (dropping && !masks.kept(m - row, y_column + e))) continue;
-            to[e] = narrow<T>(widen(to[e]) + v[e]);
-          }
-        }
-      }
-    }
+  for (int step = 0, half = 0, tile = 0; step < steps; ++step) {
+    const bool last = tile + 1 == rank_tiles, more = step + 1 < steps;
+    const int next_tile = last ? 0 : tile + 1, next_half = last ? half + 1 : half;
+    cp_async_wait<0>();
+    __syncthreads();
+    if (more) fetch_w(next_half, next_tile);
+    if (more && rank_tiles > 1) copy_h(step + 1, next_tile);
+    y.multiply(h_tile(step), w_tile(step), ranks(tile));
+    if (last) y.end(half, masks);
+    if (more) store_w(step + 1, next_tile);
+    if (more && last) y.begin(next_half);
+    tile = next_tile;
+    half = next_half;
   }
 }
 

@@ -53,6 +53,7 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
     plan.partial_stride = ceil_div(hidden, 4) * 4;
   } else if (kind == Gemm::kExpand) {
     plan.threads = kExpandThreads;
+    if (activations == DType::kFloat32) plan.rank_tile = std::min(plan.rank_tile, 32);  // shared memory
     plan.shared = expand_shared(bytes, plan.rank_tile, dropout);
     plan.tiles = static_cast<int>(ceil_div(factor.width, kExpandColumns));
     x = ceil_div(rows, kExpandRows);

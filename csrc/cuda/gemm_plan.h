@@ -19,6 +19,7 @@ inline constexpr int kShrinkStages = 3;
 
 inline constexpr int kExpandRows = 128;
 inline constexpr int kExpandColumns = 128;
+inline constexpr int kExpandHalf = kExpandColumns / 2;
 inline constexpr int kExpandThreads = 256;
 inline constexpr int kExpandMaskBytes = kExpandRows * 2 * 128 / 8;  // dropout: two blocks of 128 columns
 
@@ -37,17 +38,19 @@ ARDLORA_HOST_DEVICE constexpr int tile_bytes(int element_bytes, int rows, int co
 constexpr int shrink_shared(int w_rows) { return (kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes; }
 
 constexpr int expand_shared(int element_bytes, int rank_tile, bool dropout) {
-  return tile_bytes(element_bytes, kExpandRows, rank_tile) + tile_bytes(element_bytes, rank_tile, kExpandColumns) +
+  return 2 * (tile_bytes(element_bytes, kExpandRows, rank_tile) + tile_bytes(element_bytes, rank_tile, kExpandHalf)) +
          (dropout ? kExpandMaskBytes : 0);
 }
 
 constexpr int outer_shared(int element_bytes, int rank_tile) {
   const int rows = outer_rows(element_bytes);
-  return kOuterStages * tile_bytes(element_bytes, rows, kOuterColumns) + 2 * tile_bytes(element_bytes, rows, rank_tile);
+  return kOuterStages * (tile_bytes(element_bytes, rows, kOuterColumns) + tile_bytes(element_bytes, rows, rank_tile));
 }
 
 constexpr int outer_shrink_shared(int element_bytes) {
-  return outer_shared(element_bytes, kOnePassRanks) + tile_bytes(element_bytes, kOnePassRanks, kOuterColumns);
+  const int hidden_rows = outer_rows(element_bytes) * (kOnePassRanks * element_bytes + 16);
+  return outer_shared(element_bytes, kOnePassRanks) + tile_bytes(element_bytes, kOnePassRanks, kOuterColumns) +
+         hidden_rows;
 }
 
 enum class Gemm { kShrink, kExpand, kOuter, kOuterShrink };

@@ -37,12 +37,11 @@ Operand weight(const FactorView& w) {
   return {w.weight.data, w.weight.row_stride, w.weight.dtype == DType::kFloat32, in_chunks(w.weight, w.factor->width)};
 }
 
-Operand hidden(const MatrixView& h, const Factor& f) {
-  bool vector = in_chunks(h, 4);
-  for (const Segment& s : f.segments) {
-    vector = vector && s.h_begin % 4 == 0 && s.h_begin + (s.rank + 3) / 4 * 4 <= h.cols;
-  }
-  return {h.data, h.row_stride, true, vector};
+Activations hidden(const MatrixView& h, const Factor& f) {
+  const std::int64_t bytes = dtype_size(h.dtype);
+  bool vector = in_chunks(h, h.row_stride);
+  for (const Segment& s : f.segments) vector = vector && s.h_begin * bytes % 16 == 0;
+  return {h.data, h.row_stride, static_cast<std::int32_t>(h.rows), vector};
 }
 
 // One call's context: where its launches go and which share of the workspace is left.
@@ -66,7 +65,6 @@ class Launches {
   void shrink(const FactorView& w, int factor, const MatrixView& x, const MatrixView& h, const Dropout& dropout) {
     const GemmPlan plan = this->plan(Gemm::kShrink, w, p_.table->hidden(), x, dropout);
     float* const partial = take(plan.workspace());
-    float* const out = static_cast<float*>(h.data);
     const float scale = w.scale * dropout.keep_scale;
     const ShrinkParams params{table(factor),
                               static_cast<int>(w.factor->width),
@@ -74,7 +72,7 @@ class Launches {
                               weight(w),
                               w.row_scale,
                               scale,
-                              out,
+                              h.data,
                               h.row_stride,
                               partial,
                               plan.partial_stride,
@@ -91,7 +89,8 @@ class Launches {
                  static_cast<int>(p_.table->hidden()),
                  scale,
                  nullptr,
-                 out,
+                 h.data,
+                 h.dtype,
                  h.row_stride,
                  static_cast<int>(x.rows),
                  0};
@@ -129,15 +128,15 @@ class Launches {
     const GemmPlan plan = this->plan(Gemm::kOuterShrink, grad, p_.table->hidden(), dy, {});
     float* const partial = take(plan.partial());
     float* const parts = take(plan.hidden_partial());
-    float* const out = static_cast<float*>(dh.data);
     const bool divided = parts != nullptr;
     const OuterShrinkParams params{outer_params(plan, grad, factor, h, dy, {}, partial),
                                    weight(w),
                                    w.row_scale,
-                                   divided ? 1.0f : w.scale,
-                                   divided ? parts : out,
-                                   divided ? plan.hidden_stride : dh.row_stride,
-                                   plan.hidden_rows * plan.hidden_stride};
+                                   w.scale,
+                                   dh.data,
+                                   dh.row_stride,
+                                   parts,
+                                   plan.hidden_stride};
     if (dy.dtype == DType::kBFloat16) {
       start(outer_shrink_kernel<BFloat16>, plan, params);
     } else {
@@ -151,7 +150,8 @@ class Launches {
                        static_cast<int>(p_.table->hidden()),
                        w.scale,
                        nullptr,
-                       out,
+                       dh.data,
+                       dh.dtype,
                        dh.row_stride,
                        rows,
                        0};
@@ -212,7 +212,8 @@ class Launches {
             static_cast<int>(grad.factor->width),
             grad.scale * dropout.keep_scale,
             grad.row_scale,
-            static_cast<float*>(grad.weight.data),
+            grad.weight.data,
+            DType::kFloat32,
             grad.weight.row_stride,
             static_cast<int>(grad.weight.rows),
             0};
@@ -270,7 +271,7 @@ std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType act
 }
 
 void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call) {
-  check_forward(p, y);
+  check_forward(p, y, p.x.dtype);
   Launches go("lora_forward", p, call);
   go.shrink(factor_a(p), kFactorA, p.x, p.h, p.dropout);
   go.expand(factor_b(p), kFactorB, p.h, y, {});
@@ -278,7 +279,7 @@ void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& ca
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                    const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call) {
-  check_backward(p, dy, dh, dx, dA, dB, dgate);
+  check_backward(p, dy, dh, dx, dA, dB, dgate, p.x.dtype);
   Launches go("lora_backward", p, call);
   const FactorView a = factor_a(p), b = factor_b(p);
   FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);

@@ -1,7 +1,7 @@
 // The LoRA linear of ardlora/lora_linear.h on a CUDA device: same arguments and results, every pointer in device
 // memory. A call allocates nothing and waits for nothing; with unchanged arguments it may be captured in a graph.
-// Adapters and H are rounded to the activations' type on their way to the tensor cores, as autocast does; sums are
-// float.
+// Adapters and H are rounded to the activations' type for the tensor cores, as autocast does, and H is kept in it; sums
+// are float.
 #pragma once
 
 #include "ardlora/lora_linear.h"

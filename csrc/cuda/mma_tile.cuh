@@ -27,7 +27,7 @@ struct Tile {
   int rows;  // of a panel, a multiple of 8
 
   ARDLORA_DEVICE int offset(int row, int column) const {
-    const int key = (row & 3) << 1 | (row >> 2 & 1), chunk = column / kChunk;
+    const int key = (row & 1) << 2 | (row & 2) | ((row ^ row >> 2) & 1), chunk = column / kChunk;
     return ((chunk / 8) * rows + row) * kPanelBytes + (((chunk & 7) ^ key) << 4) +
            (column % kChunk) * static_cast<int>(sizeof(T));
   }
@@ -139,8 +139,8 @@ ARDLORA_DEVICE void multiply_add(float* c, const std::uint32_t* a, const std::ui
 
 // ---- global to shared
 
-// A matrix of T in global memory, as a kernel argument. `vector`: every 16-byte chunk lies at a multiple of 16 bytes
-// and wholly inside or wholly outside the matrix.
+// A matrix of T in global memory, as a kernel argument. `vector`: rows, and what a tile takes of them, begin at
+// multiples of 16 bytes.
 struct Activations {
   void* data;
   std::int64_t stride;
@@ -148,49 +148,69 @@ struct Activations {
   bool vector;
 };
 
-// Starts copying rows [row, row + kRows) and columns [column, column + kColumns), of which columns before `end` exist;
-// the rest becomes zero. Complete after the thread's cp_async_wait and a barrier.
-template <typename T, int kThreads, int kRows, int kColumns>
-ARDLORA_DEVICE void copy_async(const Tile<T>& tile, const Activations& x, int row, int column, int end) {
-  constexpr int kPerRow = kColumns / Tile<T>::kChunk, kStride = kThreads / kPerRow;
+// Starts copying rows [row, row + kRows) and columns [column, column + 2^log_columns), of which columns before `end`
+// exist; the rest becomes zero. Complete after the thread's cp_async_wait and a barrier.
+template <typename T, int kThreads, int kRows>
+ARDLORA_DEVICE void copy_async(const Tile<T>& tile, const Activations& x, int row, int column, int log_columns,
+                               int end) {
+  constexpr int kChunk = Tile<T>::kChunk;
   const T* const data = static_cast<const T*>(x.data);
   if (x.vector) {
-    const int c = static_cast<int>(threadIdx.x) % kPerRow * Tile<T>::kChunk;
-    const int r = static_cast<int>(threadIdx.x) / kPerRow;
-    const T* from = data + (row + r) * x.stride + column + c;
-    if (row + kRows <= x.rows && column + kColumns <= end) {
+    constexpr int kPanel = Tile<T>::kPanel, kLogPanel = kChunk == 8 ? 6 : 5;
+    const int log_chunks = (log_columns < kLogPanel ? log_columns : kLogPanel) - (kLogPanel - 3);  // of a panel's row
+    const int apart = (kThreads / 8 >> log_chunks) * 8;  // rows; a multiple of 8, after which chunks lie as before
+    const int c = (static_cast<int>(threadIdx.x) & ((1 << log_chunks) - 1)) * kChunk;
+    const int r = static_cast<int>(threadIdx.x) >> log_chunks;
+    const std::uint32_t to = tile.address(r, c);
+    const T* const first = data + (row + r) * x.stride + column + c;
+    const bool inside = row + kRows <= x.rows && column + (1 << log_columns) <= end;
 #pragma unroll
-      for (int i = 0; i < kRows / kStride; ++i, from += kStride * x.stride) {
-        cp_async16(tile.address(r + i * kStride, c), from, 16);
+    for (int panel = 0; panel << kLogPanel < 1 << log_columns; ++panel) {
+      const T* from = first + panel * kPanel;
+      const std::uint32_t panel_to = to + static_cast<std::uint32_t>(panel * tile.rows * kPanelBytes);
+      if (inside) {
+#pragma unroll
+        for (int i = 0; i < kRows; i += apart, from += apart * x.stride) cp_async16(panel_to + i * kPanelBytes, from);
+        continue;
       }
-      return;
-    }
+      const int left = end - column - c - panel * kPanel;
+      const int bytes = (left < 0 ? 0 : (left < kChunk ? left : kChunk)) * static_cast<int>(sizeof(T));
 #pragma unroll 1
-    for (int i = 0; i < kRows / kStride; ++i, from += kStride * x.stride) {
-      const bool valid = column + c < end && row + r + i * kStride < x.rows;
-      cp_async16(tile.address(r + i * kStride, c), valid ? from : data, valid ? 16 : 0);
+      for (int i = 0; i < kRows; i += apart, from += apart * x.stride) {
+        const int valid = row + r + i < x.rows ? bytes : 0;
+        cp_async16(panel_to + i * kPanelBytes, valid > 0 ? from : data, valid);
+      }
     }
   } else {
-    const int c = static_cast<int>(threadIdx.x) % kColumns;
+    constexpr int kAhead = 16;  // loads in flight
+    const int c = static_cast<int>(threadIdx.x) & ((1 << log_columns) - 1), apart = kThreads >> log_columns;
+    const T* const from = data + row * x.stride + column + c;
 #pragma unroll 1
-    for (int r = static_cast<int>(threadIdx.x) / kColumns; r < kRows; r += kThreads / kColumns) {
-      const bool valid = column + c < end && row + r < x.rows;
-      *tile.at(r, c) = valid ? data[(row + r) * x.stride + column + c] : narrow<T>(0.0f);
+    for (int r = static_cast<int>(threadIdx.x) >> log_columns; r < kRows; r += kAhead * apart) {
+      T v[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int m = r + i * apart;
+        v[i] = m < kRows && row + m < x.rows && column + c < end ? from[m * x.stride] : narrow<T>(0.0f);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (r + i * apart < kRows) *tile.at(r + i * apart, c) = v[i];
+      }
     }
   }
 }
 
-// A factor's weight or H, float or T, that becomes T on its way.
+// A factor's weight, float or T, that becomes T on its way.
 struct Operand {
   const void* data;
   std::int64_t stride;
   bool is_float;  // else the activations' type
-  bool vector;    // as in Activations
+  bool vector;    // every 16-byte chunk lies at a multiple of 16 bytes and wholly inside or wholly outside the matrix
 };
 
 enum class Staging {
   kPlain,
-  kCut,          // four floats may lie across `valid_columns`, as in an H with room for more ranks
   kInterleaved,  // columns in the order of `interleaved`
 };
 
@@ -202,15 +222,14 @@ ARDLORA_DEVICE int interleaved(int c) {
   return c / (4 * kChunk) * (4 * kChunk) + c % kChunk / 2 * 8 + c / kChunk % 4 * 2 + c % 2;
 }
 
-// Part of a tile on its way through registers: `fetch` issues the loads, `store` waits for them, converts, multiplies
-// row r with scale[r] (null: 1) and writes. What lies outside [valid_rows, valid_columns) becomes zero.
-// A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile.
+// A tile of `rows` x 2^log_columns on its way through registers: `fetch` issues the loads, `store` waits for them,
+// converts, multiplies row r with scale[r] (null: 1) and writes. What lies outside [valid_rows, valid_columns) becomes
+// zero. A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile.
 template <typename T, int kThreads, int kElements, Staging kStaging = Staging::kPlain>
 struct Staged {
   static constexpr int kChunk = Tile<T>::kChunk, kWords = kElements / 4;
   std::uint32_t raw[kElements];
   float factor[kWords];
-  int left;  // valid columns from the thread's first
 
   struct Place {
     int row, column, rows;  // of the thread's first item; rows between its items
@@ -220,29 +239,24 @@ struct Staged {
           column(static_cast<int>(threadIdx.x) * item & ((1 << log_columns) - 1)),
           rows((kThreads * item) >> log_columns) {}
   };
-  // `rows` of vectors: a multiple of 8, and so that the compiler sees it and computes swizzles once.
-  ARDLORA_DEVICE static int apart(int item, int log_columns) { return (kThreads * item / 8 >> log_columns) * 8; }
   ARDLORA_DEVICE static int item(const Operand& from) { return !from.vector ? 1 : (from.is_float ? 4 : kChunk); }
+  // Rows between vectors, a multiple of 8 that the compiler sees as one: after it chunks lie as before.
+  ARDLORA_DEVICE static int apart(int item, int log_columns) { return (kThreads * item / 8 >> log_columns) * 8; }
 
-  // Rows [first, first + span(log_columns)) of a tile of `rows` x 2^log_columns, at most kThreads / 2 columns.
-  ARDLORA_DEVICE static int span(int log_columns) { return (kThreads * kElements) >> log_columns; }
-
-  ARDLORA_DEVICE void fetch(const Operand& from, std::int64_t row, std::int64_t column, int first, int rows,
-                            int log_columns, int valid_rows, int valid_columns, const float* scale) {
+  ARDLORA_DEVICE void fetch(const Operand& from, std::int64_t row, std::int64_t column, int rows, int log_columns,
+                            int valid_rows, int valid_columns, const float* scale) {
     const Place at(item(from), log_columns);
     const int bytes = from.is_float ? 4 : static_cast<int>(sizeof(T));
     const auto* p = static_cast<const unsigned char*>(from.data) +
-                    ((row + first + at.row) * from.stride + column + at.column) * bytes;
-    rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
+                    ((row + at.row) * from.stride + column + at.column) * bytes;
     const int end = at.column < valid_columns ? (valid_rows < rows ? valid_rows : rows) : 0;
-    left = valid_columns - at.column;
     if (from.vector) {
       const int between = apart(item(from), log_columns);
       const std::int64_t step = between * from.stride * bytes;
 #pragma unroll
       for (int q = 0; q < kWords; ++q) {
-        if (kStaging != Staging::kCut && first + q * between >= rows) break;
-        const int r = first + at.row + q * between;
+        if (q * between >= rows) break;
+        const int r = at.row + q * between;
         Word16 word{};
         factor[q] = 1.0f;
         if (r < end) {
@@ -257,7 +271,7 @@ struct Staged {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         raw[e] = 0;
-        if (first + at.row + e * at.rows >= end) continue;
+        if (at.row + e * at.rows >= end) continue;
         if (bytes == 4) {
           raw[e] = *reinterpret_cast<const std::uint32_t*>(p + e * step);
         } else {
@@ -267,89 +281,70 @@ struct Staged {
     }
   }
 
-  ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int first, int rows, int log_columns,
-                            int valid_rows, const float* scale) {
+  ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int rows, int log_columns, int valid_rows,
+                            const float* scale) {
     const Place at(item(from), log_columns);
-    rows = rows < first + span(log_columns) ? rows : first + span(log_columns);
+    const int column = kStaging == Staging::kInterleaved ? interleaved<T>(at.column) : at.column;
     if (from.vector) {
-      if (kStaging == Staging::kCut && left < 4) {
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) raw[e] = e % 4 < left ? raw[e] : 0u;
-      }
-      const int between = apart(item(from), log_columns);
+      const int between = apart(item(from), log_columns), offset = tile.offset(at.row, column);
 #pragma unroll
       for (int q = 0; q < kWords; ++q) {
-        if (kStaging != Staging::kCut && first + q * between >= rows) break;
-        const int r = first + at.row + q * between;
-        if (r >= rows) continue;
+        if (q * between >= rows) break;
+        if (at.row + q * between >= rows) continue;
+        unsigned char* const to = tile.data + q * between * kPanelBytes;
         const std::uint32_t* const v = raw + 4 * q;
         const auto value = [&](int e) { return factor[q] * as_float(v[e]); };
         if constexpr (sizeof(T) == 4) {
-          put<4>(tile, r, at.column, {{as_bits(value(0)), as_bits(value(1)), as_bits(value(2)), as_bits(value(3))}});
+          put<4>(to, offset, {{as_bits(value(0)), as_bits(value(1)), as_bits(value(2)), as_bits(value(3))}});
         } else if (from.is_float) {
-          put<2>(tile, r, at.column, {{pack2<T>(value(0), value(1)), pack2<T>(value(2), value(3))}});
+          put<2>(to, offset, {{pack2<T>(value(0), value(1)), pack2<T>(value(2), value(3))}});
         } else if (scale == nullptr) {
-          put<4>(tile, r, at.column, {{v[0], v[1], v[2], v[3]}});
+          put<4>(to, offset, {{v[0], v[1], v[2], v[3]}});
         } else {
           Word16 out;
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             out.part[e] = pack2<T>(factor[q] * widen_low<T>(v[e]), factor[q] * widen_high<T>(v[e]));
           }
-          put<4>(tile, r, at.column, out);
+          put<4>(to, offset, out);
         }
       }
     } else {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const int r = first + at.row + e * at.rows;
+        const int r = at.row + e * at.rows;
         if (r >= rows) continue;
         float v = as_float(raw[e]);
         if constexpr (sizeof(T) == 2) {
           if (!from.is_float) v = widen_low<T>(raw[e]);
         }
-        const int c = kStaging == Staging::kInterleaved ? interleaved<T>(at.column) : at.column;
-        *tile.at(r, c) = narrow<T>(scale != nullptr && r < valid_rows ? v * scale[r] : v);
+        *tile.at(r, column) = narrow<T>(scale != nullptr && r < valid_rows ? v * scale[r] : v);
       }
     }
   }
 
  private:
-  // Writes the first kCount words at (row, column).
+  // Writes the first kCount words at an offset of Tile, pair by pair where columns are interleaved.
   template <int kCount>
-  ARDLORA_DEVICE static void put(const Tile<T>& tile, int row, int column, const Word16& words) {
+  ARDLORA_DEVICE static void put(unsigned char* to, int offset, const Word16& words) {
     const std::uint32_t* const w = words.part;
-    if constexpr (kStaging == Staging::kInterleaved) {
-      constexpr int kPerPair = sizeof(T) / 2, kPairs = kCount / kPerPair;
-      const int swap = column / Tile<T>::kPanel % 2;  // neighbouring panels lie on the same banks
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        T* const to = tile.at(row, interleaved<T>(column) + (i ^ swap) * 8);
-        if constexpr (kPerPair == 2) {
-          store8(to, swap ? w[2 * (i ^ 1)] : w[2 * i], swap ? w[2 * (i ^ 1) + 1] : w[2 * i + 1]);
-        } else {
-          *reinterpret_cast<std::uint32_t*>(to) = swap ? w[i ^ 1] : w[i];
-        }
+    constexpr int kPerPair = sizeof(T) / 2, kPairs = kCount / kPerPair, kApart = 8 * sizeof(T);
+    if constexpr (kStaging == Staging::kPlain) {
+      if constexpr (kCount == 2) {
+        store8(to + offset, w[0], w[1]);
+      } else {
+        store16(to + offset, words);
       }
-    } else if constexpr (kCount == 2) {
-      store8(tile.at(row, column), w[0], w[1]);
-    } else {
-      store16(tile.at(row, column), words);
+    } else if constexpr (kPerPair == 1) {
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) *reinterpret_cast<std::uint32_t*>(to + (offset ^ i * kApart)) = w[i];
+    } else {  // half of a row's lanes, whose panel lies on the same banks, begins with the other pair
+      const bool swap = threadIdx.x % 16 >= 8;
+      store8(to + (offset ^ (swap ? kApart : 0)), swap ? w[2] : w[0], swap ? w[3] : w[1]);
+      store8(to + (offset ^ (swap ? 0 : kApart)), swap ? w[0] : w[2], swap ? w[1] : w[3]);
     }
   }
 };
-
-// All of a tile at once.
-template <typename T, int kThreads, Staging kStaging = Staging::kPlain>
-ARDLORA_DEVICE void stage(const Tile<T>& tile, const Operand& from, std::int64_t row, std::int64_t column, int rows,
-                          int log_columns, int valid_rows, int valid_columns, const float* scale) {
-  Staged<T, kThreads, 16, kStaging> part;
-#pragma unroll 1
-  for (int first = 0; first < rows; first += part.span(log_columns)) {
-    part.fetch(from, row, column, first, rows, log_columns, valid_rows, valid_columns, scale);
-    part.store(tile, from, first, rows, log_columns, valid_rows, scale);
-  }
-}
 
 // ---- small accesses to global memory
 
@@ -371,14 +366,32 @@ ARDLORA_DEVICE void store_pair(float* to, float first, float second, int count) 
   if (count >= 2) to[1] = second;
 }
 
-// Up to four neighbouring floats, of which `count` exist.
-ARDLORA_DEVICE void store_few(float* to, const float* v, int count) {
-  if (count >= 4 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
-    store16(to, {{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])}});
-    return;
+// A warp's rows of T: `count` of them, 2^log_columns elements apart from each other in `at(row, column)`, of which
+// `columns` exist. Neighbouring lanes write neighbouring addresses, wherever rows begin.
+template <typename T, typename At>
+ARDLORA_DEVICE void store_rows(T* to, std::int64_t stride, int count, int log_columns, int columns, const At& at) {
+  constexpr int kChunk = Tile<T>::kChunk, kLogChunk = kChunk == 8 ? 3 : 2;
+  const bool chunks = reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && stride % kChunk == 0 && columns % kChunk == 0;
+  const int log_items = chunks ? log_columns - kLogChunk : log_columns;
+#pragma unroll 1
+  for (int i = lane_id(); i < count << log_items; i += 32) {
+    const int row = i >> log_items, item = i & ((1 << log_items) - 1);
+    if (chunks) {
+      if (item * kChunk < columns) store16(to + row * stride + item * kChunk, load16(at(row, item * kChunk)));
+    } else if (item < columns) {
+      to[row * stride + item] = *at(row, item);
+    }
   }
-  store_pair(to, v[0], v[1], count);
-  store_pair(to + 2, v[2], v[3], count - 2);
+}
+
+// Two neighbouring elements of a tile.
+template <typename T>
+ARDLORA_DEVICE void put_pair(T* to, float first, float second) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<std::uint32_t*>(to) = pack2<T>(first, second);
+  } else {
+    store8(to, as_bits(first), as_bits(second));
+  }
 }
 
 }  // namespace ardlora::cuda

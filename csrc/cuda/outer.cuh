@@ -17,7 +17,7 @@ namespace ardlora::cuda {
 struct OuterParams {
   FactorTable table;
   int width;  // columns of a segment
-  Operand h;
+  Activations h;  // in the type of x
   Activations x;
   const float* gate;  // of dW's rows, or null
   float scale;        // with dropout: times its keep_scale
@@ -36,15 +36,25 @@ struct OuterShrinkParams {
   Operand w;
   const float* gate;  // of W's rows, or null
   float scale;
-  float* dh;  // dH, or [column tiles, M, stride]
-  std::int64_t stride;
-  std::int64_t tile_stride;  // between column tiles
+  void* dh;
+  std::int64_t dh_stride;
+  float* partial;  // [column tiles, M, partial_stride], or null for one tile
+  std::int64_t partial_stride;
+};
+
+// A warp's rows of dH on their way out.
+template <typename T>
+struct HiddenRows {
+  static constexpr int kStride = kOnePassRanks + Tile<T>::kChunk;  // rows of a pair's lanes lie on different banks
+  T* data;
+
+  ARDLORA_DEVICE T* at(int row, int column) const { return data + row * kStride + column; }
 };
 
 // Rows [row, row + kRows) of dH from the columns of one tile; w [kOnePassRanks, kOuterColumns], a warp makes 16 rows.
 template <typename T>
-ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, const Tile<T>& w, int row, int h_begin,
-                                int ranks) {
+ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, const Tile<T>& w,
+                                const HiddenRows<T>& out, int row, int h_begin, int ranks) {
   static_assert(kOuterThreads / 32 * 16 == outer_rows(sizeof(T)) && kOnePassRanks == 16);
   const Fragments<T> rows = rows_first(x), factors = chunks_first(w);
   float acc[2][4] = {};
@@ -56,26 +66,39 @@ ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, co
     multiply_add<T>(acc[0], a, b);
     multiply_add<T>(acc[1], a, b + 2);
   }
+  const bool whole = p.partial == nullptr;
+  const int first = row + warp_id() * 16, left = p.outer.x.rows - first;
   const int tile = static_cast<int>(blockIdx.x) % p.outer.column_tiles;
+  float* const partial =
+      p.partial + (static_cast<std::int64_t>(tile) * p.outer.x.rows + first) * p.partial_stride + h_begin;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int m = row + warp_id() * 16 + i * 8 + lane_id() / 4;
-    if (m >= p.outer.x.rows) continue;
-    float* const to = p.dh + tile * p.tile_stride + m * p.stride + h_begin;
+    const int r = i * 8 + lane_id() / 4;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int r = j * 8 + lane_id() % 4 * 2;
-      store_pair(to + r, p.scale * acc[j][2 * i], p.scale * acc[j][2 * i + 1], ranks - r);
+      const int c = j * 8 + lane_id() % 4 * 2;
+      const float *v = acc[j] + 2 * i;
+      if (whole) {
+        put_pair(out.at(r, c), p.scale * v[0], p.scale * v[1]);
+      } else if (r < left) {
+        store_pair(partial + r * p.partial_stride + c, v[0], v[1], ranks - c);
+      }
     }
   }
+  if (!whole) return;
+  __syncwarp();
+  store_rows(static_cast<T*>(p.dh) + first * p.dh_stride + h_begin, p.dh_stride, left < 16 ? left : 16, 4, ranks,
+             [&](int r, int c) { return out.at(r, c); });
+  __syncwarp();
 }
 
 // `with`: an OuterShrinkParams with few ranks, or a null pointer.
 template <typename T, int kMaxRanks, typename With>
 ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   constexpr bool kShrinks = !std::is_same_v<With, std::nullptr_t>;
-  constexpr int kRows = outer_rows(sizeof(T));
-  constexpr int kStageBytes = tile_bytes<T>(kRows, kOuterColumns);
+  constexpr int kRows = outer_rows(sizeof(T)), kLogColumns = 7;
+  static_assert(1 << kLogColumns == kOuterColumns);
+  constexpr int kXBytes = tile_bytes<T>(kRows, kOuterColumns);
   ARDLORA_SHARED(shared);
   const DeviceSegment segment = load_record(p.table.segments + blockIdx.x / static_cast<unsigned>(p.column_tiles));
   const int first_rank = static_cast<int>(blockIdx.y) * p.rank_tile;
@@ -87,47 +110,47 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
 
   const int all = (p.x.rows + kRows - 1) / kRows, begin = static_cast<int>(blockIdx.z) * p.steps;
   const int end = begin + p.steps < all ? begin + p.steps : all;
-  const auto x_tile = [&](int step) { return Tile<T>{shared + step % kOuterStages * kStageBytes, kRows}; };
-  const auto h_tile = [&](int step) {
-    return Tile<T>{shared + kOuterStages * kStageBytes + step % 2 * tile_bytes<T>(kRows, p.rank_tile), kRows};
-  };
+  const int stage_bytes = kXBytes + tile_bytes<T>(kRows, p.rank_tile);
+  const auto x_tile = [&](int step) { return Tile<T>{shared + step % kOuterStages * stage_bytes, kRows}; };
+  const auto h_tile = [&](int step) { return Tile<T>{x_tile(step).data + kXBytes, kRows}; };
 
   float acc[2][kMaxRanks / 8][4] = {};
-  Staged<T, kOuterThreads, kRows * kMaxRanks / kOuterThreads, Staging::kCut> staged;
-  const auto copy_x = [&](int step) {
+  const auto copy = [&](int step) {
     if (step < end) {
-      copy_async<T, kOuterThreads, kRows, kOuterColumns>(x_tile(step), p.x, step * kRows, x_column,
-                                                         segment.col_begin + p.width);
+      const int row = step * kRows, h_column = segment.h_begin + first_rank;
+      copy_async<T, kOuterThreads, kRows>(h_tile(step), p.h, row, h_column, log_ranks, h_column + ranks);
+      copy_async<T, kOuterThreads, kRows>(x_tile(step), p.x, row, x_column, kLogColumns, segment.col_begin + p.width);
     }
     cp_async_commit();
   };
-  const auto fetch_h = [&](int step) {
-    staged.fetch(p.h, step * kRows, segment.h_begin + first_rank, 0, kRows, log_ranks, p.x.rows - step * kRows, ranks,
-                 nullptr);
-  };
-  const auto store_h = [&](int step) { staged.store(h_tile(step), p.h, 0, kRows, log_ranks, 0, nullptr); };
 
-  for (int s = 0; s < kOuterStages - 1; ++s) copy_x(begin + s);
-  const Tile<T> w{h_tile(0).data + 2 * tile_bytes<T>(kRows, p.rank_tile), kOnePassRanks};
+  const auto first_copies = [&] {
+    for (int s = 0; s < kOuterStages - 1; ++s) copy(begin + s);
+  };
+  const Tile<T> w{shared + kOuterStages * stage_bytes, kOnePassRanks};
   if constexpr (kShrinks) {
+    constexpr int kPanel = Tile<T>::kPanel;
+    Staged<T, kOuterThreads, kOnePassRanks * kPanel / kOuterThreads> panel[kOuterColumns / kPanel];
     const float* const gate = with->gate == nullptr ? nullptr : with->gate + segment.w_begin;
 #pragma unroll
-    for (int c = 0; c < kOuterColumns; c += Tile<T>::kPanel) {
-      const Tile<T> panel{w.data + tile_bytes<T>(kOnePassRanks, c), kOnePassRanks};
-      stage<T, kOuterThreads>(panel, with->w, segment.w_begin, tile_column + c, kOnePassRanks, 6, ranks,
+    for (int c = 0; c < kOuterColumns; c += kPanel) {
+      panel[c / kPanel].fetch(with->w, segment.w_begin, tile_column + c, kOnePassRanks, 6, ranks,
                               p.width - tile_column - c, gate);
     }
-  }
-  if (begin < end) {
-    fetch_h(begin);
-    store_h(begin);
+    first_copies();
+#pragma unroll
+    for (int c = 0; c < kOuterColumns; c += kPanel) {
+      const Tile<T> to{w.data + tile_bytes<T>(kOnePassRanks, c), kOnePassRanks};
+      panel[c / kPanel].store(to, with->w, kOnePassRanks, 6, ranks, gate);
+    }
+  } else {
+    first_copies();
   }
 #pragma unroll 1
   for (int step = begin; step < end; ++step) {
     cp_async_wait<kOuterStages - 2>();
     __syncthreads();
-    copy_x(step + kOuterStages - 1);
-    if (step + 1 < end) fetch_h(step + 1);
+    copy(step + kOuterStages - 1);
     const Tile<T> tile = x_tile(step);
     if (!kShrinks && p.dropout.threshold > 0) {
       TileDropout<T, kOuterThreads, kRows, kOuterColumns> dropout;
@@ -152,8 +175,11 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
         }
       }
     }
-    if constexpr (kShrinks) shrink_tile(*with, tile, w, step * kRows, segment.h_begin, ranks);
-    if (step + 1 < end) store_h(step + 1);
+    if constexpr (kShrinks) {
+      T* const out = reinterpret_cast<T*>(w.data + tile_bytes<T>(kOnePassRanks, kOuterColumns));
+      shrink_tile(*with, tile, w, HiddenRows<T>{out + warp_id() * 16 * HiddenRows<T>::kStride}, step * kRows,
+                  segment.h_begin, ranks);
+    }
   }
   cp_async_wait<0>();
 
@@ -177,12 +203,12 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kOuterThreads) outer_kernel(const OuterParams p) {
+__global__ void __launch_bounds__(kOuterThreads, 3) outer_kernel(const OuterParams p) {
   outer_block<T, kRankTile>(p, nullptr);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kOuterThreads) outer_shrink_kernel(const OuterShrinkParams p) {
+__global__ void __launch_bounds__(kOuterThreads, 3) outer_shrink_kernel(const OuterShrinkParams p) {
   outer_block<T, kOnePassRanks>(p.outer, &p);
 }
 

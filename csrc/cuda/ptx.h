@@ -68,6 +68,17 @@ ARDLORA_DEVICE void store16(void* to, const Word16& v) {
 #endif
 }
 
+// To global memory. In one piece: where it computes neighbouring addresses, nvcc cuts `store16` into words.
+ARDLORA_DEVICE void store16_global(void* to, const Word16& v) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.part[0]), "r"(v.part[1]), "r"(v.part[2]),
+               "r"(v.part[3])
+               : "memory");
+#else
+  store16(to, v);
+#endif
+}
+
 ARDLORA_DEVICE void store8(void* to, std::uint32_t first, std::uint32_t second) {
 #ifdef __CUDACC__
   *static_cast<uint2*>(to) = make_uint2(first, second);

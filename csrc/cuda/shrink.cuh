@@ -2,8 +2,9 @@
 //
 // A block makes 128 rows x up to 64 columns of H of one group of segments, and one share of the summed dimension. X
 // goes to shared memory by cp.async, three stages deep; W, mostly in L2, comes through registers one step ahead, where
-// it is multiplied with its gates and rounded to X's type. With one share the block writes H; with more it writes
-// partial sums, which `sum_shares_kernel` (sum_shares.cuh) adds in order.
+// it is multiplied with its gates and rounded to X's type. With one share the block writes H, in X's type as the tensor
+// cores will want it; with more it writes partial sums in float, which `sum_shares_kernel` (sum_shares.cuh) adds in
+// order.
 #pragma once
 
 #include "cuda/dropout.cuh"
@@ -19,7 +20,7 @@ struct ShrinkParams {
   Operand w;
   const float* gate;  // of W's rows, or null
   float scale;        // with dropout: times its keep_scale
-  float* h;
+  void* h;
   std::int64_t h_stride;
   float* partial;  // [shares, M, partial_stride], or null for one share
   std::int64_t partial_stride;
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
     const auto copy_x = [&](int step) {
       if (step < end) {
         const int from = x_walk.segment.col_begin;
-        copy_async<T, kShrinkThreads, kShrinkRows, kColumns>(x_tile(step), p.x, row, from + x_walk.column,
-                                                             from + p.width);
+        copy_async<T, kShrinkThreads, kShrinkRows>(x_tile(step), p.x, row, from + x_walk.column, kLogColumns,
+                                                   from + p.width);
         x_walk.advance(kColumns, p.width, step + 1 < all);
       }
       cp_async_commit();
@@ -90,23 +91,24 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
     const auto valid_ranks = [&] { return w_walk.segment.rank - first_rank; };
     const auto gate = [&] { return p.gate == nullptr ? nullptr : p.gate + w_walk.segment.w_begin + first_rank; };
     const auto fetch_w = [&] {
-      staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, 0, tile_rows, kLogColumns, valid_ranks(),
+      staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, tile_rows, kLogColumns, valid_ranks(),
                    p.width - w_walk.column, gate());
     };
     const auto store_w = [&](int step) {
-      staged.store(w_tile(step), p.w, 0, tile_rows, kLogColumns, valid_ranks(), gate());
+      staged.store(w_tile(step), p.w, tile_rows, kLogColumns, valid_ranks(), gate());
       w_walk.advance(kColumns, p.width, step + 1 < all);
     };
 
-    for (int s = 0; s < kShrinkStages - 1; ++s) copy_x(begin + s);
+    // Always W first: it would wait behind the X of a later step.
     fetch_w();
+    for (int s = 0; s < kShrinkStages - 1; ++s) copy_x(begin + s);
     store_w(begin);
 #pragma unroll 1
     for (int step = begin; step < end; ++step) {
       cp_async_wait<kShrinkStages - 2>();
       __syncthreads();
-      copy_x(step + kShrinkStages - 1);
       if (step + 1 < end) fetch_w();
+      copy_x(step + kShrinkStages - 1);
       const Tile<T> tile = x_tile(step);
       if (p.dropout.threshold > 0) {
         const StepWalk walk(segments, step, per_segment, kColumns);
@@ -136,21 +138,34 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
     cp_async_wait<0>();
   }
 
+  // A warp alone has read its rows of X; H takes their place on its way out.
   const bool whole = p.partial == nullptr;
-  float* const out = whole ? p.h : p.partial + blockIdx.z * p.x.rows * p.partial_stride;
-  const std::int64_t stride = whole ? p.h_stride : p.partial_stride;
-  const float scale = whole ? p.scale : 1.0f;
+  const int warp_row = warp_id() * 32;
+  const Tile<T> h_tile{shared, kShrinkRows};
+  float* const partial = p.partial + blockIdx.z * p.x.rows * p.partial_stride + group.h_begin + first_rank;
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int m = row + warp_id() * 32 + i * 8 + lane_id() / 4;
-    if (m >= p.x.rows) continue;
+    const int r = warp_row + i * 8 + lane_id() / 4;
+    if (!whole && row + r >= p.x.rows) continue;
 #pragma unroll
     for (int j = 0; j < 2 * kPairs; ++j) {
-      const int r = j * 8 + lane_id() % 4 * 2;
+      if (j * 8 >= ranks) break;
+      const int c = j * 8 + lane_id() % 4 * 2;
       const float* v = acc[i / 2][j] + i % 2 * 2;
-      store_pair(out + m * stride + group.h_begin + first_rank + r, scale * v[0], scale * v[1], ranks - r);
+      if (whole) {
+        put_pair(h_tile.at(r, c), p.scale * v[0], p.scale * v[1]);
+      } else {
+        store_pair(partial + (row + r) * p.partial_stride + c, v[0], v[1], ranks - c);
+      }
     }
   }
+  if (!whole) return;
+  __syncwarp();
+  const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6), left = p.x.rows - row - warp_row;
+  T* const h = static_cast<T*>(p.h) + (row + warp_row) * p.h_stride + group.h_begin + first_rank;
+  store_rows(h, p.h_stride, left < 32 ? left : 32, log_ranks, ranks,
+             [&](int r, int c) { return h_tile.at(warp_row + r, c); });
 }
 
 }  // namespace ardlora::cuda

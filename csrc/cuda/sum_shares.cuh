@@ -15,7 +15,8 @@ struct ShareSum {
   int columns;
   float scale;
   const float* gate;  // [rows], or null for 1
-  float* out;         // [out_rows, out_stride]; rows from `rows` on become zero
+  void* out;          // [out_rows, out_stride]; rows from `rows` on become zero
+  DType out_type;
   std::int64_t out_stride;
   int out_rows;
   int first_block;
@@ -26,6 +27,22 @@ ARDLORA_DEVICE Word16 load_few(const float* from, int count) {
   if (count >= 4) return load16(from);
   const auto bits = [&](int e) { return e < count ? as_bits(from[e]) : 0u; };
   return {{bits(0), bits(1), bits(2), 0u}};
+}
+
+// Writes up to four neighbouring elements, of which `count` exist.
+template <typename T>
+ARDLORA_DEVICE void store_few(T* to, const float* v, int count) {
+  if (count >= 4 && reinterpret_cast<std::uintptr_t>(to) % (4 * sizeof(T)) == 0) {
+    if constexpr (sizeof(T) == 4) {
+      store16(to, {{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])}});
+    } else {
+      store8(to, pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
+    }
+    return;
+  }
+  for (int e = 0; e < 4; ++e) {
+    if (e < count) to[e] = narrow<T>(v[e]);
+  }
 }
 
 struct SumSharesParams {
@@ -64,7 +81,14 @@ __global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumShares
     const float scale = s.gate == nullptr ? s.scale : s.scale * s.gate[row];
     for (float& v : sum) v *= scale;
   }
-  store_few(s.out + row * s.out_stride + column, sum, left);
+  const std::int64_t to = row * s.out_stride + column;
+  if (s.out_type == DType::kFloat32) {
+    store_few(static_cast<float*>(s.out) + to, sum, left);
+  } else if (s.out_type == DType::kBFloat16) {
+    store_few(static_cast<BFloat16*>(s.out) + to, sum, left);
+  } else {
+    store_few(static_cast<Float16*>(s.out) + to, sum, left);
+  }
 }
 
 }  // namespace ardlora::cuda

@@ -64,7 +64,7 @@ class Run {
     a_ = Matrix(c.adapters, a.rows + c.slack, a.width);
     b_ = Matrix(c.adapters, b.rows + c.slack, b.width);
     // A whole class of columns more, as where the factors have room for more ranks.
-    h_ = Matrix(DType::kFloat32, c.shape.rows, table_.hidden() + c.slack);
+    h_ = Matrix(c.activations, c.shape.rows, table_.hidden() + c.slack);
     dh_ = h_;
     da_ = Matrix(DType::kFloat32, a_.rows, a_.cols);
     db_ = Matrix(DType::kFloat32, b_.rows, b_.cols);

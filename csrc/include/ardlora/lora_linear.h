@@ -33,7 +33,7 @@ struct LoraParams {
   MatrixView lora_B;  // [>= b.rows, b.width]
   const float* gate;  // [gated rows] or null
   float scaling;
-  MatrixView h;  // [M, hidden] float32
+  MatrixView h;  // [M, hidden] float32 on the CPU, the type of x on CUDA
   int threads;
   Dropout dropout = {};  // of x on its way into the adapter
 };
@@ -43,7 +43,7 @@ void lora_forward(const LoraParams& p, const MatrixView& y);
 
 // dx [M, K] += ..., dA and dB (float32, same shape as the parameters) are overwritten. `dx.data` may be null when the
 // input needs no gradient. `dgate` [gated rows] may be null; it costs one more pass over the gated factor's gradient.
-// `dh` [M, hidden] float32 is scratch.
+// `dh` [M, hidden], of h's type, is scratch.
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                    const MatrixView& dA, const MatrixView& dB, float* dgate);
 
