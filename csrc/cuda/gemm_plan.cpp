@@ -10,34 +10,59 @@
 namespace ardlora::cuda {
 namespace {
 
-constexpr int kMinSteps = 2;  // of a share
-
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 int fitting_rank_tile(std::int64_t rank) { return rank <= 16 ? 16 : (rank <= 32 ? 32 : kRankTile); }
 
-// Two blocks on each multiprocessor hide each other's waits. One block more than that would cost as much as a second
-// on all of them, and each further share costs workspace traffic.
-void set_shares(GemmPlan& plan, std::int64_t blocks, std::int64_t all_steps, int multiprocessors) {
-  const std::int64_t wanted = std::min(2 * multiprocessors / blocks, ceil_div(all_steps, kMinSteps));
-  plan.steps = static_cast<int>(ceil_div(all_steps, std::max<std::int64_t>(1, wanted)));
-  plan.shares = static_cast<int>(ceil_div(all_steps, plan.steps));
+// A sum that may be divided among blocks.
+struct Sum {
+  std::int64_t blocks;         // of a share
+  std::int64_t least;          // blocks that keep a multiprocessor busy: fewer take as long
+  std::int64_t length;         // of the sum
+  std::int64_t unit;           // shares are multiples of it
+  std::int64_t bytes;          // that a block moves for each element of its share
+  std::int64_t partial_bytes;  // of a share's partial sums
+};
+
+// The shares with which the last multiprocessor is done first. What a multiprocessor does is counted in bytes that it
+// moves: its blocks' shares, a latency for each wave, and its part of the partial sums, written and read again.
+void set_shares(GemmPlan& plan, const Sum& sum, const Multiprocessors& device) {
+  constexpr std::int64_t kLatency = 16 * 1024, kMaxResident = 3, kReserved = 1024;
+  const std::int64_t resident = std::clamp<std::int64_t>(device.shared / (plan.shared + kReserved), 1, kMaxResident);
+  const std::int64_t wave = resident * device.count, most = std::max<std::int64_t>(1, 3 * wave / sum.blocks);
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t shares = 1; shares <= most; ++shares) {
+    const std::int64_t share = ceil_div(ceil_div(sum.length, shares), sum.unit) * sum.unit;
+    if (share * (shares - 1) >= sum.length) continue;
+    const std::int64_t blocks = sum.blocks * shares, rest = ceil_div(blocks % wave, device.count);
+    const std::int64_t turns = blocks / wave * resident + (rest > 0 ? std::max(rest, sum.least) : 0);
+    std::int64_t cost = turns * share * sum.bytes + ceil_div(blocks, wave) * kLatency;
+    if (shares > 1) cost += 2 * shares * sum.partial_bytes / device.count + kLatency;
+    if (cost >= least) continue;
+    least = cost;
+    plan.share = static_cast<int>(share);
+    plan.shares = static_cast<int>(shares);
+  }
 }
 
 }  // namespace
 
 GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations,
-                   bool dropout, int multiprocessors) {
+                   bool dropout, const Multiprocessors& device) {
   constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max() - 1024;
   ARDLORA_CHECK(rows <= kMaxRows, "gemm_plan: x must have at most ", kMaxRows, " rows, got ", rows);
   const int bytes = static_cast<int>(dtype_size(activations));
   GemmPlan plan{};
   plan.kind = kind;
   plan.shares = 1;
-  plan.rank_tile = fitting_rank_tile(factor.max_rank);
+  std::int64_t ranks = factor.max_rank;
+  if (kind == Gemm::kOuter || kind == Gemm::kOuterShrink) {  // H is read from the chunk on in which a unit begins
+    for (const Segment& s : factor.segments) ranks = std::max(ranks, s.h_begin % (16 / bytes) + s.rank);
+  }
+  plan.rank_tile = fitting_rank_tile(ranks);
   const auto segments = static_cast<std::int64_t>(factor.segments.size());
   if (rows == 0 || segments == 0) return plan;
-  const std::int64_t rank_tiles = ceil_div(factor.max_rank, plan.rank_tile);
+  const std::int64_t rank_tiles = ceil_div(ranks, plan.rank_tile);
   std::int64_t x = 0, y = 0;
   if (kind == Gemm::kShrink) {
     plan.threads = kShrinkThreads;
@@ -48,9 +73,10 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
     plan.tiles = static_cast<int>(rank_tiles);
     x = ceil_div(rows, kShrinkRows);
     y = static_cast<std::int64_t>(groups.size()) * rank_tiles;
-    set_shares(plan, x * y, ceil_div(factor.width, kPanelBytes / bytes) * longest, multiprocessors);
     plan.partial_rows = rows;
     plan.partial_stride = ceil_div(hidden, 4) * 4;
+    const std::int64_t steps = ceil_div(factor.width, kPanelBytes / bytes) * longest;
+    set_shares(plan, {x * y, 2, steps, 1, kShrinkRows * kPanelBytes, rows * plan.partial_stride * 4}, device);
   } else if (kind == Gemm::kExpand) {
     plan.threads = kExpandThreads;
     if (activations == DType::kFloat32) plan.rank_tile = std::min(plan.rank_tile, 32);  // shared memory
@@ -61,13 +87,14 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
   } else {
     const bool shrinks = kind == Gemm::kOuterShrink;
     plan.threads = kOuterThreads;
-    plan.shared = shrinks ? outer_shrink_shared(bytes) : outer_shared(bytes, plan.rank_tile);
+    plan.shared = shrinks ? outer_shrink_shared(bytes, plan.rank_tile) : outer_shared(bytes, plan.rank_tile);
     plan.tiles = static_cast<int>(ceil_div(factor.width, kOuterColumns));
     x = segments * plan.tiles;
     y = rank_tiles;
-    set_shares(plan, x * y, ceil_div(rows, outer_rows(bytes)), multiprocessors);
     plan.partial_rows = factor.rows;
     plan.partial_stride = ceil_div(factor.width, 4) * 4;
+    const std::int64_t partial = factor.rows * plan.partial_stride * 4;
+    set_shares(plan, {x * y, shrinks ? 2 : 1, rows, 16, (kOuterColumns + plan.rank_tile) * bytes, partial}, device);
     plan.hidden_rows = shrinks ? rows : 0;
     plan.hidden_stride = ceil_div(hidden, 4) * 4;
   }
@@ -89,7 +116,7 @@ std::string describe(const GemmPlan& plan) {
   std::ostringstream out;
   out << kNames[static_cast<int>(plan.kind)] << ": blocks " << plan.blocks[0] << " x " << plan.blocks[1] << " x "
       << plan.blocks[2] << " of " << plan.threads << " threads, " << plan.shared << " bytes shared, rank tile "
-      << plan.rank_tile << ", shares " << plan.shares << ", workspace " << plan.workspace() * 4 << " bytes";
+      << plan.rank_tile << ", shares " << plan.shares << " of " << plan.share << ", workspace " << plan.workspace() * 4 << " bytes";
   return out.str();
 }
 

@@ -47,9 +47,9 @@ constexpr int outer_shared(int element_bytes, int rank_tile) {
   return kOuterStages * (tile_bytes(element_bytes, rows, kOuterColumns) + tile_bytes(element_bytes, rows, rank_tile));
 }
 
-constexpr int outer_shrink_shared(int element_bytes) {
+constexpr int outer_shrink_shared(int element_bytes, int rank_tile) {
   const int hidden_rows = outer_rows(element_bytes) * (kOnePassRanks * element_bytes + 16);
-  return outer_shared(element_bytes, kOnePassRanks) + tile_bytes(element_bytes, kOnePassRanks, kOuterColumns) +
+  return outer_shared(element_bytes, rank_tile) + tile_bytes(element_bytes, kOnePassRanks, kOuterColumns) +
          hidden_rows;
 }
 
@@ -63,7 +63,7 @@ struct GemmPlan {
   int rank_tile;                // ranks that a block holds at once: 16, 32 or 64
   int tiles;                    // rank tiles of a group (shrink) or column tiles of a segment
   int shares;                   // parts of the summed dimension; more than one: partial sums go to the workspace
-  int steps;                    // of a share
+  int share;                    // its length: steps (shrink) or rows
   std::int64_t partial_rows;    // of a share
   std::int64_t partial_stride;  // floats
   std::int64_t hidden_rows;     // outer_shrink: of a column tile's partial sums of dH
@@ -74,9 +74,15 @@ struct GemmPlan {
   std::int64_t hidden_partial() const { return tiles > 1 ? tiles * hidden_rows * hidden_stride : 0; }
 };
 
-// `multiprocessors` of the device the launch is for. `hidden`: columns of H.
+// Of the device that a launch is for.
+struct Multiprocessors {
+  int count;
+  int shared;  // bytes of each
+};
+
+// `hidden`: columns of H.
 GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations,
-                   bool dropout, int multiprocessors);
+                   bool dropout, const Multiprocessors& device);
 
 // Whether one pass over dy makes dH and dB, instead of a shrink and an outer. Its parts of dH are 4 bytes a rank for
 // each 128 columns of dy, written and read again: from 32 ranks on that is more than reading dy twice. Units that share

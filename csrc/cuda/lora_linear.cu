@@ -37,11 +37,15 @@ Operand weight(const FactorView& w) {
   return {w.weight.data, w.weight.row_stride, w.weight.dtype == DType::kFloat32, in_chunks(w.weight, w.factor->width)};
 }
 
+Activations hidden(const MatrixView& h) {
+  return {h.data, h.row_stride, static_cast<std::int32_t>(h.rows), in_chunks(h, h.row_stride)};
+}
+
+// Where each unit begins at a chunk, too.
 Activations hidden(const MatrixView& h, const Factor& f) {
-  const std::int64_t bytes = dtype_size(h.dtype);
-  bool vector = in_chunks(h, h.row_stride);
-  for (const Segment& s : f.segments) vector = vector && s.h_begin * bytes % 16 == 0;
-  return {h.data, h.row_stride, static_cast<std::int32_t>(h.rows), vector};
+  Activations a = hidden(h);
+  for (const Segment& s : f.segments) a.vector = a.vector && s.h_begin * dtype_size(h.dtype) % 16 == 0;
+  return a;
 }
 
 // One call's context: where its launches go and which share of the workspace is left.
@@ -52,7 +56,7 @@ class Launches {
         p_(p),
         call_(call),
         guard_(op, call.stream.device),
-        multiprocessors_(multiprocessors(call.stream.device)) {
+        device_(multiprocessors(call.stream.device)) {
     ARDLORA_CHECK(call.table != nullptr && reinterpret_cast<std::uintptr_t>(call.table) % 16 == 0, op,
                   ": table must be at an address divisible by 16");
     ARDLORA_CHECK(reinterpret_cast<std::uintptr_t>(call.workspace) % 16 == 0, op,
@@ -76,7 +80,7 @@ class Launches {
                               h.row_stride,
                               partial,
                               plan.partial_stride,
-                              plan.steps,
+                              plan.share,
                               plan.tiles,
                               plan.rank_tile,
                               dropout};
@@ -189,7 +193,7 @@ class Launches {
     const bool divided = partial != nullptr;
     return {table(factor),
             static_cast<int>(grad.factor->width),
-            hidden(h, *grad.factor),
+            hidden(h),
             activations(x, *grad.factor),
             grad.row_scale,
             grad.scale * dropout.keep_scale,
@@ -197,7 +201,7 @@ class Launches {
             divided ? plan.partial_stride : grad.weight.row_stride,
             plan.partial_rows * plan.partial_stride,
             divided,
-            plan.steps,
+            plan.share,
             plan.tiles,
             plan.rank_tile,
             dropout};
@@ -222,7 +226,7 @@ class Launches {
   FactorTable table(int factor) const { return factor_table(call_.table, *p_.table, factor); }
 
   GemmPlan plan(Gemm kind, const FactorView& w, std::int64_t columns, const MatrixView& x, const Dropout& d) const {
-    return plan_gemm(kind, *w.factor, columns, x.rows, x.dtype, d.active(), multiprocessors_);
+    return plan_gemm(kind, *w.factor, columns, x.rows, x.dtype, d.active(), device_);
   }
 
   float* take(std::int64_t floats) {
@@ -242,26 +246,30 @@ class Launches {
   const LoraParams& p_;
   const DeviceCall& call_;
   DeviceGuard guard_;
-  int multiprocessors_;
+  Multiprocessors device_;
   std::int64_t taken_ = 0;
 };
 
 }  // namespace
 
 #ifdef __CUDACC__
-int multiprocessors(int device) {
-  int count = 0;
-  check("multiprocessors", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+Multiprocessors multiprocessors(int device) {
+  Multiprocessors m{};
+  const auto get = [&](int& value, cudaDeviceAttr what) {
+    check("multiprocessors", cudaDeviceGetAttribute(&value, what, device));
+  };
+  get(m.count, cudaDevAttrMultiProcessorCount);
+  get(m.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  return m;
 }
 #else
-int multiprocessors(int) { return simt::multiprocessors; }
+Multiprocessors multiprocessors(int) { return {simt::multiprocessors, 164 * 1024}; }
 #endif
 
 std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType activations, int device) {
-  const int count = multiprocessors(device);
+  const Multiprocessors processors = multiprocessors(device);
   const auto floats = [&](Gemm kind, const Factor& f) {
-    return plan_gemm(kind, f, table.hidden(), rows, activations, false, count).workspace();
+    return plan_gemm(kind, f, table.hidden(), rows, activations, false, processors).workspace();
   };
   const std::int64_t forward = floats(Gemm::kShrink, table.a()), outer_a = floats(Gemm::kOuter, table.a());
   if (one_pass(table.b(), table.hidden(), rows, activations)) {

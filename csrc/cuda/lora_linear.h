@@ -5,6 +5,7 @@
 #pragma once
 
 #include "ardlora/lora_linear.h"
+#include "cuda/gemm_plan.h"
 #include "cuda/launch.h"
 
 namespace ardlora::cuda {
@@ -23,6 +24,6 @@ void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& ca
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                    const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call);
 
-int multiprocessors(int device);
+Multiprocessors multiprocessors(int device);
 
 }  // namespace ardlora::cuda

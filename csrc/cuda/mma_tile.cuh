@@ -372,14 +372,18 @@ template <typename T, typename At>
 ARDLORA_DEVICE void store_rows(T* to, std::int64_t stride, int count, int log_columns, int columns, const At& at) {
   constexpr int kChunk = Tile<T>::kChunk, kLogChunk = kChunk == 8 ? 3 : 2;
   const bool chunks = reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && stride % kChunk == 0 && columns % kChunk == 0;
-  const int log_items = chunks ? log_columns - kLogChunk : log_columns;
+  const int log_items = chunks ? log_columns - kLogChunk : log_columns, log_lanes = log_items < 5 ? log_items : 5;
+  const int size = chunks ? kChunk : 1, first = lane_id() >> log_lanes, apart = 32 >> log_lanes;  // rows
 #pragma unroll 1
-  for (int i = lane_id(); i < count << log_items; i += 32) {
-    const int row = i >> log_items, item = i & ((1 << log_items) - 1);
-    if (chunks) {
-      if (item * kChunk < columns) store16(to + row * stride + item * kChunk, load16(at(row, item * kChunk)));
-    } else if (item < columns) {
-      to[row * stride + item] = *at(row, item);
+  for (int item = lane_id() & ((1 << log_lanes) - 1); item * size < columns; item += 32) {
+    T* p = to + first * stride + item * size;
+#pragma unroll 1
+    for (int row = first; row < count; row += apart, p += apart * stride) {
+      if (chunks) {
+        store16(p, load16(at(row, item * kChunk)));
+      } else {
+        *p = *at(row, item);
+      }
     }
   }
 }

@@ -25,7 +25,7 @@ struct OuterParams {
   std::int64_t out_stride;
   std::int64_t share_stride;  // between shares
   bool partial;               // scale and gate are left to the second stage
-  int steps;                  // steps of kOuterRows rows
+  int share;                  // rows of a share
   int column_tiles;           // grid.x = segments * column_tiles
   int rank_tile;              // 16, 32 or 64; grid.y counts them
   Dropout dropout;            // of x
@@ -51,10 +51,10 @@ struct HiddenRows {
   ARDLORA_DEVICE T* at(int row, int column) const { return data + row * kStride + column; }
 };
 
-// Rows [row, row + kRows) of dH from the columns of one tile; w [kOnePassRanks, kOuterColumns], a warp makes 16 rows.
+// Rows [row, row + kRows) before `end` of dH from the columns of one tile; w [kOnePassRanks, kOuterColumns], a warp makes 16 rows.
 template <typename T>
 ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, const Tile<T>& w,
-                                const HiddenRows<T>& out, int row, int h_begin, int ranks) {
+                                const HiddenRows<T>& out, int row, int end, int h_begin, int ranks) {
   static_assert(kOuterThreads / 32 * 16 == outer_rows(sizeof(T)) && kOnePassRanks == 16);
   const Fragments<T> rows = rows_first(x), factors = chunks_first(w);
   float acc[2][4] = {};
@@ -67,7 +67,7 @@ ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, co
     multiply_add<T>(acc[1], a, b + 2);
   }
   const bool whole = p.partial == nullptr;
-  const int first = row + warp_id() * 16, left = p.outer.x.rows - first;
+  const int first = row + warp_id() * 16, left = end - first;
   const int tile = static_cast<int>(blockIdx.x) % p.outer.column_tiles;
   float* const partial =
       p.partial + (static_cast<std::int64_t>(tile) * p.outer.x.rows + first) * p.partial_stride + h_begin;
@@ -101,31 +101,36 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   constexpr int kXBytes = tile_bytes<T>(kRows, kOuterColumns);
   ARDLORA_SHARED(shared);
   const DeviceSegment segment = load_record(p.table.segments + blockIdx.x / static_cast<unsigned>(p.column_tiles));
-  const int first_rank = static_cast<int>(blockIdx.y) * p.rank_tile;
+  // A tile's columns of H begin at a chunk, maybe with some of the unit before: their sums are not written.
+  const int h_column = segment.h_begin / Tile<T>::kChunk * Tile<T>::kChunk + static_cast<int>(blockIdx.y) * p.rank_tile;
+  const int first_rank = h_column - segment.h_begin;
   if (first_rank >= segment.rank) return;
   const int ranks = segment.rank - first_rank < p.rank_tile ? segment.rank - first_rank : p.rank_tile;
   const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6);
   const int tile_column = static_cast<int>(blockIdx.x) % p.column_tiles * kOuterColumns;  // in the segment
   const int x_column = segment.col_begin + tile_column;
 
-  const int all = (p.x.rows + kRows - 1) / kRows, begin = static_cast<int>(blockIdx.z) * p.steps;
-  const int end = begin + p.steps < all ? begin + p.steps : all;
+  // The rows of this share, and their steps.
+  const int first_row = static_cast<int>(blockIdx.z) * p.share;
+  Activations x_rows = p.x, h_rows = p.h;
+  if (first_row + p.share < p.x.rows) x_rows.rows = h_rows.rows = first_row + p.share;
+  const int steps = (x_rows.rows - first_row + kRows - 1) / kRows;
   const int stage_bytes = kXBytes + tile_bytes<T>(kRows, p.rank_tile);
   const auto x_tile = [&](int step) { return Tile<T>{shared + step % kOuterStages * stage_bytes, kRows}; };
   const auto h_tile = [&](int step) { return Tile<T>{x_tile(step).data + kXBytes, kRows}; };
 
   float acc[2][kMaxRanks / 8][4] = {};
   const auto copy = [&](int step) {
-    if (step < end) {
-      const int row = step * kRows, h_column = segment.h_begin + first_rank;
-      copy_async<T, kOuterThreads, kRows>(h_tile(step), p.h, row, h_column, log_ranks, h_column + ranks);
-      copy_async<T, kOuterThreads, kRows>(x_tile(step), p.x, row, x_column, kLogColumns, segment.col_begin + p.width);
+    if (step < steps) {
+      const int row = first_row + step * kRows;
+      copy_async<T, kOuterThreads, kRows>(h_tile(step), h_rows, row, h_column, log_ranks, h_column + ranks);
+      copy_async<T, kOuterThreads, kRows>(x_tile(step), x_rows, row, x_column, kLogColumns, segment.col_begin + p.width);
     }
     cp_async_commit();
   };
 
   const auto first_copies = [&] {
-    for (int s = 0; s < kOuterStages - 1; ++s) copy(begin + s);
+    for (int s = 0; s < kOuterStages - 1; ++s) copy(s);
   };
   const Tile<T> w{shared + kOuterStages * stage_bytes, kOnePassRanks};
   if constexpr (kShrinks) {
@@ -134,27 +139,27 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
     const float* const gate = with->gate == nullptr ? nullptr : with->gate + segment.w_begin;
 #pragma unroll
     for (int c = 0; c < kOuterColumns; c += kPanel) {
-      panel[c / kPanel].fetch(with->w, segment.w_begin, tile_column + c, kOnePassRanks, 6, ranks,
+      panel[c / kPanel].fetch(with->w, segment.w_begin, tile_column + c, kOnePassRanks, 6, segment.rank,
                               p.width - tile_column - c, gate);
     }
     first_copies();
 #pragma unroll
     for (int c = 0; c < kOuterColumns; c += kPanel) {
       const Tile<T> to{w.data + tile_bytes<T>(kOnePassRanks, c), kOnePassRanks};
-      panel[c / kPanel].store(to, with->w, kOnePassRanks, 6, ranks, gate);
+      panel[c / kPanel].store(to, with->w, kOnePassRanks, 6, segment.rank, gate);
     }
   } else {
     first_copies();
   }
 #pragma unroll 1
-  for (int step = begin; step < end; ++step) {
+  for (int step = 0; step < steps; ++step) {
     cp_async_wait<kOuterStages - 2>();
     __syncthreads();
     copy(step + kOuterStages - 1);
     const Tile<T> tile = x_tile(step);
     if (!kShrinks && p.dropout.threshold > 0) {
       TileDropout<T, kOuterThreads, kRows, kOuterColumns> dropout;
-      dropout.apply(tile, p.dropout, step * kRows, x_column, p.x.vector);
+      dropout.apply(tile, p.dropout, first_row + step * kRows, x_column, p.x.vector);
       __syncthreads();
     }
     const Fragments<T> x = chunks_first(tile), h = rows_first(h_tile(step));
@@ -177,23 +182,24 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
     }
     if constexpr (kShrinks) {
       T* const out = reinterpret_cast<T*>(w.data + tile_bytes<T>(kOnePassRanks, kOuterColumns));
-      shrink_tile(*with, tile, w, HiddenRows<T>{out + warp_id() * 16 * HiddenRows<T>::kStride}, step * kRows,
-                  segment.h_begin, ranks);
+      shrink_tile(*with, tile, w, HiddenRows<T>{out + warp_id() * 16 * HiddenRows<T>::kStride},
+                  first_row + step * kRows, x_rows.rows, segment.h_begin, segment.rank);
     }
   }
   cp_async_wait<0>();
 
-  const int first_row = segment.w_begin + first_rank + lane_id() % 4 * 2;  // of the lane, in dW
+  const int w_row = segment.w_begin + first_rank + lane_id() % 4 * 2;  // of the lane
   const int n = tile_column + warp_id() * 32 + lane_id() / 4;
-  float* to = p.out + blockIdx.z * p.share_stride + first_row * p.out_stride + n;
+  float* to = p.out + blockIdx.z * p.share_stride + w_row * p.out_stride + n;
 #pragma unroll
   for (int j = 0; j < kMaxRanks / 8; ++j, to += 8 * p.out_stride) {
     if (j * 8 >= ranks) break;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if (j * 8 + lane_id() % 4 * 2 + e >= ranks) continue;
+      const int c = j * 8 + lane_id() % 4 * 2 + e;
+      if (c >= ranks || first_rank + c < 0) continue;
       float scale = 1.0f;
-      if (!p.partial) scale = p.gate == nullptr ? p.scale : p.scale * p.gate[first_row + j * 8 + e];
+      if (!p.partial) scale = p.gate == nullptr ? p.scale : p.scale * p.gate[w_row + j * 8 + e];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (n + i * 8 < p.width) to[e * p.out_stride + i * 8] = scale * acc[i / 2][j][i % 2 * 2 + e];
@@ -209,7 +215,7 @@ __global__ void __launch_bounds__(kOuterThreads, 3) outer_kernel(const OuterPara
 
 template <typename T>
 __global__ void __launch_bounds__(kOuterThreads, 3) outer_shrink_kernel(const OuterShrinkParams p) {
-  outer_block<T, kOnePassRanks>(p.outer, &p);
+  outer_block<T, 2 * kOnePassRanks>(p.outer, &p);  // with those of the unit before
 }
 
 }  // namespace ardlora::cuda

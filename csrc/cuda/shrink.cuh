@@ -24,7 +24,7 @@ struct ShrinkParams {
   std::int64_t h_stride;
   float* partial;  // [shares, M, partial_stride], or null for one share
   std::int64_t partial_stride;
-  int steps;       // of a share, kPanel columns each
+  int share;       // steps of a share, kPanel columns each
   int rank_tiles;  // grid.y = groups * rank_tiles
   int rank_tile;   // 16, 32 or 64
   Dropout dropout;
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   const int row = static_cast<int>(blockIdx.x) * kShrinkRows;
 
   const int per_segment = (p.width + kColumns - 1) / kColumns;
-  const int begin = static_cast<int>(blockIdx.z) * p.steps;
-  const int all = group.segments * per_segment, end = begin + p.steps < all ? begin + p.steps : all;
+  const int begin = static_cast<int>(blockIdx.z) * p.share;
+  const int all = group.segments * per_segment, end = begin + p.share < all ? begin + p.share : all;
   const int tile_rows = (ranks + 15) & ~15;
 
   const auto x_tile = [&](int step) {

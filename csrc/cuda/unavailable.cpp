@@ -20,7 +20,7 @@ void importance(const DeviceRows&, const ImportanceParams&, Stream) { fail_unava
 void set_gates(const GateBlock*, std::int64_t, const double*, const GateParams&, Stream) {
   fail_unavailable("set_gates");
 }
-int multiprocessors(int) { fail_unavailable("multiprocessors"); }
+Multiprocessors multiprocessors(int) { fail_unavailable("multiprocessors"); }
 std::int64_t lora_workspace(const UnitTable&, std::int64_t, DType, int) { fail_unavailable("lora_workspace"); }
 void lora_forward(const LoraParams&, const MatrixView&, const DeviceCall&) { fail_unavailable("lora_forward"); }
 void lora_backward(const LoraParams&, const MatrixView&, const MatrixView&, const MatrixView&, const MatrixView&,
