@@ -110,13 +110,13 @@ struct ExpandTile {
   ARDLORA_DEVICE bool exists(int i, int column) const { return i * 8 < rows_left && column < columns_left; }
 
   ARDLORA_DEVICE void begin(int half) {
+    const T* from = y + half * kExpandHalf;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i, from += 8 * p.y.stride) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        const int n = chunk_column(half, c);
         old[i][c] = Word16{};
-        if (p.y.vector && exists(i, n)) old[i][c] = load16(y + i * 8 * p.y.stride + n);
+        if (p.y.vector && exists(i, chunk_column(half, c))) old[i][c] = load16(from + c * kChunkColumns);
       }
     }
 #pragma unroll
@@ -151,13 +151,14 @@ struct ExpandTile {
 
   ARDLORA_DEVICE void end(int half, const MaskTable<T>& masks) const {
     const bool dropping = p.dropout.threshold > 0;
+    T* first = y + half * kExpandHalf;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i, first += 8 * p.y.stride) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int n = chunk_column(half, c);
         if (!exists(i, n)) continue;
-        T* const to = y + i * 8 * p.y.stride + n;
+        T* const to = first + c * kChunkColumns;
         float v[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) v[e] = p.scale * acc[i / 2][c * kProducts + e / 2][i % 2 * 2 + e % 2];

@@ -17,11 +17,11 @@ int fitting_rank_tile(std::int64_t rank) { return rank <= 16 ? 16 : (rank <= 32 
 // A sum that may be divided among blocks.
 struct Sum {
   std::int64_t blocks;         // of a share
-  std::int64_t least;          // blocks that keep a multiprocessor busy: fewer take as long
   std::int64_t length;         // of the sum
   std::int64_t unit;           // shares are multiples of it
   std::int64_t bytes;          // that a block moves for each element of its share
   std::int64_t partial_bytes;  // of a share's partial sums
+  std::int64_t alone;          // quarters of its time that a block takes with no other beside it
 };
 
 // The shares with which the last multiprocessor is done first. What a multiprocessor does is counted in bytes that it
@@ -35,8 +35,8 @@ void set_shares(GemmPlan& plan, const Sum& sum, const Multiprocessors& device) {
     const std::int64_t share = ceil_div(ceil_div(sum.length, shares), sum.unit) * sum.unit;
     if (share * (shares - 1) >= sum.length) continue;
     const std::int64_t blocks = sum.blocks * shares, rest = ceil_div(blocks % wave, device.count);
-    const std::int64_t turns = blocks / wave * resident + (rest > 0 ? std::max(rest, sum.least) : 0);
-    std::int64_t cost = turns * share * sum.bytes + ceil_div(blocks, wave) * kLatency;
+    const std::int64_t quarters = blocks / wave * resident * 4 + (rest == 1 ? sum.alone : rest * 4);
+    std::int64_t cost = quarters * share * sum.bytes / 4 + ceil_div(blocks, wave) * kLatency;
     if (shares > 1) cost += 2 * shares * sum.partial_bytes / device.count + kLatency;
     if (cost >= least) continue;
     least = cost;
@@ -76,7 +76,8 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
     plan.partial_rows = rows;
     plan.partial_stride = ceil_div(hidden, 4) * 4;
     const std::int64_t steps = ceil_div(factor.width, kPanelBytes / bytes) * longest;
-    set_shares(plan, {x * y, 2, steps, 1, kShrinkRows * kPanelBytes, rows * plan.partial_stride * 4}, device);
+    const std::int64_t partial = rows * plan.partial_stride * 4, alone = plan.rank_tile > 16 ? 6 : 4;
+    set_shares(plan, {x * y, steps, 1, kShrinkRows * kPanelBytes, partial, alone}, device);
   } else if (kind == Gemm::kExpand) {
     plan.threads = kExpandThreads;
     if (activations == DType::kFloat32) plan.rank_tile = std::min(plan.rank_tile, 32);  // shared memory
@@ -93,8 +94,8 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
     y = rank_tiles;
     plan.partial_rows = factor.rows;
     plan.partial_stride = ceil_div(factor.width, 4) * 4;
-    const std::int64_t partial = factor.rows * plan.partial_stride * 4;
-    set_shares(plan, {x * y, shrinks ? 2 : 1, rows, 16, (kOuterColumns + plan.rank_tile) * bytes, partial}, device);
+    const std::int64_t partial = factor.rows * plan.partial_stride * 4, alone = plan.rank_tile > 16 ? 5 : 4;
+    set_shares(plan, {x * y, rows, 16, (kOuterColumns + plan.rank_tile) * bytes, partial, alone}, device);
     plan.hidden_rows = shrinks ? rows : 0;
     plan.hidden_stride = ceil_div(hidden, 4) * 4;
   }

@@ -19,7 +19,7 @@ namespace ardlora::cuda {
 
 template <typename T>
 struct Tile {
-  static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements
+  static constexpr int kLogChunk = sizeof(T) == 2 ? 3 : 2, kChunk = 1 << kLogChunk;  // elements of 16 bytes
   static constexpr int kPanel = 8 * kChunk;                        // columns of a panel
   static constexpr int kStep = 2 * kChunk;                         // elements of the summed dimension in one product
 
@@ -27,9 +27,9 @@ struct Tile {
   int rows;  // of a panel, a multiple of 8
 
   ARDLORA_DEVICE int offset(int row, int column) const {
-    const int key = (row & 1) << 2 | (row & 2) | ((row ^ row >> 2) & 1), chunk = column / kChunk;
-    return ((chunk / 8) * rows + row) * kPanelBytes + (((chunk & 7) ^ key) << 4) +
-           (column % kChunk) * static_cast<int>(sizeof(T));
+    const int key = (row & 1) << 2 | (row & 2) | ((row ^ row >> 2) & 1), chunk = column >> kLogChunk;
+    return ((chunk >> 3) * rows + row) * kPanelBytes + (((chunk & 7) ^ key) << 4) +
+           (column & (kChunk - 1)) * static_cast<int>(sizeof(T));
   }
   ARDLORA_DEVICE T* at(int row, int column) const { return reinterpret_cast<T*>(data + offset(row, column)); }
   ARDLORA_DEVICE std::uint32_t address(int row, int column) const {
@@ -79,7 +79,7 @@ struct Fragments {
  private:
   // `row` a multiple of 8, `column` of two chunks.
   ARDLORA_DEVICE std::uint32_t at(int row, int column) const {
-    const int panel = column / Tile<T>::kPanel, in_panel = column % Tile<T>::kPanel;
+    const int panel = column >> (Tile<T>::kLogChunk + 3), in_panel = column & (Tile<T>::kPanel - 1);
     return (lane ^ static_cast<std::uint32_t>(in_panel * static_cast<int>(sizeof(T)))) +
            static_cast<std::uint32_t>((panel * tile.rows + row) * kPanelBytes);
   }
@@ -156,8 +156,8 @@ ARDLORA_DEVICE void copy_async(const Tile<T>& tile, const Activations& x, int ro
   constexpr int kChunk = Tile<T>::kChunk;
   const T* const data = static_cast<const T*>(x.data);
   if (x.vector) {
-    constexpr int kPanel = Tile<T>::kPanel, kLogPanel = kChunk == 8 ? 6 : 5;
-    const int log_chunks = (log_columns < kLogPanel ? log_columns : kLogPanel) - (kLogPanel - 3);  // of a panel's row
+    constexpr int kPanel = Tile<T>::kPanel, kLogChunk = Tile<T>::kLogChunk, kLogPanel = kLogChunk + 3;
+    const int log_chunks = (log_columns < kLogPanel ? log_columns : kLogPanel) - kLogChunk;  // of a panel's row
     const int apart = (kThreads / 8 >> log_chunks) * 8;  // rows; a multiple of 8, after which chunks lie as before
     const int c = (static_cast<int>(threadIdx.x) & ((1 << log_chunks) - 1)) * kChunk;
     const int r = static_cast<int>(threadIdx.x) >> log_chunks;
@@ -370,7 +370,7 @@ ARDLORA_DEVICE void store_pair(float* to, float first, float second, int count) 
 // `columns` exist. Neighbouring lanes write neighbouring addresses, wherever rows begin.
 template <typename T, typename At>
 ARDLORA_DEVICE void store_rows(T* to, std::int64_t stride, int count, int log_columns, int columns, const At& at) {
-  constexpr int kChunk = Tile<T>::kChunk, kLogChunk = kChunk == 8 ? 3 : 2;
+  constexpr int kChunk = Tile<T>::kChunk, kLogChunk = Tile<T>::kLogChunk;
   const bool chunks = reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && stride % kChunk == 0 && columns % kChunk == 0;
   const int log_items = chunks ? log_columns - kLogChunk : log_columns, log_lanes = log_items < 5 ? log_items : 5;
   const int size = chunks ? kChunk : 1, first = lane_id() >> log_lanes, apart = 32 >> log_lanes;  // rows
