@@ -20,7 +20,7 @@ int main() {
       {"expand_kernel<float>", kExpandThreads, expand_shared(4, kRankTile, true)},
       {"outer_kernel", kOuterThreads, outer_shared(2, kRankTile)},
       {"outer_kernel<float>", kOuterThreads, outer_shared(4, kRankTile)},
-      {"outer_shrink_kernel", kOuterThreads, outer_shrink_shared(2)},
+      {"outer_shrink_kernel", kOuterThreads, outer_shrink_shared(2, 2 * kOnePassRanks)},
       {"sum_shares_kernel", kSumThreads, 0},
       {"gate_gradient_kernel", kGateThreads, kGateShared},
       {"rank_resize_kernel", kResizeThreads, 0},
