@@ -74,7 +74,7 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
     x = ceil_div(rows, kShrinkRows);
     y = static_cast<std::int64_t>(groups.size()) * rank_tiles;
     plan.partial_rows = rows;
-    plan.partial_stride = ceil_div(hidden, 4) * 4;
+    plan.partial_stride = ceil_div(hidden, 8) * 8;  // whole sectors
     const std::int64_t steps = ceil_div(factor.width, kPanelBytes / bytes) * longest;
     const std::int64_t partial = rows * plan.partial_stride * 4, alone = plan.rank_tile > 16 ? 6 : 4;
     set_shares(plan, {x * y, steps, 1, kShrinkRows * kPanelBytes, partial, alone}, device);
@@ -97,7 +97,7 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
     const std::int64_t partial = factor.rows * plan.partial_stride * 4, alone = plan.rank_tile > 16 ? 5 : 4;
     set_shares(plan, {x * y, rows, 16, (kOuterColumns + plan.rank_tile) * bytes, partial, alone}, device);
     plan.hidden_rows = shrinks ? rows : 0;
-    plan.hidden_stride = ceil_div(hidden, 4) * 4;
+    plan.hidden_stride = ceil_div(hidden, 8) * 8;
   }
   constexpr std::int64_t kMaxY = 65535;
   ARDLORA_CHECK(y <= kMaxY, "gemm_plan: a factor must need at most ", kMaxY, " tiles, got ", y);

@@ -22,6 +22,7 @@ struct ShrinkParams {
   float scale;        // with dropout: times its keep_scale
   void* h;
   std::int64_t h_stride;
+  int hidden;      // columns of H in use
   float* partial;  // [shares, M, partial_stride], or null for one share
   std::int64_t partial_stride;
   int share;       // steps of a share, kPanel columns each
@@ -142,7 +143,10 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   const bool whole = p.partial == nullptr;
   const int warp_row = warp_id() * 32;
   const Tile<T> h_tile{shared, kShrinkRows};
-  float* const partial = p.partial + blockIdx.z * p.x.rows * p.partial_stride + group.h_begin + first_rank;
+  const int column = group.h_begin + first_rank;
+  float* const partial = p.partial + blockIdx.z * p.x.rows * p.partial_stride + column;
+  // The last group writes zeros up to the stride: the second stage reads and writes four columns at a time.
+  const int stored = column + ranks == p.hidden ? static_cast<int>(p.partial_stride) - column : ranks;
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -156,14 +160,14 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
       if (whole) {
         put_pair(h_tile.at(r, c), p.scale * v[0], p.scale * v[1]);
       } else {
-        store_pair(partial + (row + r) * p.partial_stride + c, v[0], v[1], ranks - c);
+        store_pair(partial + (row + r) * p.partial_stride + c, v[0], v[1], stored - c);
       }
     }
   }
   if (!whole) return;
   __syncwarp();
   const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6), left = p.x.rows - row - warp_row;
-  T* const h = static_cast<T*>(p.h) + (row + warp_row) * p.h_stride + group.h_begin + first_rank;
+  T* const h = static_cast<T*>(p.h) + (row + warp_row) * p.h_stride + column;
   store_rows(h, p.h_stride, left < 32 ? left : 32, log_ranks, ranks,
              [&](int r, int c) { return h_tile.at(warp_row + r, c); });
 }
