@@ -55,15 +55,15 @@ BUGS = (
     Bug(
         "last row off by one",
         "lora",
-        "mma_tile.cuh",
+        "tile_io.cuh",
         "row + r + i < x.rows ? bytes : 0",
         "row + r + i < x.rows - PLANTED ? bytes : 0",
     ),
-    Bug("missing zero fill", "lora", "mma_tile.cuh", "from : data, valid);", "from : data, PLANTED ? 16 : valid);"),
+    Bug("missing zero fill", "lora", "tile_io.cuh", "from : data, valid);", "from : data, PLANTED ? 16 : valid);"),
     Bug(
         "tail of a chunk not cut off",
         "lora",
-        "mma_tile.cuh",
+        "tile_io.cuh",
         "(left < kChunk ? left : kChunk)",
         "(left < kChunk && !PLANTED ? left : kChunk)",
     ),
@@ -113,7 +113,7 @@ BUGS = (
     Bug(
         "columns not interleaved",
         "lora",
-        "mma_tile.cuh",
+        "tile_io.cuh",
         "(to + (offset ^ i * kApart))",
         "(to + (offset ^ (PLANTED ? kPairs - 1 - i : i) * kApart))",
     ),

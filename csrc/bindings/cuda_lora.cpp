@@ -49,7 +49,8 @@ void bind_cuda_lora(py::module_& m) {
       [](const UnitTable& table, bool is_a, const std::string& kind, std::int64_t rows, int dtype, bool dropout,
          const std::pair<int, int>& multiprocessors) {
         return describe(cuda::plan_gemm(gemm_kind(kind), is_a ? table.a() : table.b(), table.hidden(), rows,
-                                        dtype_from_code(dtype, "gemm_plan"), dropout, {multiprocessors.first, multiprocessors.second}));
+                                        dtype_from_code(dtype, "gemm_plan"), dropout,
+                                        {multiprocessors.first, multiprocessors.second}));
       },
       py::arg("table"), py::arg("is_a"), py::arg("kind"), py::arg("rows"), py::arg("dtype"), py::arg("dropout"),
       py::arg("multiprocessors"));

@@ -6,14 +6,14 @@
 #pragma once
 
 #include "cuda/dropout.cuh"
-#include "cuda/mma_tile.cuh"
 #include "cuda/segment_table.h"
+#include "cuda/tile_io.cuh"
 
 namespace ardlora::cuda {
 
 struct ExpandParams {
   FactorTable table;
-  int width;  // columns of a segment
+  int width;      // columns of a segment
   Activations h;  // in the type of y
   Operand w;
   const float* gate;  // of W's rows, or null
@@ -190,18 +190,20 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   if (segment.rank == 0) return;
   const int row = static_cast<int>(blockIdx.x) * kExpandRows;
   const int tile_column = static_cast<int>(blockIdx.y) % p.column_tiles * kExpandColumns;  // in the segment
-  const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6);
+  const int log_ranks = log_rank_tile(p.rank_tile);
   const int rank_tiles = (segment.rank + p.rank_tile - 1) >> log_ranks;
   const int h_bytes = tile_bytes<T>(kExpandRows, p.rank_tile), w_bytes = tile_bytes<T>(p.rank_tile, kExpandHalf);
+  const bool dropping = p.dropout.threshold > 0;
+  const MaskTable<T> masks{shared + 2 * w_bytes, (segment.col_begin + tile_column) / kPhiloxColumns};
+  unsigned char* const h_tiles = masks.data + (dropping ? kExpandMaskBytes : 0);
+  const auto w_tile = [&](int step) { return Tile<T>{shared + step % 2 * w_bytes, p.rank_tile}; };
   const auto h_tile = [&](int step) {  // a single tile of ranks stays
-    return Tile<T>{shared + (rank_tiles > 1 ? step % 2 * h_bytes : 0), kExpandRows};
+    return Tile<T>{h_tiles + (rank_tiles > 1 ? step % 2 * h_bytes : 0), kExpandRows};
   };
-  const auto w_tile = [&](int step) { return Tile<T>{shared + 2 * h_bytes + step % 2 * w_bytes, p.rank_tile}; };
 
-  const MaskTable<T> masks{w_tile(0).data + 2 * w_bytes, (segment.col_begin + tile_column) / kPhiloxColumns};
   ExpandTile<T> y(p, row, segment.col_begin, tile_column);
   y.begin(0);
-  if (p.dropout.threshold > 0) masks.fill(p.dropout, row, segment.col_begin + tile_column);
+  if (dropping) masks.fill(p.dropout, row, segment.col_begin + tile_column);
 
   // A step multiplies one tile of ranks for one half of the columns.
   Staged<T, kExpandThreads, kRankTile * kExpandHalf / kExpandThreads, Staging::kInterleaved> staged;

@@ -1,7 +1,7 @@
 // dg_i = <dW_i, W_i> from the gradient of W with the gates left out, then dW_i *= g_i. Right at g_i = 0 too.
 #pragma once
 
-#include "cuda/mma_tile.cuh"
+#include "cuda/tile_io.cuh"
 
 namespace ardlora::cuda {
 

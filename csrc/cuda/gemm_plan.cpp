@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 #include <sstream>
+#include <utility>
+#include <vector>
 
 #include "ardlora/check.h"
 #include "cuda/segment_table.h"
@@ -45,61 +47,88 @@ void set_shares(GemmPlan& plan, const Sum& sum, const Multiprocessors& device) {
   }
 }
 
+struct Problem {
+  const Factor& factor;
+  std::int64_t hidden, rows;
+  int bytes;  // of an element of the activations
+  bool dropout;
+  const Multiprocessors& device;
+
+  std::int64_t segments() const { return static_cast<std::int64_t>(factor.segments.size()); }
+};
+
+// Each returns the tiles along x and y.
+using Tiles = std::pair<std::int64_t, std::int64_t>;
+
+Tiles plan_shrink(GemmPlan& plan, const Problem& p) {
+  const std::int64_t rank_tiles = ceil_div(p.factor.max_rank, plan.rank_tile);
+  const std::vector<SegmentGroup> groups = segment_groups(p.factor);
+  std::int32_t longest = 0;
+  for (const SegmentGroup& g : groups) longest = std::max(longest, g.segments);
+  const Tiles tiles{ceil_div(p.rows, kShrinkRows), static_cast<std::int64_t>(groups.size()) * rank_tiles};
+  plan.threads = kShrinkThreads;
+  plan.shared = shrink_shared(plan.rank_tile);
+  plan.tiles = static_cast<int>(rank_tiles);
+  plan.partial_rows = p.rows;
+  plan.partial_stride = ceil_div(p.hidden, 8) * 8;  // whole sectors
+  set_shares(plan,
+             {.blocks = tiles.first * tiles.second,
+              .length = ceil_div(p.factor.width, kPanelBytes / p.bytes) * longest,
+              .unit = 1,
+              .bytes = kShrinkRows * kPanelBytes,
+              .partial_bytes = p.rows * plan.partial_stride * 4,
+              .alone = plan.rank_tile > 16 ? 6 : 4},
+             p.device);
+  return tiles;
+}
+
+Tiles plan_expand(GemmPlan& plan, const Problem& p) {
+  if (p.bytes == 4) plan.rank_tile = std::min(plan.rank_tile, 32);  // shared memory
+  plan.threads = kExpandThreads;
+  plan.shared = expand_shared(p.bytes, plan.rank_tile, p.factor.max_rank > plan.rank_tile ? 2 : 1, p.dropout);
+  plan.tiles = static_cast<int>(ceil_div(p.factor.width, kExpandColumns));
+  return {ceil_div(p.rows, kExpandRows), p.segments() * plan.tiles};
+}
+
+Tiles plan_outer(GemmPlan& plan, const Problem& p) {
+  std::int64_t ranks = 0;  // H is read from the chunk on in which a unit begins
+  for (const Segment& s : p.factor.segments) ranks = std::max(ranks, s.h_begin % (16 / p.bytes) + s.rank);
+  const bool shrinks = plan.kind == Gemm::kOuterShrink;
+  plan.rank_tile = fitting_rank_tile(ranks);
+  plan.threads = kOuterThreads;
+  plan.shared = shrinks ? outer_shrink_shared(p.bytes, plan.rank_tile) : outer_shared(p.bytes, plan.rank_tile);
+  plan.tiles = static_cast<int>(ceil_div(p.factor.width, kOuterColumns));
+  plan.partial_rows = p.factor.rows;
+  plan.partial_stride = ceil_div(p.factor.width, 4) * 4;
+  plan.hidden_rows = shrinks ? p.rows : 0;
+  plan.hidden_stride = ceil_div(p.hidden, 8) * 8;
+  const Tiles tiles{p.segments() * plan.tiles, ceil_div(ranks, plan.rank_tile)};
+  set_shares(plan,
+             {.blocks = tiles.first * tiles.second,
+              .length = p.rows,
+              .unit = 16,
+              .bytes = (kOuterColumns + plan.rank_tile) * p.bytes,
+              .partial_bytes = p.factor.rows * plan.partial_stride * 4,
+              .alone = plan.rank_tile > 16 ? 5 : 4},
+             p.device);
+  return tiles;
+}
+
 }  // namespace
 
 GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations,
                    bool dropout, const Multiprocessors& device) {
-  constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max() - 1024;
+  constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max() - 1024, kMaxY = 65535;
   ARDLORA_CHECK(rows <= kMaxRows, "gemm_plan: x must have at most ", kMaxRows, " rows, got ", rows);
-  const int bytes = static_cast<int>(dtype_size(activations));
   GemmPlan plan{};
   plan.kind = kind;
   plan.shares = 1;
-  std::int64_t ranks = factor.max_rank;
-  if (kind == Gemm::kOuter || kind == Gemm::kOuterShrink) {  // H is read from the chunk on in which a unit begins
-    for (const Segment& s : factor.segments) ranks = std::max(ranks, s.h_begin % (16 / bytes) + s.rank);
-  }
-  plan.rank_tile = fitting_rank_tile(ranks);
-  const auto segments = static_cast<std::int64_t>(factor.segments.size());
-  if (rows == 0 || segments == 0) return plan;
-  const std::int64_t rank_tiles = ceil_div(ranks, plan.rank_tile);
-  std::int64_t x = 0, y = 0;
-  if (kind == Gemm::kShrink) {
-    plan.threads = kShrinkThreads;
-    plan.shared = shrink_shared(plan.rank_tile);
-    const std::vector<SegmentGroup> groups = segment_groups(factor);
-    std::int32_t longest = 0;
-    for (const SegmentGroup& g : groups) longest = std::max(longest, g.segments);
-    plan.tiles = static_cast<int>(rank_tiles);
-    x = ceil_div(rows, kShrinkRows);
-    y = static_cast<std::int64_t>(groups.size()) * rank_tiles;
-    plan.partial_rows = rows;
-    plan.partial_stride = ceil_div(hidden, 8) * 8;  // whole sectors
-    const std::int64_t steps = ceil_div(factor.width, kPanelBytes / bytes) * longest;
-    const std::int64_t partial = rows * plan.partial_stride * 4, alone = plan.rank_tile > 16 ? 6 : 4;
-    set_shares(plan, {x * y, steps, 1, kShrinkRows * kPanelBytes, partial, alone}, device);
-  } else if (kind == Gemm::kExpand) {
-    plan.threads = kExpandThreads;
-    if (activations == DType::kFloat32) plan.rank_tile = std::min(plan.rank_tile, 32);  // shared memory
-    plan.shared = expand_shared(bytes, plan.rank_tile, dropout);
-    plan.tiles = static_cast<int>(ceil_div(factor.width, kExpandColumns));
-    x = ceil_div(rows, kExpandRows);
-    y = segments * plan.tiles;
-  } else {
-    const bool shrinks = kind == Gemm::kOuterShrink;
-    plan.threads = kOuterThreads;
-    plan.shared = shrinks ? outer_shrink_shared(bytes, plan.rank_tile) : outer_shared(bytes, plan.rank_tile);
-    plan.tiles = static_cast<int>(ceil_div(factor.width, kOuterColumns));
-    x = segments * plan.tiles;
-    y = rank_tiles;
-    plan.partial_rows = factor.rows;
-    plan.partial_stride = ceil_div(factor.width, 4) * 4;
-    const std::int64_t partial = factor.rows * plan.partial_stride * 4, alone = plan.rank_tile > 16 ? 5 : 4;
-    set_shares(plan, {x * y, rows, 16, (kOuterColumns + plan.rank_tile) * bytes, partial, alone}, device);
-    plan.hidden_rows = shrinks ? rows : 0;
-    plan.hidden_stride = ceil_div(hidden, 8) * 8;
-  }
-  constexpr std::int64_t kMaxY = 65535;
+  plan.rank_tile = fitting_rank_tile(factor.max_rank);
+  if (rows == 0 || factor.segments.empty()) return plan;
+  const Problem problem{factor, hidden, rows, static_cast<int>(dtype_size(activations)), dropout, device};
+  const auto [x, y] = kind == Gemm::kShrink   ? plan_shrink(plan, problem)
+                      : kind == Gemm::kExpand ? plan_expand(plan, problem)
+                                              : plan_outer(plan, problem);
   ARDLORA_CHECK(y <= kMaxY, "gemm_plan: a factor must need at most ", kMaxY, " tiles, got ", y);
   plan.blocks[0] = static_cast<unsigned>(x);
   plan.blocks[1] = static_cast<unsigned>(y);
@@ -117,7 +146,8 @@ std::string describe(const GemmPlan& plan) {
   std::ostringstream out;
   out << kNames[static_cast<int>(plan.kind)] << ": blocks " << plan.blocks[0] << " x " << plan.blocks[1] << " x "
       << plan.blocks[2] << " of " << plan.threads << " threads, " << plan.shared << " bytes shared, rank tile "
-      << plan.rank_tile << ", shares " << plan.shares << " of " << plan.share << ", workspace " << plan.workspace() * 4 << " bytes";
+      << plan.rank_tile << ", shares " << plan.shares << " of " << plan.share << ", workspace " << plan.workspace() * 4
+      << " bytes";
   return out.str();
 }
 

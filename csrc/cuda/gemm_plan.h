@@ -15,7 +15,7 @@ inline constexpr int kRankTile = 64;     // ranks that a block holds at once
 
 inline constexpr int kShrinkRows = 128;
 inline constexpr int kShrinkThreads = 128;
-inline constexpr int kShrinkStages = 3;
+inline constexpr int kShrinkStages = 2;
 
 inline constexpr int kExpandRows = 128;
 inline constexpr int kExpandColumns = 128;
@@ -37,9 +37,9 @@ ARDLORA_HOST_DEVICE constexpr int tile_bytes(int element_bytes, int rows, int co
 // Bytes of dynamic shared memory.
 constexpr int shrink_shared(int w_rows) { return (kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes; }
 
-constexpr int expand_shared(int element_bytes, int rank_tile, bool dropout) {
-  return 2 * (tile_bytes(element_bytes, kExpandRows, rank_tile) + tile_bytes(element_bytes, rank_tile, kExpandHalf)) +
-         (dropout ? kExpandMaskBytes : 0);
+constexpr int expand_shared(int element_bytes, int rank_tile, int h_tiles, bool dropout) {
+  return 2 * tile_bytes(element_bytes, rank_tile, kExpandHalf) +
+         h_tiles * tile_bytes(element_bytes, kExpandRows, rank_tile) + (dropout ? kExpandMaskBytes : 0);
 }
 
 constexpr int outer_shared(int element_bytes, int rank_tile) {
@@ -49,8 +49,7 @@ constexpr int outer_shared(int element_bytes, int rank_tile) {
 
 constexpr int outer_shrink_shared(int element_bytes, int rank_tile) {
   const int hidden_rows = outer_rows(element_bytes) * (kOnePassRanks * element_bytes + 16);
-  return outer_shared(element_bytes, rank_tile) + tile_bytes(element_bytes, kOnePassRanks, kOuterColumns) +
-         hidden_rows;
+  return outer_shared(element_bytes, rank_tile) + tile_bytes(element_bytes, kOnePassRanks, kOuterColumns) + hidden_rows;
 }
 
 enum class Gemm { kShrink, kExpand, kOuter, kOuterShrink };

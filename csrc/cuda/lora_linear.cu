@@ -52,11 +52,7 @@ Activations hidden(const MatrixView& h, const Factor& f) {
 class Launches {
  public:
   Launches(const char* op, const LoraParams& p, const DeviceCall& call)
-      : op_(op),
-        p_(p),
-        call_(call),
-        guard_(op, call.stream.device),
-        device_(multiprocessors(call.stream.device)) {
+      : op_(op), p_(p), call_(call), guard_(op, call.stream.device), device_(multiprocessors(call.stream.device)) {
     ARDLORA_CHECK(call.table != nullptr && reinterpret_cast<std::uintptr_t>(call.table) % 16 == 0, op,
                   ": table must be at an address divisible by 16");
     ARDLORA_CHECK(reinterpret_cast<std::uintptr_t>(call.workspace) % 16 == 0, op,

@@ -9,14 +9,14 @@
 #pragma once
 
 #include "cuda/dropout.cuh"
-#include "cuda/mma_tile.cuh"
 #include "cuda/segment_table.h"
+#include "cuda/tile_io.cuh"
 
 namespace ardlora::cuda {
 
 struct OuterParams {
   FactorTable table;
-  int width;  // columns of a segment
+  int width;      // columns of a segment
   Activations h;  // in the type of x
   Activations x;
   const float* gate;  // of dW's rows, or null
@@ -51,7 +51,8 @@ struct HiddenRows {
   ARDLORA_DEVICE T* at(int row, int column) const { return data + row * kStride + column; }
 };
 
-// Rows [row, row + kRows) before `end` of dH from the columns of one tile; w [kOnePassRanks, kOuterColumns], a warp makes 16 rows.
+// Rows [row, row + kRows) before `end` of dH from the columns of one tile; w [kOnePassRanks, kOuterColumns], a warp
+// makes 16 rows.
 template <typename T>
 ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, const Tile<T>& w,
                                 const HiddenRows<T>& out, int row, int end, int h_begin, int ranks) {
@@ -77,7 +78,7 @@ ARDLORA_DEVICE void shrink_tile(const OuterShrinkParams& p, const Tile<T>& x, co
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int c = j * 8 + lane_id() % 4 * 2;
-      const float *v = acc[j] + 2 * i;
+      const float* v = acc[j] + 2 * i;
       if (whole) {
         put_pair(out.at(r, c), p.scale * v[0], p.scale * v[1]);
       } else if (r < left) {
@@ -106,7 +107,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   const int first_rank = h_column - segment.h_begin;
   if (first_rank >= segment.rank) return;
   const int ranks = segment.rank - first_rank < p.rank_tile ? segment.rank - first_rank : p.rank_tile;
-  const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6);
+  const int log_ranks = log_rank_tile(p.rank_tile);
   const int tile_column = static_cast<int>(blockIdx.x) % p.column_tiles * kOuterColumns;  // in the segment
   const int x_column = segment.col_begin + tile_column;
 
@@ -124,7 +125,8 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
     if (step < steps) {
       const int row = first_row + step * kRows;
       copy_async<T, kOuterThreads, kRows>(h_tile(step), h_rows, row, h_column, log_ranks, h_column + ranks);
-      copy_async<T, kOuterThreads, kRows>(x_tile(step), x_rows, row, x_column, kLogColumns, segment.col_begin + p.width);
+      copy_async<T, kOuterThreads, kRows>(x_tile(step), x_rows, row, x_column, kLogColumns,
+                                          segment.col_begin + p.width);
     }
     cp_async_commit();
   };

@@ -1,15 +1,14 @@
 // shrink  H[M, R] = scale * sum over the group's segments of X[:, columns] (gate o W)^T
 //
 // A block makes 128 rows x up to 64 columns of H of one group of segments, and one share of the summed dimension. X
-// goes to shared memory by cp.async, three stages deep; W, mostly in L2, comes through registers one step ahead, where
-// it is multiplied with its gates and rounded to X's type. With one share the block writes H, in X's type as the tensor
-// cores will want it; with more it writes partial sums in float, which `sum_shares_kernel` (sum_shares.cuh) adds in
-// order.
+// goes to shared memory by cp.async, one step ahead; W, mostly in L2, comes through registers, where it is multiplied
+// with its gates and rounded to X's type. With one share the block writes H, in X's type as the tensor cores will want
+// it; with more it writes partial sums in float, which `sum_shares_kernel` (sum_shares.cuh) adds in order.
 #pragma once
 
 #include "cuda/dropout.cuh"
-#include "cuda/mma_tile.cuh"
 #include "cuda/segment_table.h"
+#include "cuda/tile_io.cuh"
 
 namespace ardlora::cuda {
 
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   }
   if (!whole) return;
   __syncwarp();
-  const int log_ranks = p.rank_tile == 16 ? 4 : (p.rank_tile == 32 ? 5 : 6), left = p.x.rows - row - warp_row;
+  const int log_ranks = log_rank_tile(p.rank_tile), left = p.x.rows - row - warp_row;
   T* const h = static_cast<T*>(p.h) + (row + warp_row) * p.h_stride + column;
   store_rows(h, p.h_stride, left < 32 ? left : 32, log_ranks, ranks,
              [&](int r, int c) { return h_tile.at(warp_row + r, c); });

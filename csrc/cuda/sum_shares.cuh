@@ -1,7 +1,7 @@
 // The second stage of a divided sum: shares are added in order, so that two runs are bitwise equal.
 #pragma once
 
-#include "cuda/mma_tile.cuh"
+#include "cuda/tile_io.cuh"
 
 namespace ardlora::cuda {
 

@@ -16,8 +16,8 @@ int main() {
     std::size_t shared;
   } shapes[] = {
       {"shrink_kernel", kShrinkThreads, shrink_shared(kRankTile)},
-      {"expand_kernel", kExpandThreads, expand_shared(2, kRankTile, true)},
-      {"expand_kernel<float>", kExpandThreads, expand_shared(4, kRankTile, true)},
+      {"expand_kernel", kExpandThreads, expand_shared(2, kRankTile, 2, true)},
+      {"expand_kernel<float>", kExpandThreads, expand_shared(4, kRankTile / 2, 2, true)},
       {"outer_kernel", kOuterThreads, outer_shared(2, kRankTile)},
       {"outer_kernel<float>", kOuterThreads, outer_shared(4, kRankTile)},
       {"outer_shrink_kernel", kOuterThreads, outer_shrink_shared(2, 2 * kOnePassRanks)},
