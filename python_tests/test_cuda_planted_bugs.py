@@ -131,7 +131,13 @@ BUGS = (
         "(row + lane_row) * p.y.stride + y_column;",
         "(row + lane_row) * p.y.stride + (PLANTED ? column : y_column);",
     ),
-    Bug("ranks copied over those in use", "lora", "expand.cuh", "step % 2 * h_bytes", "(PLANTED ? 0 : step % 2) * h_bytes"),
+    Bug(
+        "ranks copied over those in use",
+        "lora",
+        "expand.cuh",
+        "step % 2 * h_bytes",
+        "(PLANTED ? 0 : step % 2) * h_bytes",
+    ),
     Bug(
         "rows of H leave before they are there",
         "lora",

@@ -77,7 +77,7 @@ Tiles plan_shrink(GemmPlan& plan, const Problem& p) {
               .unit = 1,
               .bytes = kShrinkRows * kPanelBytes,
               .partial_bytes = p.rows * plan.partial_stride * 4,
-              .alone = plan.rank_tile > 16 ? 6 : 4},
+              .alone = 6},
              p.device);
   return tiles;
 }

@@ -211,7 +211,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kOuterThreads, 3) outer_kernel(const OuterParams p) {
+__global__ void __launch_bounds__(kOuterThreads, 2) outer_kernel(const OuterParams p) {
   outer_block<T, kRankTile>(p, nullptr);
 }
 
