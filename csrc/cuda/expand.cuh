@@ -47,7 +47,7 @@ struct MaskTable {
   int first_block;
 
   ARDLORA_DEVICE unsigned char* at(int row, int block) const {
-    return data + (row * 2 + block - first_block) * (kPhiloxColumns / 8);
+    return data + row * kExpandMaskStride + (block - first_block) * (kPhiloxColumns / 8);
   }
   // One bit each of a chunk's elements; `column` is the chunk's first.
   ARDLORA_DEVICE std::uint32_t bits(int row, int column) const {
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
     const int next_tile = last ? 0 : tile + 1, next_half = last ? half + 1 : half;
     cp_async_wait<0>();
     __syncthreads();
-    if (more) fetch_w(next_half, next_tile);
     if (more && rank_tiles > 1) copy_h(step + 1, next_tile);
+    if (more) fetch_w(next_half, next_tile);
     y.multiply(h_tile(step), w_tile(step), ranks(tile));
     if (last) y.end(half, masks);
     if (more) store_w(step + 1, next_tile);

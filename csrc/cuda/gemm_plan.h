@@ -21,7 +21,9 @@ inline constexpr int kExpandRows = 128;
 inline constexpr int kExpandColumns = 128;
 inline constexpr int kExpandHalf = kExpandColumns / 2;
 inline constexpr int kExpandThreads = 256;
-inline constexpr int kExpandMaskBytes = kExpandRows * 2 * 128 / 8;  // dropout: two blocks of 128 columns
+// Dropout: a row's bits for two blocks of 128 columns, and a word more so that rows lie on different banks.
+inline constexpr int kExpandMaskStride = 2 * 128 / 8 + 4;
+inline constexpr int kExpandMaskBytes = kExpandRows * kExpandMaskStride;
 
 inline constexpr int kOuterColumns = 128;
 inline constexpr int kOuterThreads = 128;

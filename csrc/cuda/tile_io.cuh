@@ -53,7 +53,7 @@ ARDLORA_DEVICE void copy_chunks(const Tile<T>& tile, const Activations& x, int r
 template <typename T, int kThreads, int kRows>
 ARDLORA_DEVICE void copy_elements(const Tile<T>& tile, const Activations& x, int row, int column, int log_columns,
                                   int end) {
-  constexpr int kAhead = 16;  // loads in flight
+  constexpr int kAhead = 2048 / kThreads;  // loads in flight
   const int c = static_cast<int>(threadIdx.x) & ((1 << log_columns) - 1), apart = kThreads >> log_columns;
   const T* const from = static_cast<const T*>(x.data) + row * x.stride + column + c;
 #pragma unroll 1
@@ -246,8 +246,8 @@ ARDLORA_DEVICE void store_pair(float* to, float first, float second, int count) 
   if (count >= 2) to[1] = second;
 }
 
-// A warp's rows of T: `count` of them, 2^log_columns elements apart from each other in `at(row, column)`, of which
-// `columns` exist. Neighbouring lanes write neighbouring addresses, wherever rows begin.
+// A warp writes `count` rows of up to 2^log_columns elements, which lie at `at(row, column)` in shared memory;
+// `columns` of them exist. Neighbouring lanes write neighbouring addresses, wherever rows begin.
 template <typename T, typename At>
 ARDLORA_DEVICE void store_rows(T* to, std::int64_t stride, int count, int log_columns, int columns, const At& at) {
   constexpr int kChunk = Tile<T>::kChunk, kLogChunk = Tile<T>::kLogChunk;
