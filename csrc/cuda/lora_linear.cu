@@ -83,11 +83,14 @@ class Launches {
                               dropout};
     for_type(x.dtype, [&](auto t) { start(shrink_kernel<decltype(t)>, plan, params); });
     if (plan.shares == 1) return;
+    // Fours of columns, where `shrink` has written what rounds the last group up.
+    std::int64_t columns = p_.table->hidden();
+    if (w.factor->segments.back().h_begin % 8 == 0) columns = std::min((columns + 3) / 4 * 4, h.cols);
     ShareSum sum{partial,
                  plan.partial_stride,
                  plan.shares,
                  static_cast<int>(x.rows),
-                 static_cast<int>(std::min((p_.table->hidden() + 3) / 4 * 4, h.cols)),
+                 static_cast<int>(columns),
                  scale,
                  nullptr,
                  h.data,

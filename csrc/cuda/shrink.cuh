@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   const Tile<T> h_tile{shared, kShrinkRows};
   const int column = group.h_begin + first_rank;
   float* const partial = p.partial + blockIdx.z * p.x.rows * p.partial_stride + column;
-  // The last group writes zeros up to the stride: the second stage reads and writes four columns at a time.
+  // The last group also writes what rounds it up to the stride: the second stage takes four columns at a time.
   const int stored = column + ranks == p.hidden ? static_cast<int>(p.partial_stride) - column : ranks;
   __syncwarp();
 #pragma unroll
