@@ -27,7 +27,8 @@ struct Sum {
 };
 
 // The shares with which the last multiprocessor is done first. What a multiprocessor does is counted in bytes that it
-// moves: its blocks' shares, a latency for each wave, and its part of the partial sums, written and read again.
+// moves: its blocks' shares, a latency for each wave, and its part of the partial sums, written and read again. Latency
+// and `alone` are estimates from the simulation in docs/cuda.md.
 void set_shares(GemmPlan& plan, const Sum& sum, const Multiprocessors& device) {
   constexpr std::int64_t kLatency = 16 * 1024, kMaxResident = 3, kReserved = 1024;
   const std::int64_t resident = std::clamp<std::int64_t>(device.shared / (plan.shared + kReserved), 1, kMaxResident);

@@ -46,19 +46,6 @@ ARDLORA_DEVICE Word16 load16(const void* from) {
 #endif
 }
 
-// For what no thread of this launch writes and none reads twice: past the L1 cache.
-ARDLORA_DEVICE Word16 load16_once(const void* from) {
-#ifdef __CUDACC__
-  Word16 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.part[0]), "=r"(v.part[1]), "=r"(v.part[2]), "=r"(v.part[3])
-               : "l"(from));
-  return v;
-#else
-  return load16(from);
-#endif
-}
-
 ARDLORA_DEVICE void store16(void* to, const Word16& v) {
 #ifdef __CUDACC__
   *static_cast<uint4*>(to) = make_uint4(v.part[0], v.part[1], v.part[2], v.part[3]);
@@ -105,18 +92,6 @@ ARDLORA_DEVICE void cp_async16(std::uint32_t to, const void* from, int valid = 1
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
 #else
   simt::cp_async(to, from, 16, valid);
-#endif
-}
-
-// 4 or 8 bytes, through L1: for rows whose length is no multiple of 16 bytes.
-template <int kBytes>
-ARDLORA_DEVICE void cp_async_small(std::uint32_t to, const void* from, int valid = kBytes) {
-  static_assert(kBytes == 4 || kBytes == 8);
-#ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(valid), "n"(kBytes)
-               : "memory");
-#else
-  simt::cp_async(to, from, kBytes, valid);
 #endif
 }
 

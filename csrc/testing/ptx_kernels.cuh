@@ -8,7 +8,7 @@ namespace ardlora::cuda::testing {
 
 inline constexpr int kCopyThreads = 64;
 
-// Two groups of 16-byte copies and one of small ones, each read by another thread: bytes past `bytes` become zero.
+// Two groups of 16-byte copies, each read by another thread: bytes past `bytes` become zero.
 __global__ void copy_kernel(const unsigned char* from, unsigned char* to, int bytes) {
   ARDLORA_SHARED(shared);
   const int i = static_cast<int>(threadIdx.x), other = kCopyThreads - 1 - i;
@@ -19,16 +19,12 @@ __global__ void copy_kernel(const unsigned char* from, unsigned char* to, int by
     cp_async16(shared_address(shared + at), from + (valid > 0 ? at : 0), valid);
     cp_async_commit();
   }
-  cp_async_small<4>(shared_address(shared + 2 * kHalf + i * 4), from + i * 4, i % 2 == 0 ? 4 : 0);
-  cp_async_small<8>(shared_address(shared + 2 * kHalf + kCopyThreads * 4 + i * 8), from + i * 8);
-  cp_async_commit();
-  cp_async_wait<2>();
+  cp_async_wait<1>();
   __syncthreads();
-  store16(to + other * 16, load16(shared + other * 16));
+  store16_global(to + other * 16, load16(shared + other * 16));
   cp_async_wait<0>();
   __syncthreads();
   store16(to + kHalf + other * 16, load16(shared + kHalf + other * 16));
-  if (i < kCopyThreads * 12 / 16) store16(to + 2 * kHalf + i * 16, load16(shared + 2 * kHalf + i * 16));
 }
 
 // rows [8 kCount, 8] of 16-bit elements; out [32, kCount] registers.
@@ -36,7 +32,7 @@ template <int kCount, bool kTrans>
 __global__ void ldmatrix_kernel(const std::uint16_t* rows, std::uint32_t* out) {
   ARDLORA_SHARED(shared);
   const int lane = static_cast<int>(threadIdx.x);
-  if (lane < 8 * kCount) store16(shared + lane * 16, load16_once(rows + lane * 8));
+  if (lane < 8 * kCount) store16(shared + lane * 16, load16(rows + lane * 8));
   __syncwarp();
   std::uint32_t r[kCount];
   ldmatrix<kCount, kTrans>(r, shared_address(shared + lane % (8 * kCount) * 16));

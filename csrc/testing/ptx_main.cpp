@@ -16,18 +16,16 @@ using namespace ardlora::cuda::testing;
 using namespace ardlora::testing;
 
 struct alignas(16) Bytes2k {
-  unsigned char data[4096];
+  unsigned char data[2048];
 };
 
 void test_copies() {
   for (const int bytes : {0, 1, 17, 1024, 1030, 2047, 2048}) {
     Bytes2k from, to{};
     for (auto& b : from.data) b = static_cast<unsigned char>(rng());
-    simt::launch(copy_kernel, {}, {kCopyThreads}, 2048 + 768, from.data, to.data, bytes);
+    simt::launch(copy_kernel, {}, {kCopyThreads}, 2048, from.data, to.data, bytes);
     bool right = true;
     for (int i = 0; i < 2048; ++i) right &= to.data[i] == (i < bytes ? from.data[i] : 0);
-    for (int i = 0; i < 256; ++i) right &= to.data[2048 + i] == (i % 8 < 4 ? from.data[i] : 0);
-    for (int i = 0; i < 512; ++i) right &= to.data[2304 + i] == from.data[i];
     expect(right, "cp.async");
   }
 }
