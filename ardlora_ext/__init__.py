@@ -14,35 +14,42 @@ from typing import TYPE_CHECKING, Any
 # A source checkout finds the compiled core of the installed package.
 __path__ = extend_path(__path__, __name__)
 
-from ardlora_ext.attach import attach
-from ardlora_ext.compress import Compression, compress
+from ardlora_ext.checkpoint.load_adapter import load_adapter
+from ardlora_ext.checkpoint.load_peft import load_peft
+from ardlora_ext.checkpoint.load_pretrained import load_pretrained
+from ardlora_ext.checkpoint.save_pretrained import save_pretrained
+from ardlora_ext.checkpoint.training_state import load_state, save_state
+from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, ElaConfig, LoraConfig
-from ardlora_ext.controllers import AdaController, ArdController, Controller, ElaController
-from ardlora_ext.distributed import fully_shard, replicate
-from ardlora_ext.export import load_pretrained, save_pretrained
-from ardlora_ext.init import init_from_gradients
-from ardlora_ext.inject import ParametersReport, adapters, parameters_report, unwrap, wrap
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.merging import merge, merge_adapter, unmerge_adapter
-from ardlora_ext.named import (
+from ardlora_ext.distributed.fully_shard import fully_shard
+from ardlora_ext.distributed.replicate import replicate
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.gradient_start import init_from_gradients
+from ardlora_ext.model.inject import unwrap
+from ardlora_ext.model.merge import merge, merge_adapter, unmerge_adapter
+from ardlora_ext.model.named import (
     active_adapter,
     adapter_names,
     add_adapter,
     delete_adapter,
     disable_adapter,
-    load_adapter,
     set_adapter,
 )
-from ardlora_ext.optim import loraplus_param_groups
-from ardlora_ext.peft_import import load_peft
-from ardlora_ext.resize import RankUpdate, UnitUpdate
-from ardlora_ext.resume import load_state, save_state
-from ardlora_ext.transport import svd_prune
+from ardlora_ext.model.parameters import ParametersReport, parameters_report
+from ardlora_ext.model.record import adapters
+from ardlora_ext.native.compiled import VERSION as __version__
+from ardlora_ext.ranks.attach import attach
+from ardlora_ext.ranks.compress import Compression, compress
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
+from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.controllers.svd.ada import AdaController
+from ardlora_ext.ranks.controllers.svd.ela import ElaController
+from ardlora_ext.ranks.optimizer import loraplus_param_groups
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
+from ardlora_ext.ranks.svd_prune import svd_prune
 
 if TYPE_CHECKING:
-    from ardlora_ext.callback import RankCallback
-
-__version__ = "0.1.0"
+    from ardlora_ext.train.callback import RankCallback
 
 __all__ = [
     "AdaConfig",
@@ -94,7 +101,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import `RankCallback` when it is asked for: it takes transformers' Trainer machinery with it."""
     if name == "RankCallback":
-        from ardlora_ext.callback import RankCallback
+        from ardlora_ext.train.callback import RankCallback
 
         return RankCallback
     raise AttributeError(f"module 'ardlora_ext' has no attribute '{name}'")

@@ -2,6 +2,6 @@
 
 import sys
 
-from ardlora_ext.cli import main
+from ardlora_ext.commands.cli import main
 
 sys.exit(main())

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ardlora_ext import __version__
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
+from ardlora_ext.native.compiled import VERSION
 
 _EXTRAS = ("accelerate", "jinja2", "matplotlib", "rich", "tqdm")
 
@@ -74,7 +74,7 @@ def parse(words: Sequence[str], prog: str, description: str, commands: Sequence[
     parser = argparse.ArgumentParser(
         prog=prog, description=description, epilog=f"{prog} COMMAND --help tells the options of a command"
     )
-    parser.add_argument("--version", action="version", version=f"ardlora_ext {__version__}")
+    parser.add_argument("--version", action="version", version=f"ardlora_ext {VERSION}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
         title = command.help[0].upper() + command.help[1:] + "."

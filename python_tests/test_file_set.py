@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ardlora_ext.files import recover, write_set
+from ardlora_ext.file_set import recover, write_set
 
 Files = Mapping[str, bytes]
 OLD = {"a.bin": b"old a" * 99, "b.json": b"old b", "state.json": b"old commit"}

@@ -11,15 +11,22 @@ from ardlora_ext.subcommands import Command
 PROG = "python -m ardlora_ext.bench"
 DESCRIPTION = "Benches of ardlora_ext."
 COMMANDS = (
-    Command("kernels", "ardlora_ext.bench.kernels", "time the native kernels against the machine's roofline"),
-    Command("layer", "ardlora_ext.bench.layer", "time adapted linear layers against PEFT and compositions of torch"),
-    Command("descent", "ardlora_ext.bench.descent", "test ARD-LoRA's step bounds where the smoothness is known"),
-    Command("step", "ardlora_ext.bench.step", "time a whole training step against the frozen base and PEFT"),
-    Command("memory", "ardlora_ext.bench.memory", "measure what a training step holds and takes"),
-    Command("resize", "ardlora_ext.bench.resize", "time a change of ranks against memcpy of the same bytes"),
-    Command("scaling", "ardlora_ext.bench.scaling", "time rank control over units, ranks and tokens"),
-    Command("quality", "ardlora_ext.bench.quality", "compare rank-allocation methods at equal parameters"),
-    Command("cuda-static", "ardlora_ext.bench.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"),
+    Command("kernels", "ardlora_ext.bench.speed.kernels", "time the native kernels against the machine's roofline"),
+    Command(
+        "layer", "ardlora_ext.bench.speed.layer", "time adapted linear layers against PEFT and compositions of torch"
+    ),
+    Command(
+        "descent", "ardlora_ext.bench.quality.descent", "test ARD-LoRA's step bounds where the smoothness is known"
+    ),
+    Command("step", "ardlora_ext.bench.speed.step", "time a whole training step against the frozen base and PEFT"),
+    Command("memory", "ardlora_ext.bench.speed.memory", "measure what a training step holds and takes"),
+    Command("resize", "ardlora_ext.bench.speed.resize", "time a change of ranks against memcpy of the same bytes"),
+    Command("scaling", "ardlora_ext.bench.speed.scaling", "time rank control over units, ranks and tokens"),
+    Command("quality", "ardlora_ext.bench.quality.command", "compare rank-allocation methods at equal parameters"),
+    Command("prune", "ardlora_ext.bench.quality.prune", "compare dropping components with recompressing them"),
+    Command(
+        "cuda-static", "ardlora_ext.bench.speed.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"
+    ),
 )
 
 

@@ -17,9 +17,9 @@ import torch
 import transformers
 
 import ardlora_ext
-from ardlora_ext._native import core
-from ardlora_ext.data import InputError
-from ardlora_ext.files import write_set
+from ardlora_ext.errors import InputError
+from ardlora_ext.file_set import write_set
+from ardlora_ext.native.compiled import core
 
 Json = dict[str, Any]
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ardlora_ext.bench.machine import Json, check_writable, headline, machine, write_json
-from ardlora_ext.console import make_console
-from ardlora_ext.plots import ACCENT, FAINT, GRID, INK
+from ardlora_ext.report.console import make_console
+from ardlora_ext.report.plots import ACCENT, FAINT, GRID, INK
 
 _OTHERS = "#cbd5e1"
 STYLE = {

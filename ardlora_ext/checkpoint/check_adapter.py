@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ardlora_ext.export import STATE, STATE_WEIGHTS
-from ardlora_ext.methods import config_from_dict
-from ardlora_ext.peft_files import PeftAdapter, read_peft
-from ardlora_ext.reexport import stored_factors
+from ardlora_ext.checkpoint.adapter_state import STATE, STATE_WEIGHTS
+from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
+from ardlora_ext.checkpoint.reexport import stored_factors
+from ardlora_ext.config.registry import config_from_dict
 
 LOADERS = ("PEFT", "vLLM", "llama.cpp")
 

@@ -6,22 +6,20 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ardlora_ext import reference
+from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
+from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
-from ardlora_ext.controllers import ArdController
-from ardlora_ext.dora import DoraLinear
-from ardlora_ext.inject import adapters, injection, wrap
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.peft_files import PeftAdapter, read_peft
-from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
-from ardlora_ext.targets import matches, plan_targets
-
-Model = TypeVar("Model", bound=nn.Module)
+from ardlora_ext.layers.dora import DoraLinear
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.record import Model, adapters, injection
+from ardlora_ext.model.targets import matches, plan_targets
+from ardlora_ext.native import reference
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 
 # Options of PEFT that change what an adapter computes, and that nothing here computes.
 _UNKNOWN = (

@@ -10,23 +10,21 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_tensors
 
-from ardlora_ext.config import AdapterConfig
-from ardlora_ext.export import (
+from ardlora_ext.checkpoint.adapter_state import STATE, STATE_WEIGHTS, read_state
+from ardlora_ext.checkpoint.peft_write import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    STATE,
-    STATE_WEIGHTS,
     Exported,
     Form,
     check_form,
     peft_files,
-    read_state,
     to_json,
 )
-from ardlora_ext.files import write_set
-from ardlora_ext.layers import fold
-from ardlora_ext.methods import config_from_dict
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.config.registry import config_from_dict
+from ardlora_ext.file_set import write_set
+from ardlora_ext.layers.linear import fold
+from ardlora_ext.native.units import UnitLayout
 
 Tensors = dict[str, torch.Tensor]
 

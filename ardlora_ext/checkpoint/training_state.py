@@ -22,12 +22,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ardlora_ext import eight_bit, world
-from ardlora_ext.files import recover, write_set
-from ardlora_ext.inject import adapters, injection
-from ardlora_ext.layers import fit_rows
-from ardlora_ext.methods import config_to_dict
-from ardlora_ext.optim import unwrapped
+from ardlora_ext import processes
+from ardlora_ext.config.registry import config_to_dict
+from ardlora_ext.file_set import recover, write_set
+from ardlora_ext.layers.linear import fit_rows
+from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.ranks import eight_bit
+from ardlora_ext.ranks.optimizer import unwrapped
 
 RESUME, RESUME_TENSORS = "ardlora_resume.json", "ardlora_resume.safetensors"
 
@@ -67,9 +68,9 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
     record = injection(model)
     groups, numbers, tensors = _pack_optimizer(unwrapped(optimizer))
     tensors |= {f"model.{name}": value for name, value in moving_state(model).items()}
-    generators = world.gather((torch.get_rng_state(), {"python": random.getstate(), "numpy": _numpy_state()}))
-    if world.rank() > 0:
-        world.wait()
+    generators = processes.gather((torch.get_rng_state(), {"python": random.getstate(), "numpy": _numpy_state()}))
+    if processes.rank() > 0:
+        processes.wait()
         return
     tensors |= {f"rng.torch.{i}": state for i, (state, _) in enumerate(generators)}
     data = save_tensors(tensors)
@@ -83,7 +84,7 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     write_set(Path(directory), {RESUME_TENSORS: data, RESUME: json.dumps(state).encode()})
-    world.wait()
+    processes.wait()
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         record.controller.resume(state["controller"])
     for name, other in others.items():
         other.load_state_dict(state["others"][name])
-    number = world.rank() % len(state["rng"])
+    number = processes.rank() % len(state["rng"])
     torch.set_rng_state(tensors[f"rng.torch.{number}"])
     version, words, gauss = state["rng"][number]["python"]
     random.setstate((version, tuple(words), gauss))

@@ -1,4 +1,4 @@
-"""A wrapped transformers model saves itself as PEFT's does: the adapter, by the `save_pretrained` it has.
+"""`wrap`: adapters in a model, and a model that saves itself as PEFT's does: by the `save_pretrained` it has.
 
 Whoever calls that, a script, Accelerate or Trainer, gets an adapter-sized checkpoint. Beside the adapter lies what
 Trainer resumes from, `model.safetensors` with all that training changes; the frozen base is in neither.
@@ -14,12 +14,38 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ardlora_ext.export import save_pretrained
-from ardlora_ext.files import write_set
-from ardlora_ext.inject import adapters
-from ardlora_ext.resume import moving_state
+from ardlora_ext.checkpoint.save_pretrained import save_pretrained
+from ardlora_ext.checkpoint.training_state import moving_state
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.file_set import write_set
+from ardlora_ext.model.inject import SAVE, inject
+from ardlora_ext.model.record import Model, adapters
 
 WEIGHTS = "model.safetensors"  # transformers' SAFE_WEIGHTS_NAME
+
+
+def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> Model:
+    """Freeze the model and put an adapter on every target, in place.
+
+    Args:
+        model: any module with linear layers; a transformers model tells its heads itself. On the CPU or, where the
+            build has CUDA kernels, on a CUDA device: adapters are put where their layer is.
+        config: of any method.
+        adapter_name: for models that get several, see `add_adapter`.
+
+    Returns:
+        The same model. Its `save_pretrained`, if it has one as transformers models do, writes the adapter from now on,
+        as PEFT's does.
+
+    Raises:
+        ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide,
+            `head_dim` matches no layer, a budget is out of range, the build has no kernels for the parameters' device.
+            The model is unchanged then.
+    """
+    inject(model, config, adapter_name)
+    if hasattr(model, SAVE):
+        save_adapters(model)
+    return model
 
 
 def save_adapters(model: Any) -> None:

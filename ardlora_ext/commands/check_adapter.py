@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
 
 _EPILOG = """\
 examples:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Print a line per module and a verdict per loader; 1 if one is wrong."""
-    from ardlora_ext.check_adapter import LOADERS, check_adapter, refusals
+    from ardlora_ext.checkpoint.check_adapter import LOADERS, check_adapter, refusals
 
     try:
         modules, refused = check_adapter(arguments.folder), refusals(arguments.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
 
 _EPILOG = """\
 examples:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Write it, and tell its rank and what was cut."""
-    from ardlora_ext.reexport import reexport
+    from ardlora_ext.checkpoint.reexport import reexport
 
     try:
         done = reexport(arguments.folder, arguments.to, form=arguments.form, compress=arguments.compress)

@@ -1,4 +1,4 @@
-"""`finetune`: one run of `ardlora_ext.finetune`, or with `--dry-run` what it would train."""
+"""`finetune`: one run of `ardlora_ext.train.finetune`, or with `--dry-run` what it would train."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import logging
 from pathlib import Path
 
-from ardlora_ext.finetune import DivergenceError
-from ardlora_ext.methods import METHODS
-from ardlora_ext.settings import Settings
+from ardlora_ext.config.registry import METHODS
 from ardlora_ext.subcommands import add_config, add_units, fail
+from ardlora_ext.train.finetune import DivergenceError
+from ardlora_ext.train.settings import Settings
 
 _DESCRIPTION = "Fine-tune a model with low-rank adapters whose ranks are learned, and report where the rank went."
 _EPILOG = """\
@@ -116,7 +116,8 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     """Train, or tell what would be trained."""
     import transformers
 
-    from ardlora_ext import finetune, report
+    from ardlora_ext.report.summary import print_summary
+    from ardlora_ext.train import finetune
 
     _talk()
     transformers.logging.set_verbosity_error()  # a new head is expected to have new weights
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         finetune.dry_run(settings)
         return 0
     try:
-        report.print_summary(finetune.run(settings), settings.out)
+        print_summary(finetune.run(settings), settings.out)
     except DivergenceError as error:
         return fail(error, 1)
     return 0

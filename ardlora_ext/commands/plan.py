@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.data import InputError
-from ardlora_ext.methods import METHODS, config_for
+from ardlora_ext.config.registry import METHODS, config_for
+from ardlora_ext.errors import InputError
 from ardlora_ext.subcommands import add_config, add_units
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     import transformers
 
     from ardlora_ext.plan import make_plan, skeleton
-    from ardlora_ext.pretrained import held_length
+    from ardlora_ext.train.base_model import held_length
 
     transformers.logging.set_verbosity_error()
     for name in ("batch_size", "length"):
@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"plan: {error}") from error
     if arguments.json is None:
-        from ardlora_ext.console import make_console
         from ardlora_ext.plan.cluster import GPUS
         from ardlora_ext.plan.show import show
+        from ardlora_ext.report.console import make_console
 
         gpu = (arguments.gpu, GPUS[arguments.gpu]) if arguments.gpu else None
         show(plan, model, make_console(), gpu, arguments.paper)

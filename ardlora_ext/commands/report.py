@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Write the page and print its path."""
-    from ardlora_ext import comparison, report
+    from ardlora_ext.report import comparison
+    from ardlora_ext.report.page import write_report
 
     if len(arguments.folders) > 1:
         print(comparison.write_comparison(arguments.folders, arguments.to))
     else:
-        print(report.write_report(arguments.folders[0], arguments.to))
+        print(write_report(arguments.folders[0], arguments.to))

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ardlora_ext import reference
-from ardlora_ext.layers import Conv1D, LoraLinear, is_dense
+from ardlora_ext.layers.linear import Conv1D, LoraLinear, is_dense
+from ardlora_ext.native import reference
 
 _TINY = 1e-30  # squared norm of a row of zeros: its magnitude is 0, and so is what comes out
 

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ardlora_ext import ops, reference, spectra, world
-from ardlora_ext._native import core
-from ardlora_ext.packing import Readers
-from ardlora_ext.units import UnitLayout, native_table
+from ardlora_ext import processes
+from ardlora_ext.layers import spectra
+from ardlora_ext.native import ops, reference
+from ardlora_ext.native.compiled import core
+from ardlora_ext.native.packing import Readers
+from ardlora_ext.native.units import UnitLayout, native_table
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -279,7 +281,7 @@ class LoraLinear(nn.Module):
         # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
         # Processes that were seeded alike draw alike: their number makes the masks differ.
         masked = self.training and self.lora_dropout > 0.0
-        dropout = (self.lora_dropout, torch.randint(2**62, ()) ^ world.rank()) if masked else ops.NO_DROPOUT
+        dropout = (self.lora_dropout, torch.randint(2**62, ()) ^ processes.rank()) if masked else ops.NO_DROPOUT
         adapter = self.lora_A, self.lora_B, self.gate, self.rank_table, self.scaling, dropout
         dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
         if dense is not None and dense[0].dtype == x.dtype:

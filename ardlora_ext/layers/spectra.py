@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from ardlora_ext.layers import LoraLinear
+from ardlora_ext.native.units import UnitLayout
 
 _ENTRIES = 1 << 22  # of a factor's rows that are taken together, in float64: 32 MiB
 
 
+class Factored(Protocol):
+    """What is read of a `LoraLinear`."""
+
+    layout: UnitLayout
+    ranks: list[int]
+    scaling: float
+
+    @property
+    def gate(self) -> torch.Tensor | None: ...
+
+    @property
+    def gated(self) -> torch.Tensor: ...
+
+    @property
+    def ungated(self) -> torch.Tensor: ...
+
+
 @torch.no_grad()
-def singular_values(layers: Sequence[LoraLinear]) -> torch.Tensor:
+def singular_values(layers: Sequence[Factored]) -> torch.Tensor:
     """Return the singular values of each unit's update, [units, largest rank] float64, descending, 0-padded.
 
     Args:
@@ -31,7 +47,7 @@ def singular_values(layers: Sequence[LoraLinear]) -> torch.Tensor:
     return out
 
 
-def _alike(layers: Sequence[LoraLinear]) -> Iterator[list[int]]:
+def _alike(layers: Sequence[Factored]) -> Iterator[list[int]]:
     """Yield the indices of layers that share shape and device, as many as fit the memory for them."""
     groups: dict[object, list[int]] = {}
     for i, layer in enumerate(layers):
@@ -45,7 +61,7 @@ def _alike(layers: Sequence[LoraLinear]) -> Iterator[list[int]]:
         yield from (group[i : i + step] for i in range(0, len(group), step))
 
 
-def _together(layers: Sequence[LoraLinear]) -> torch.Tensor:
+def _together(layers: Sequence[Factored]) -> torch.Tensor:
     """Return the values [units of all, largest rank] of layers with one layout on one device."""
     layout = layers[0].layout
     ranks = torch.tensor([layer.ranks for layer in layers])  # [layers, units]

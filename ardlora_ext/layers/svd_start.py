@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ardlora_ext._native import core, threads
-from ardlora_ext.layers import LoraLinear
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native.compiled import core, threads
 
 # How new components start. `zero`: a row of lora_A, lora_B zero. The others fill both rows: Gram-Schmidt against the
 # live rows and norm 1 (`unit`) or their mean norm (`mean`), or one projection as in ElaLoRA's code (`projected`).

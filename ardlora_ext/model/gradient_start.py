@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ardlora_ext.inject import adapters, injection
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.pissa import ROW_NORM, Block, blocks, spread
-from ardlora_ext.world import average
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.orthogonal_start import ROW_NORM, Block, blocks, spread
+from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.processes import average
 
 _OVERSAMPLING = 8
 

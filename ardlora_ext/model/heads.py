@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.native.units import UnitLayout
 
 Cut = Literal["out", "in"]
 

@@ -1,119 +1,33 @@
-"""Put adapters into a model and take them out again.
-
-A model has the adapters of one name in it, or none. Those of other names rest outside the module tree, around the same
-base layers, so that all other code sees one adapter per layer and a model at rest is the plain base.
-"""
+"""Put adapters into a model, let them rest, and take them out again."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ardlora_ext import world
+from ardlora_ext import processes
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
-from ardlora_ext.dora import DoraLinear
-from ardlora_ext.layers import Capacity, LoraLinear
-from ardlora_ext.packing import Readers
-from ardlora_ext.pissa import PissaLinear, start_orthogonal
-from ardlora_ext.start import start_svd
-from ardlora_ext.targets import inside, plan_targets
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.layers.dora import DoraLinear
+from ardlora_ext.layers.linear import Capacity, LoraLinear
+from ardlora_ext.layers.orthogonal_start import start_orthogonal
+from ardlora_ext.layers.pissa import PissaLinear
+from ardlora_ext.layers.svd_start import start_svd
+from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, injection
+from ardlora_ext.model.targets import inside, plan_targets
+from ardlora_ext.native.packing import Readers
+from ardlora_ext.native.units import UnitLayout
 
-Model = TypeVar("Model", bound=nn.Module)
-
-_ATTRIBUTE = "_ardlora"
-_SAVE = "save_pretrained"  # of a transformers model
-
-
-@dataclass
-class Injection:
-    """What `wrap` remembers of one adapter; the model refers to the one that is in it."""
-
-    config: AdapterConfig
-    requires_grad: dict[str, bool]  # of the base, before it was frozen
-    modules_to_save: tuple[str, ...]
-    layers: list[LoraLinear]  # also while they rest
-    values: dict[str, torch.Tensor]  # of modules_to_save: the base's own while active, the adapter's while at rest
-    named: dict[str, Injection] = field(default_factory=dict)  # all adapters of the model, this one included
-    controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach
-    controller: Any = None  # set by attach
-    sync: Any = None  # averages gradients over processes, set by replicate
-    started: bool = False  # whether init="gradient" has its directions
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled model is neither attached nor replicated: hooks are on the original's parameters."""
-        return {**self.__dict__, "controller": None, "sync": None}
+SAVE = "save_pretrained"  # of a transformers model; `wrap` gives the model one of its own
 
 
-@dataclass(frozen=True)
-class ParametersReport:
-    """Parameter counts of a wrapped model.
-
-    Attributes:
-        live: adapter parameters in use: factors, trained gates (lambda of ElaLoRA and AdaLoRA), DoRA's magnitudes.
-        allocated: adapter parameters held, with the slack of their capacity.
-        trainable: everything that gets a gradient: live adapters and `modules_to_save`.
-        total: the whole model with its live adapters.
-    """
-
-    live: int
-    allocated: int
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        return (
-            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-            f"trainable%: {100 * self.trainable / max(self.total, 1):.4f} || adapters: {self.live:,}"
-        )
-
-
-def injection(model: nn.Module) -> Injection:
-    """Return what `wrap` left on the model.
+def inject(model: Model, config: AdapterConfig, adapter_name: str = "default") -> Model:
+    """Freeze the model and put an adapter on every target, in place: `wrap` but for the model's own `save_pretrained`.
 
     Raises:
-        ValueError: the model is not wrapped.
-    """
-    found = getattr(model, _ATTRIBUTE, None)
-    if not isinstance(found, Injection):
-        if hasattr(getattr(model, "module", None), _ATTRIBUTE):
-            raise ValueError(f"model must be given without {type(model).__name__} around it: use its .module")
-        raise ValueError(f"{type(model).__name__} must be wrapped: call ardlora_ext.wrap(model, config) first")
-    return found
-
-
-def is_active(model: nn.Module, record: Injection) -> bool:
-    """Tell whether the adapter of `record` is the one in the model."""
-    return getattr(model, _ATTRIBUTE, None) is record
-
-
-def adapters(model: nn.Module) -> dict[str, LoraLinear]:
-    """Return the active adapters by the name of the module they replaced, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-
-
-def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> Model:
-    """Freeze the model and put an adapter on every target, in place.
-
-    Args:
-        model: any module with linear layers; a transformers model tells its heads itself. On the CPU or, where the
-            build has CUDA kernels, on a CUDA device: adapters are put where their layer is.
-        config: `LoraConfig` or `ArdConfig`.
-        adapter_name: for models that get several, see `add_adapter`.
-
-    Returns:
-        The same model. Its `save_pretrained`, if it has one as transformers models do, writes the adapter from now on,
-        as PEFT's does.
-
-    Raises:
-        ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide,
-            `head_dim` matches no layer, a budget is out of range, the build has no kernels for the parameters' device.
-            The model is unchanged then.
+        ValueError: as `wrap` does. The model is unchanged then.
     """
     chosen, layouts, saved = plan_targets(model, config)
     capacity = _capacity(config)
@@ -125,10 +39,6 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record
     activate(model, record)
-    if hasattr(model, _SAVE):
-        from ardlora_ext.saving import save_adapters  # it stands on what this module makes
-
-        save_adapters(model)
     return model
 
 
@@ -148,7 +58,7 @@ def activate(model: nn.Module, record: Injection) -> None:
     for layer in record.layers:
         layer.train(layer.base_layer.training)
     _replace(model, {id(layer.base_layer): layer for layer in record.layers})
-    setattr(model, _ATTRIBUTE, record)
+    setattr(model, ATTRIBUTE, record)
 
 
 def rest(model: nn.Module) -> Injection:
@@ -192,11 +102,12 @@ def _capacity(config: AdapterConfig) -> Capacity:
     """
     if config.capacity != "auto":
         return config.capacity
-    if world.size() == 1:
+    count = processes.size()
+    if count == 1:
         return "elastic"
     if config.max_rank == sys.maxsize:
         raise ValueError(
-            f"wrap: r_max of {type(config).__name__} must be given with {world.size()} processes, where factors have "
+            f"wrap: r_max of {type(config).__name__} must be given with {count} processes, where factors have "
             "room for the largest rank from the start (capacity='auto' is 'fixed'), got None"
         )
     return "fixed"
@@ -233,7 +144,7 @@ def _take_out(model: nn.Module) -> None:
     _replace(model, {id(layer): layer.base_layer for layer in record.layers})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, True))
-    delattr(model, _ATTRIBUTE)
+    delattr(model, ATTRIBUTE)
 
 
 def detach(record: Injection) -> None:
@@ -248,7 +159,7 @@ def remove(model: Model) -> Model:
     for record in injection(model).named.values():
         detach(record)
     _take_out(model)
-    vars(model).pop(_SAVE, None)
+    vars(model).pop(SAVE, None)
     return model
 
 
@@ -261,33 +172,3 @@ def unwrap(model: Model) -> Model:
     for name, layer in adapters(model).items():
         check_unmerged("unwrap", name, layer)
     return remove(model)
-
-
-def check_unmerged(op: str, name: str, layer: LoraLinear) -> None:
-    """Check that an update is not in its base weight now.
-
-    Raises:
-        ValueError: it is.
-    """
-    if layer.undo_merge is not None:
-        raise ValueError(f"{op}: '{name}' must not be merged; call ardlora_ext.unmerge_adapter(model) first")
-
-
-def parameters_report(model: nn.Module) -> ParametersReport:
-    """Count the parameters of a wrapped model; `print` it for PEFT's one-line form.
-
-    All that the optimizer trains counts: lora_E (lambda, one number a component) and DoRA's magnitudes too. ARD-LoRA's
-    gates follow from its ranks and are no parameters. The budgets of ElaLoRA and AdaLoRA are in components, as in their
-    papers; those of ARD-LoRA and `compress` in parameters as counted here.
-    """
-    injection(model)
-    layers = list(adapters(model).values())
-    own = {id(p) for layer in layers for p in layer.trained.values()}
-    live = sum(layer.live_parameters for layer in layers)
-    others = [p for p in model.parameters() if id(p) not in own]
-    return ParametersReport(
-        live=live,
-        allocated=sum(p.numel() for layer in layers for p in layer.trained.values()),
-        trainable=live + sum(p.numel() for p in others if p.requires_grad),
-        total=live + sum(p.numel() for p in others),
-    )

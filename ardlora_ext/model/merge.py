@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import nn
 
-from ardlora_ext.inject import adapters, check_unmerged, injection, remove
-from ardlora_ext.layers import Conv1D, LoraLinear, is_dense
-from ardlora_ext.targets import is_sharded
-
-Model = TypeVar("Model", bound=nn.Module)
+from ardlora_ext.layers.linear import Conv1D, LoraLinear, is_dense
+from ardlora_ext.model.inject import remove
+from ardlora_ext.model.record import Model, adapters, check_unmerged, injection
+from ardlora_ext.model.targets import is_sharded
 
 
 def merge(model: Model) -> Model:

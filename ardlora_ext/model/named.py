@@ -10,14 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.export import load_pretrained
-from ardlora_ext.inject import activate, detach, injection, rest, wrap
-from ardlora_ext.peft_import import load_peft
+from ardlora_ext.model.inject import activate, detach, inject, rest
+from ardlora_ext.model.record import injection
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -42,31 +40,11 @@ def add_adapter(model: nn.Module, adapter_name: str, config: AdapterConfig) -> N
     Raises:
         ValueError: the name is in use, adapters are merged, or `wrap` refuses the config; nothing has changed then.
     """
-    _add(model, "add_adapter", adapter_name, lambda: wrap(model, config, adapter_name))
+    add_resting(model, "add_adapter", adapter_name, lambda: inject(model, config, adapter_name))
 
 
-def load_adapter(
-    model: nn.Module, directory: str | Path, adapter_name: str, config: AdapterConfig | None = None
-) -> None:
-    """Add an adapter from a checkpoint; it rests until `set_adapter`.
-
-    Args:
-        model: a wrapped model.
-        directory: what `save_pretrained` wrote, or with a `config` any PEFT LoRA checkpoint.
-        adapter_name: not in use yet.
-        config: the method to go on with, see `load_peft`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_pretrained` and `load_peft`; nothing has changed then.
-    """
-
-    def load() -> None:
-        load_pretrained(model, directory) if config is None else load_peft(model, directory, config)
-
-    _add(model, "load_adapter", adapter_name, load)
-
-
-def _add(model: nn.Module, op: str, adapter_name: str, make: Callable[[], object]) -> None:
+def add_resting(model: nn.Module, op: str, adapter_name: str, make: Callable[[], object]) -> None:
+    """Let `make` put a new adapter into the model and keep it at rest; the active one is back in any case."""
     named = injection(model).named
     if not adapter_name or adapter_name in named:
         raise ValueError(f"{op}: adapter_name must be new, got {adapter_name!r} beside {list(named)}")

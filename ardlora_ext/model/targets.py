@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from ardlora_ext._device import device_rule
-from ardlora_ext._native import DTYPE_CODES
 from ardlora_ext.config import AdapterConfig, ArdConfig
-from ardlora_ext.heads import unit_layout
-from ardlora_ext.layers import Conv1D, LoraLinear
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.layers.linear import Conv1D, LoraLinear
+from ardlora_ext.model.heads import unit_layout
+from ardlora_ext.native.compiled import DTYPE_CODES
+from ardlora_ext.native.dispatch import device_rule
+from ardlora_ext.native.units import UnitLayout
 
 _HEADS = ("classifier", "score")  # transformers' names of classification heads, as in PEFT
 

@@ -15,18 +15,18 @@ except ImportError as cause:
         f"from the project's root ({cause})"
     ) from cause
 
-__all__ = ["DTYPE_CODES", "NO_MATRIX", "Matrix", "core", "matrix", "threads"]
+__all__ = ["DTYPE_CODES", "NO_MATRIX", "VERSION", "Matrix", "core", "matrix", "threads"]
 
 Matrix = tuple[int, int, int, int, int]
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_MATRIX: Matrix = (0, 0, 0, 0, 0)
 
-_VERSION = "0.1.0"
+VERSION = "0.1.0"  # of the package
 
-if core.__version__ != _VERSION:
+if core.__version__ != VERSION:
     raise ImportError(
-        f"ardlora_ext: the compiled core must be version {_VERSION}, got {core.__version__}; run `pip install .` again"
+        f"ardlora_ext: the compiled core must be version {VERSION}, got {core.__version__}; run `pip install .` again"
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ardlora_ext._native import DTYPE_CODES, core, threads
-from ardlora_ext.units import native_table
+from ardlora_ext.native.compiled import DTYPE_CODES, core, threads
+from ardlora_ext.native.units import native_table
 
 __all__ = [
     "best_device",

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext._device import check_device, hidden_dtype, lora_call
-from ardlora_ext._native import DTYPE_CODES, NO_MATRIX, matrix
-from ardlora_ext.packing import GradientSum
+from ardlora_ext.native.compiled import DTYPE_CODES, NO_MATRIX, matrix
+from ardlora_ext.native.dispatch import check_device, hidden_dtype, lora_call
+from ardlora_ext.native.packing import GradientSum
 
 Dropout = tuple[float, torch.Tensor | None]  # probability, seed: int64 scalar on the CPU
 NO_DROPOUT: Dropout = (0.0, None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.native.units import UnitLayout
 
 
 def unit_slices(layout: UnitLayout, ranks: Sequence[int]) -> list[tuple[slice, slice, slice, slice]]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from ardlora_ext._native import core
+from ardlora_ext.native.compiled import core
 
 UnitKind = Literal["matrix", "out_heads", "in_heads"]
 Factoring = Literal["independent", "shared"]

@@ -4,6 +4,6 @@ models (config -> model of fake tensors) -> trace (what a step keeps) -> memory,
 """
 
 from ardlora_ext.plan.memory import Plan, make_plan
-from ardlora_ext.plan.models import BUILT_IN, skeleton
+from ardlora_ext.plan.skeleton import BUILT_IN, skeleton
 
 __all__ = ["BUILT_IN", "Plan", "make_plan", "skeleton"]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ardlora_ext.heads import head_cut
+from ardlora_ext.model.heads import head_cut
+from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.plan.memory import Plan, adapter_bytes, uniform
-from ardlora_ext.units import UnitLayout
 
 LAYOUTS = ((1, 1), (1, 8), (8, 1), (8, 8), (8, 64))
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig
-from ardlora_ext.heads import head_cut
+from ardlora_ext.model.heads import head_cut
+from ardlora_ext.model.targets import plan_targets
+from ardlora_ext.native.units import Factoring
 from ardlora_ext.plan.memory import Plan, live_parameters, uniform
-from ardlora_ext.targets import plan_targets
-from ardlora_ext.units import Factoring
 
 SHARE, SAVED = 0.0032, 0.41
 _QV = ("q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin")

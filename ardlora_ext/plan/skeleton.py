@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int) -> LlamaConfig:

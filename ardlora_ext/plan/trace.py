@@ -18,10 +18,11 @@ from torch import nn
 from transformers import masking_utils
 
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.inject import adapters, unwrap, wrap
-from ardlora_ext.plan.models import fake_mode
-from ardlora_ext.targets import plan_targets
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.model.inject import inject, unwrap
+from ardlora_ext.model.record import adapters
+from ardlora_ext.model.targets import plan_targets
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.plan.skeleton import fake_mode
 
 _H_BYTES = 4  # H is float32
 
@@ -116,7 +117,7 @@ def trace(model: nn.Module, config: AdapterConfig, batch: int, length: int) -> T
                 _loss(model, batch, length)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             return Trace({}, 0, 0, (), 0, f"{type(model).__name__} looks at values in its forward pass ({error})")
-        wrap(model, config)
+        inject(model, config)
         rows: dict[str, int] = {}
         layers = adapters(model)
         handles = [layer.register_forward_pre_hook(_row_counter(rows, name)) for name, layer in layers.items()]

@@ -12,12 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ardlora_ext import resize, world
+from ardlora_ext import processes
 from ardlora_ext.config import LoraConfig
-from ardlora_ext.controllers import Controller, make_controller
-from ardlora_ext.distributed import bare, check_placement, check_running
-from ardlora_ext.inject import Injection, adapters, check_unmerged, injection, is_active
-from ardlora_ext.optim import check_optimizer, settle_loss_scale, unwrapped
+from ardlora_ext.distributed.placement import bare, check_placement, check_running
+from ardlora_ext.model.record import Injection, adapters, check_unmerged, injection, is_active
+from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.controllers import make_controller
+from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.optimizer import check_optimizer, settle_loss_scale, unwrapped
 
 
 def attach(
@@ -120,11 +122,11 @@ class _Follower:
 
     def apply(self, update: resize.RankUpdate | None) -> None:
         """Change ranks in the model and the optimizer."""
-        if world.initialised() and not isinstance(self.record.config, LoraConfig):
+        if processes.initialised() and not isinstance(self.record.config, LoraConfig):
             # compared even if there is none here: another process may have one
             plan = json.dumps(None if update is None else update.to_json())
             device = self.record.layers[0].lora_A.device
-            world.agree(f"rank change after step {self.controller.step}", plan, device, self.controller.processes)
+            processes.agree(f"rank change after step {self.controller.step}", plan, device, self.controller.processes)
         if update is not None:
             resize.apply(self.model, update, self.optimizer)
             self.controller.applied()

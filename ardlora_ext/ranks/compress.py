@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext.controllers.knapsack import SharedMenu, spend
-from ardlora_ext.inject import adapters
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.transport import check_settled, cores, groups, svd_prune, top_directions
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.record import adapters
+from ardlora_ext.ranks.controllers.knapsack import SharedMenu, spend
+from ardlora_ext.ranks.recompress import cores, groups, top_directions
+from ardlora_ext.ranks.svd_prune import check_settled, svd_prune
 
 _NOISE = 1e-14  # of the largest sigma^2 of a unit: rounding of float32 factors
 

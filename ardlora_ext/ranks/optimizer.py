@@ -15,9 +15,9 @@ import torch
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ardlora_ext import eight_bit
-from ardlora_ext.eight_bit import EightBit
-from ardlora_ext.inject import adapters, injection
+from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.ranks import eight_bit
+from ardlora_ext.ranks.eight_bit import EightBit
 
 State = MutableMapping[str, Any]
 

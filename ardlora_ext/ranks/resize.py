@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext import eight_bit
-from ardlora_ext._device import rank_resize
-from ardlora_ext.eight_bit import EightBit
-from ardlora_ext.inject import adapters, check_unmerged
-from ardlora_ext.layers import LoraLinear, initial_rows
-from ardlora_ext.optim import moments, pin_lr, restart
-from ardlora_ext.pissa import ROW_NORM
-from ardlora_ext.start import Fresh, NewRows, orthogonal_rows, start_components
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.layers.linear import LoraLinear, initial_rows
+from ardlora_ext.layers.orthogonal_start import ROW_NORM
+from ardlora_ext.layers.svd_start import Fresh, NewRows, orthogonal_rows, start_components
+from ardlora_ext.model.record import adapters, check_unmerged
+from ardlora_ext.native.dispatch import rank_resize
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.ranks import eight_bit
+from ardlora_ext.ranks.eight_bit import EightBit
+from ardlora_ext.ranks.optimizer import moments, pin_lr, restart
 
 ZERO = -1  # plan entry of a new row
 
@@ -52,7 +52,7 @@ class RankUpdate:
     Attributes:
         modules: per module, one `UnitUpdate` per unit.
         seed: of the values of new components.
-        init: how new components start, see `ardlora_ext.start`.
+        init: how new components start, see `ardlora_ext.layers.svd_start`.
         optimizer: `follow`: moments move with their rows. What ElaLoRA's code does: `restarted`, all state is
             forgotten and the learning rate stays at its peak from then on; `pinned`, only the latter.
     """

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ardlora_ext import plots
-from ardlora_ext.data import InputError
-from ardlora_ext.report import METRICS_FILE, Figure, Json, environment, format_metric, load_run, write_atomic
+from ardlora_ext.errors import InputError
+from ardlora_ext.report import plots
+from ardlora_ext.report.numbers import format_metric
+from ardlora_ext.report.page import Figure, environment
+from ardlora_ext.report.run_files import METRICS_FILE, Json, load_run, write_atomic
 
 COMPARISON_FILE = "comparison.html"
 _COMPARED = ("method", "model", "data", "seed", "steps", "batch_size", "params_budget")

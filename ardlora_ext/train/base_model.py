@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ardlora_ext.data import Corpus, InputError
+from ardlora_ext.errors import InputError
+from ardlora_ext.train.data import Corpus
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DataCollatorWithPadding
 
-from ardlora_ext.data import Example
+from ardlora_ext.train.data import Example
 
 Features = dict[str, Any]
 Batch = dict[str, torch.Tensor]

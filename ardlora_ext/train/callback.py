@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ardlora_ext.attach import attach
+from ardlora_ext.checkpoint.save_pretrained import save_pretrained
+from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.controllers import Controller
-from ardlora_ext.export import save_pretrained
-from ardlora_ext.files import write_set
-from ardlora_ext.inject import adapters, injection, wrap
-from ardlora_ext.optim import restart, unwrapped
+from ardlora_ext.file_set import write_set
+from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.ranks.attach import attach
+from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.optimizer import restart, unwrapped
 
 RECORDS = "records.jsonl"
 PHASES = ("warmup", "adapt", "harden", "frozen")  # logged by number, because trackers draw numbers

@@ -24,16 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ardlora_ext.errors import InputError
+
 Task = Literal["classification", "lm"]
 
 _logger = logging.getLogger(__name__)
 _TEST_SHARE = 0.1
 _TEST_LIMIT = 2000
 _COLUMNS = ("text", "text_pair", "label")
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is one sentence that says why."""
 
 
 class DatasetUnavailable(InputError):  # noqa: N818 - says what happened to whom

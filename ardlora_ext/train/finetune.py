@@ -25,15 +25,17 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ardlora_ext._device import best_device
-from ardlora_ext.attach import attach
-from ardlora_ext.batches import Batch, Collator, Features, Outcome, batches, encode, evaluate
+from ardlora_ext.checkpoint.save_pretrained import save_pretrained
+from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.data import Corpus, InputError, default_model, load_corpus, trec_corpus
-from ardlora_ext.export import save_pretrained
-from ardlora_ext.inject import parameters_report, wrap
-from ardlora_ext.pretrained import head_modules, held_length, load_model, load_tokenizer
-from ardlora_ext.settings import Settings
+from ardlora_ext.errors import InputError
+from ardlora_ext.model.parameters import parameters_report
+from ardlora_ext.native.dispatch import best_device
+from ardlora_ext.ranks.attach import attach
+from ardlora_ext.train.base_model import head_modules, held_length, load_model, load_tokenizer
+from ardlora_ext.train.batches import Batch, Collator, Features, Outcome, batches, encode, evaluate
+from ardlora_ext.train.data import Corpus, default_model, load_corpus, trec_corpus
+from ardlora_ext.train.settings import Settings
 
 Json = dict[str, Any]
 
@@ -126,7 +128,9 @@ def run(settings: Settings) -> Json:
         InputError: Something the user gave cannot be used; found before training starts.
         DivergenceError: The loss became NaN or infinite.
     """
-    from ardlora_ext import report  # draws with matplotlib, an extra: better to fail before the training than after it
+    # Draws with matplotlib, an extra: better to fail before the training than after it.
+    from ardlora_ext.report.page import write_report
+    from ardlora_ext.report.run_files import write_metrics, write_records
 
     started = time.perf_counter()
     _prepare_folder(settings.out)
@@ -148,9 +152,9 @@ def run(settings: Settings) -> Json:
 
     save_pretrained(job.model, settings.out)
     metrics = _metrics(job, corpus, trace, before, after, time.perf_counter() - started)
-    report.write_records(settings.out, job.controller.records)
-    report.write_metrics(settings.out, metrics)
-    report.write_report(settings.out)
+    write_records(settings.out, job.controller.records)
+    write_metrics(settings.out, metrics)
+    write_report(settings.out)
     return metrics
 
 
@@ -188,9 +192,9 @@ def dry_run(settings: Settings) -> None:
     Raises:
         InputError: the model or an option is refused, as a run would refuse it.
     """
-    from ardlora_ext.console import make_console
     from ardlora_ext.plan import make_plan, skeleton
     from ardlora_ext.plan.show import show
+    from ardlora_ext.report.console import make_console
 
     name, model = skeleton(str(settings.model or "all-minilm-l6-v2"), torch.float32)
     heads = () if "CausalLM" in type(model).__name__ else head_modules(model)

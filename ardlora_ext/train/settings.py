@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from ardlora_ext._device import best_device
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.data import InputError
-from ardlora_ext.methods import Method, config_for
+from ardlora_ext.config.registry import Method, config_for
+from ardlora_ext.errors import InputError
+from ardlora_ext.native.dispatch import best_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ardlora_ext._native import core
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.native.compiled import core
+from ardlora_ext.native.units import UnitLayout
 
 
 def test_work_of_each_op_is_counted(isa: str) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch.optim import SGD
 
 import ardlora_ext as ard
-from ardlora_ext.bench import descent
 from ardlora_ext.bench.cli import main
-from ardlora_ext.controllers import ArdController
+from ardlora_ext.bench.quality import descent
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
 
-from conftest import trainable
+from helpers.models import trainable
 
 
 def prepared(gate: descent.Gate) -> tuple[descent.Bed, ArdController]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ardlora_ext.bench import kernels_cuda
 from ardlora_ext.bench.cli import main
-from ardlora_ext.bench.kernels_cuda import IMPLEMENTATIONS, measure, notes
+from ardlora_ext.bench.speed import kernels_cuda
+from ardlora_ext.bench.speed.kernels_cuda import IMPLEMENTATIONS, measure, notes
 
 
 class Clock:

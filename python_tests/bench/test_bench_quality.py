@@ -16,14 +16,16 @@ import pytest
 import torch
 
 import ardlora_ext as ard
-from ardlora_ext.bench import quality_report, stats, tasks, tiny
+from ardlora_ext.bench import stats
 from ardlora_ext.bench.cli import main
-from ardlora_ext.bench.methods import RECIPES, MethodUnavailable, Plan, parse, random_ranks, set_ranks
-from ardlora_ext.bench.planted import PlantedBed, nested_oracle, oracle_loss, oracle_ranks, plant
-from ardlora_ext.bench.quality import Comparison, Effort, compare
-from ardlora_ext.bench.trial import check_budget, plan_for, run_trial
-from ardlora_ext.controllers.base import Units
-from ardlora_ext.data import DatasetUnavailable, InputError
+from ardlora_ext.bench.quality import report, tasks, tiny
+from ardlora_ext.bench.quality.compare import Comparison, Effort, compare
+from ardlora_ext.bench.quality.methods import RECIPES, MethodUnavailable, Plan, parse, random_ranks, set_ranks
+from ardlora_ext.bench.quality.planted import PlantedBed, nested_oracle, oracle_loss, oracle_ranks, plant
+from ardlora_ext.bench.quality.trial import check_budget, plan_for, run_trial
+from ardlora_ext.errors import InputError
+from ardlora_ext.ranks.controllers.base import Units
+from ardlora_ext.train.data import DatasetUnavailable
 
 BED = PlantedBed(matrices=6, width=16, rank=2, steps=60, batch=16)
 ROW_KEYS = {"method", "seed", "lr", "regret", "spearman", "params", "peak_params", "moves", "flips", "seconds"}
@@ -82,49 +84,6 @@ def test_loss_of_the_planted_bed_is_exact() -> None:
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_interval_holds_the_mean_and_is_repeatable() -> None:
-    values = [1.0, 2.0, 4.0, 3.0]
-    found = stats.bootstrap(values)
-    assert found.low < found.mean == 2.5 < found.high
-    assert found == stats.bootstrap(values)
-    assert found.excludes_zero
-    assert not stats.bootstrap([-1.0, 1.0, 0.5]).excludes_zero
-    same = stats.bootstrap([2.0] * 5)
-    assert (same.low, same.high) == (2.0, 2.0)
-
-
-def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(1)
-    found = [stats.bootstrap(generator.normal(size=20).tolist(), draws=500) for _ in range(300)]
-    assert 0.87 < np.mean([i.low <= 0.0 <= i.high for i in found]) < 0.98
-
-
-def test_one_value_has_no_interval() -> None:
-    found = stats.bootstrap([1.5])
-    assert math.isnan(found.low)
-    assert not found.excludes_zero
-    assert "one run" in str(found)
-
-
-def test_statistics_refuse_what_they_cannot_judge() -> None:
-    with pytest.raises(ValueError, match="finite"):
-        stats.bootstrap([1.0, math.nan])
-    with pytest.raises(ValueError, match="at least one"):
-        stats.bootstrap([])
-    with pytest.raises(ValueError, match="one value per seed, got 2 and 1"):
-        stats.paired([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="positive"):
-        stats.geometric_mean([1.0, 0.0])
-
-
-def test_small_statistics() -> None:
-    assert stats.paired([3.0, 5.0], [1.0, 3.0]).mean == 2.0
-    assert stats.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
-    assert stats.median_spread(list(range(11))) == pytest.approx((5.0, 1.0, 9.0))
-    assert stats.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
-    assert math.isnan(stats.spearman([1, 1], [1, 2]))
 
 
 def rows(method: str, values: list[float]) -> list[dict[str, Any]]:
@@ -321,7 +280,7 @@ def test_missing_tools_and_tasks_are_named(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["trec6", "tweets"])
 def test_real_bed_scores_classes_and_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ardlora_ext.bench.real import RealBed
+    from ardlora_ext.bench.quality.real import RealBed
 
     for size, value in {"_TEST": 40, "_VALID": 20, "_TRAIN": 64}.items():
         monkeypatch.setattr(tasks, size, value)
@@ -343,7 +302,7 @@ def test_scores_are_compared_by_quantile(capsys: pytest.CaptureFixture[str]) -> 
         assert (row["scores"] is None) == (row["method"] == "lora")
     for row in found.reported("elalora"):
         row["scores"] = [2 * score for score in found.reported(methods[0].label)[row["seed"]]["scores"]]
-    quality_report.print_table(found)
+    report.print_table(found)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scores of")]
     assert lines == [
         f"scores of elalora / {methods[0].label}, by quantile: "

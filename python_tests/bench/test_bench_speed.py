@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from ardlora_ext._native import core
-from ardlora_ext.bench import compositions, kernels, memory, models, patterns, resize, scaling, step, turns
+from ardlora_ext.bench import turns
 from ardlora_ext.bench.cli import main
-from ardlora_ext.bench.compositions import COMPOSITIONS, Composition, TorchLoop, applies
-from ardlora_ext.data import InputError
-from ardlora_ext.inject import adapters
+from ardlora_ext.bench.speed import compositions, kernels, memory, models, patterns, resize, scaling, step
+from ardlora_ext.bench.speed.compositions import COMPOSITIONS, Composition, TorchLoop, applies
+from ardlora_ext.errors import InputError
+from ardlora_ext.model.record import adapters
+from ardlora_ext.native.compiled import core
 
 STEP_KEYS = {
     "model", "dtype", "impl", "overhead", "median_ms", "p10_ms", "p90_ms", "tokens_per_s", "control_ms", "peak_mb",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ardlora_ext.bench import cuda_static
 from ardlora_ext.bench.cli import main
 from ardlora_ext.bench.machine import Json
+from ardlora_ext.bench.speed import cuda_static
 
 # Registers of a thread, template arguments only where they matter. The GEMM kernels keep their sums in registers: with
 # 168 three blocks of 128 threads fit on an SM, with 128 two of 256. float32: two and one, up to 255 registers.
@@ -39,7 +39,7 @@ def rows() -> list[Json]:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on the PATH")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[1] / "csrc"])
+        patch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[2] / "csrc"])
         return cuda_static.measure()
 
 
@@ -106,6 +106,6 @@ def test_what_is_missing_is_named(
 
 def test_unknown_architectures_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[1] / "csrc"])
+    monkeypatch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[2] / "csrc"])
     assert main(["cuda-static", "--arch", "sm_42"]) == 2
     assert "--arch must be one of sm_80, sm_86" in capsys.readouterr().err

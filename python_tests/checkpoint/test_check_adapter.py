@@ -12,13 +12,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_layers import scramble
-from test_peft_import import assert_same, base, logits, trained_by_peft
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.check_adapter import LOADERS, check_adapter, refusals
-from ardlora_ext.cli import main
+from ardlora_ext.checkpoint.check_adapter import LOADERS, check_adapter, refusals
+from ardlora_ext.commands.cli import main
+
+from helpers.adapters import scramble
+from helpers.peft_adapters import assert_same, base, logits, trained_by_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -10,24 +10,18 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_layers import fingerprint
-from torch import nn
 from torch.optim import AdamW
 
 import ardlora_ext as ard
 from ardlora_ext.config import AdapterConfig
 
-from conftest import ARCHITECTURES, Batch, trainable
+from helpers.adapters import fingerprint
+from helpers.models import trainable
+from helpers.peft_adapters import assert_same, base, logits, trained_by_peft
 
 # PEFT asks transformers 5 for a name that is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-TARGETS = {
-    "llama": ["q_proj", "v_proj", "o_proj", "down_proj"],
-    "bert": ["query", "value", "dense"],
-    "gpt2": ["c_attn", "c_proj"],
-    "vit": ["q_proj", "v_proj", "fc1"],
-}
 METHODS: dict[str, AdapterConfig] = {
     "lora": ard.LoraConfig(r=6),
     "ard, heads": ard.ArdConfig(r0=2),
@@ -37,42 +31,6 @@ METHODS: dict[str, AdapterConfig] = {
     "adalora": ard.AdaConfig(init_r=8, target_r=2, total_steps=20),
     "dora": ard.DoraConfig(r=6),
 }
-
-
-def base(name: str) -> tuple[nn.Module, Batch]:
-    torch.manual_seed(0)
-    model, batch = ARCHITECTURES[name]()
-    return model.eval(), batch
-
-
-def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(**batch).logits
-    return found
-
-
-def trained_by_peft(folder: Path, name: str, **options: Any) -> tuple[torch.Tensor, Batch]:
-    """Save an adapter with random factors as PEFT does; return what it computes."""
-    model, batch = base(name)
-    settings: dict[str, Any] = {
-        "r": 4,
-        "lora_alpha": 6,
-        "target_modules": TARGETS[name],
-        "fan_in_fan_out": name == "gpt2",
-        **options,
-    }
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
-    generator = torch.Generator().manual_seed(2)
-    for key, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator) / 4
-            parameter.data = parameter.data + noise if "magnitude" in key else noise
-    adapted.save_pretrained(folder)
-    return logits(adapted, batch), batch
-
-
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
 PATTERNS: dict[str, Any] = {

@@ -15,16 +15,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_inject import assert_same_logits, logits
-from test_layers import fingerprint, scramble, set_ranks
 from torch import nn
 from torch.optim import AdamW
 
 import ardlora_ext as ard
-from ardlora_ext.controllers import ArdController
-from ardlora_ext.layers import Conv1D
+from ardlora_ext.layers.linear import Conv1D
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
 
-from conftest import ARCHITECTURES, Attention, Batch, bert, llama, trainable
+from helpers.adapters import fingerprint, scramble, set_ranks
+from helpers.logits import assert_same_logits, logits
+from helpers.models import ARCHITECTURES, Attention, Batch, bert, llama, trainable
 
 Architecture = tuple[nn.Module, Batch]
 

@@ -21,18 +21,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_attach import bed
-from test_attach import config as fast_config
-from test_layers import fingerprint
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR
 
 import ardlora_ext as ard
-from ardlora_ext.files import recover
-from ardlora_ext.resume import RESUME, RESUME_TENSORS
+from ardlora_ext.checkpoint.training_state import RESUME, RESUME_TENSORS
+from ardlora_ext.file_set import recover
 
-from conftest import Attention, trainable
+from helpers.adapters import fingerprint
+from helpers.models import Attention, trainable
+from helpers.training import bed, fast_config
 
 STEPS = 40
 
@@ -220,7 +219,8 @@ def main(folder: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="no kill -9 here")
 def test_kill_9_between_and_during_saves(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
+    command, paths = [sys.executable, __file__, str(tmp_path)], {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lives = json.loads(done.stdout)
     for death, phase in DEATHS.items():

@@ -12,81 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from far_device import FAR, far_device
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ardlora_ext
-from ardlora_ext.cli import main
-from ardlora_ext.data import DatasetUnavailable, InputError, default_model, load_corpus, trec_corpus
-from ardlora_ext.finetune import Trace, prepare, train
-from ardlora_ext.settings import Settings
+from ardlora_ext.commands.cli import main
+from ardlora_ext.errors import InputError
+from ardlora_ext.train.data import DatasetUnavailable, default_model, load_corpus, trec_corpus
+from ardlora_ext.train.finetune import Trace, prepare, train
+from ardlora_ext.train.settings import Settings
 
-WORDS = ("good", "fine", "great", "bad", "poor", "awful", "the", "film", "plot", "was", "and", "very")
+from helpers.far_device import FAR, far_device
+from helpers.tiny_models import WORDS
+
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "ardlora_state.json"}
 RUN_FILES = {"records.jsonl", "metrics.json", "report.html"}
-
-
-def save_tokenizer(folder: Path, **special: str) -> None:
-    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "</s>", *WORDS))}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **special).save_pretrained(folder)
-
-
-@pytest.fixture
-def encoder(tmp_path: Path) -> Path:
-    """A random BERT of two layers and four heads, with a tokenizer of fifteen words."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=3 + len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=24,
-    )
-    folder = tmp_path / "tiny-bert"
-    BertModel(config).save_pretrained(folder)
-    save_tokenizer(folder, pad_token="[PAD]")
-    return folder
-
-
-@pytest.fixture
-def decoder(tmp_path: Path) -> Path:
-    """A random LLaMA of two layers with grouped queries; its tokenizer has no padding token."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=3 + len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    folder = tmp_path / "tiny-llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder, eos_token="</s>")
-    return folder
-
-
-@pytest.fixture
-def reviews(tmp_path: Path) -> Path:
-    """Sentences whose adjective decides the label."""
-    generator = torch.Generator().manual_seed(0)
-    path = tmp_path / "reviews.jsonl"
-    with path.open("w") as stream:
-        for index in range(120):
-            picks = torch.randint(0, 3, (3,), generator=generator).tolist()
-            adjective = WORDS[picks[0] + 3 * (index % 2)]
-            filler = " ".join(WORDS[6 + pick] for pick in torch.randint(0, 6, (5,), generator=generator).tolist())
-            row = {"text": f"{filler} {adjective}", "label": ("good", "bad")[index % 2]}
-            stream.write(json.dumps(row) + "\n")
-    return path
 
 
 def finetune(*arguments: object) -> int:
@@ -298,7 +236,7 @@ def test_a_run_stays_on_its_device(
     tmp_path: Path, encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the fake device: from loading to evaluation, whatever meets the host raises."""
-    monkeypatch.setattr("ardlora_ext.settings._usable", lambda _: True)
+    monkeypatch.setattr("ardlora_ext.train.settings._usable", lambda _: True)
     settings = Settings(out=tmp_path, model=encoder, data=reviews, max_steps=6, batch_size=4, device=str(FAR))
     with far_device():
         job = prepare(settings, load_corpus(reviews))
@@ -344,7 +282,7 @@ def test_exit_codes(
     def fail(_: Settings) -> None:
         raise raised
 
-    monkeypatch.setattr("ardlora_ext.finetune.run", fail)
+    monkeypatch.setattr("ardlora_ext.train.finetune.run", fail)
     assert finetune("--out", tmp_path) == code
     assert message in capsys.readouterr().err
 
@@ -353,6 +291,6 @@ def test_diverged_run_is_named(
     tmp_path: Path, encoder: Path, reviews: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison: Callable[..., float] = lambda *_: math.nan  # noqa: E731
-    monkeypatch.setattr("ardlora_ext.finetune._step", poison)
+    monkeypatch.setattr("ardlora_ext.train.finetune._step", poison)
     assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews) == 1
     assert "the loss became nan at step 1" in capsys.readouterr().err

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import workers
 from safetensors.torch import load_file
-from test_docs import ROOT, blocks
+
+from helpers import workers
+from helpers.documents import ROOT, blocks
 
 SCRIPTS = {
     block.mark.removeprefix("file: "): block.text

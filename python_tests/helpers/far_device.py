@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 
-from ardlora_ext import _device, resize, start
-from ardlora_ext._native import core
-from ardlora_ext.controllers import gates
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.layers import svd_start
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native import dispatch
+from ardlora_ext.native.compiled import core
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.controllers.ard import gates
 
 FAR = torch.device("meta")  # FakeTensorMode treats it as a device like others; a CPU build of torch knows no fake CUDA
 _FIRST = 1 << 50  # addresses from here on are there
@@ -118,13 +120,13 @@ def _encoded(layout: UnitLayout, ranks: Sequence[int]) -> Tensor:
 def far_device() -> Iterator[None]:
     """Let tensors be made on, and moved to, `FAR`, and let our kernels run there without a result."""
     with (
-        mock.patch.object(_device, "_on_cuda", lambda device: device == FAR),
-        mock.patch.object(_device, "core", SimpleNamespace(cuda_built=lambda: True)),
-        mock.patch.object(_device, "row_dots", _row_dots),
-        mock.patch.object(_device, "importance", _importance),
+        mock.patch.object(dispatch, "_on_cuda", lambda device: device == FAR),
+        mock.patch.object(dispatch, "core", SimpleNamespace(cuda_built=lambda: True)),
+        mock.patch.object(dispatch, "row_dots", _row_dots),
+        mock.patch.object(dispatch, "importance", _importance),
         mock.patch.object(resize, "rank_resize", _rank_resize),
         mock.patch.object(gates, "set_gates", _set_gates),
-        mock.patch.object(start, "core", SimpleNamespace(orthogonal_rows=lambda *_: None)),
+        mock.patch.object(svd_start, "core", SimpleNamespace(orthogonal_rows=lambda *_: None)),
         mock.patch.object(UnitLayout, "encode", _encoded),
         mock.patch.object(LoraLinear, "table", property(lambda layer: layer.layout.table(layer.ranks))),
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # torch does not ask it of this device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ardlora_ext import world
+from ardlora_ext import processes
 
 # A server that has imported what tests need and started no thread: its forks are cheap and safe.
 _context = multiprocessing.get_context("forkserver")
@@ -75,7 +75,7 @@ def _script(rank: int, size: int, script: Path, port: int) -> tuple[str, int, in
     os.environ["ACCELERATE_USE_CPU"] = "true"
     os.chdir(script.parent)
     compared = forwards = 0
-    agree, forward = world.agree, DistributedDataParallel.forward
+    agree, forward = processes.agree, DistributedDataParallel.forward
 
     def forwarded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal forwards
@@ -88,7 +88,7 @@ def _script(rank: int, size: int, script: Path, port: int) -> tuple[str, int, in
         compared += dist.get_world_size() == size
 
     with redirect_stdout(StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "agree", counted)
+        patch.setattr(processes, "agree", counted)
         patch.setattr(DistributedDataParallel, "forward", forwarded)
         runpy.run_path(str(script), run_name="__main__")
     return printed.getvalue(), compared, forwards

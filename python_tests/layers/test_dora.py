@@ -13,12 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import ardlora_ext as ard
-from ardlora_ext.dora import DoraLinear
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.resize import RankUpdate, UnitUpdate
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.layers.dora import DoraLinear
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
-from conftest import Attention, Batch, trainable
+from helpers.models import Attention, Batch, trainable
 
 # PEFT warns that it will stop setting `is_gradient_checkpointing`; nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -45,7 +46,7 @@ def dora_layer(layout: UnitLayout, ranks: list[int], gate: str = "none", conv1d:
     layer = model["x"]
     assert isinstance(layer, DoraLinear)
     before = layer.ranks
-    ard.resize.apply(
+    resize.apply(
         model, RankUpdate({"x": tuple(UnitUpdate(tuple(range(r))) for r in ranks)})
     ) if ranks != before else None
     with torch.no_grad():
@@ -182,7 +183,7 @@ def test_checkpoint_loads_in_peft_and_here(
             layer.lora_magnitude_vector.mul_(1.0 + 0.2 * torch.rand(layer.layout.out_features))  # type: ignore[operator]
     first = next(iter(layers))
     units = layers[first].layout.units
-    ard.resize.apply(model, RankUpdate({first: (UnitUpdate(()),) * units}))  # rank 0: only the magnitude is left
+    resize.apply(model, RankUpdate({first: (UnitUpdate(()),) * units}))  # rank 0: only the magnitude is left
     expected = model(**batch).logits
     ard.save_pretrained(model, tmp_path)
     again = ard.load_pretrained(copy.deepcopy(base), tmp_path)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native.units import UnitLayout
 
 M, K, N, R = 96, 64, 48, 4
 LAYOUT = UnitLayout("out_heads", "shared", 4, K, N)

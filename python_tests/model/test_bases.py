@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_attach import config as fast_config
-from test_layers import scramble
 from torch import nn
 from torch.optim import AdamW
 from transformers import (
@@ -29,10 +27,12 @@ from transformers import (
 )
 
 import ardlora_ext as ard
-from ardlora_ext import reference
-from ardlora_ext.layers import Conv1D, LoraLinear
+from ardlora_ext.layers.linear import Conv1D, LoraLinear
+from ardlora_ext.native import reference
 
-from conftest import VOCABULARY, Batch, bert, gpt2, llama, trainable, vit
+from helpers.adapters import scramble
+from helpers.models import VOCABULARY, Batch, bert, gpt2, llama, trainable, vit
+from helpers.training import fast_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # PEFT

@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_layers import fingerprint, scramble
 from torch import nn
 
 import ardlora_ext as ard
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.methods import config_from_dict, config_to_dict
+from ardlora_ext.config.registry import config_from_dict
+from ardlora_ext.layers.linear import LoraLinear
 
-from conftest import ARCHITECTURES, Attention, Batch, llama, trainable
+from helpers.adapters import fingerprint, scramble
+from helpers.logits import assert_same_logits, logits
+from helpers.models import ARCHITECTURES, Attention, Batch, llama, trainable
 
 Architecture = tuple[nn.Module, Batch]
 
@@ -61,17 +62,6 @@ UNITS: dict[str, dict[str, tuple[str, int]]] = {
 
 def kinds(model: nn.Module) -> dict[str, tuple[str, int]]:
     return {name: (layer.layout.kind, layer.layout.units) for name, layer in ard.adapters(model).items()}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    out: torch.Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    return out
-
-
-def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """The export bound of this project: 1e-5 of the largest logit."""
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def test_heads_are_found_from_the_transformers_config(architecture: Architecture) -> None:
@@ -389,58 +379,3 @@ def test_budgets_at_the_ends_of_the_range_are_taken(budget: int) -> None:
 def test_only_wrapped_models_can_be_unwrapped(call: Callable[[nn.Module], object]) -> None:
     with pytest.raises(ValueError, match=r"Attention must be wrapped: call ardlora_ext\.wrap\(model, config\) first"):
         call(Attention())
-
-
-@pytest.mark.parametrize(
-    ("cls", "options", "message"),
-    [
-        (ard.LoraConfig, {"r": 0}, "LoraConfig: r must be >= 1, got 0"),
-        (ard.LoraConfig, {"lora_alpha": 0.0}, "lora_alpha must be > 0, got 0.0"),
-        (ard.LoraConfig, {"lora_alpha": float("nan")}, "lora_alpha must be > 0, got nan"),
-        (ard.LoraConfig, {"target_modules": []}, "target_modules must name something, got nothing"),
-        (ard.LoraConfig, {"granularity": "row"}, "granularity must be one of 'head', 'matrix', 'layer', got 'row'"),
-        (ard.LoraConfig, {"factoring": "qr"}, "factoring must be one of 'shared', 'independent', got 'qr'"),
-        (ard.LoraConfig, {"capacity": "big"}, "capacity must be one of 'auto', 'elastic', 'fixed', got 'big'"),
-        (ard.LoraConfig, {"adapter_dtype": "half"}, "adapter_dtype must be one of 'float32', 'auto', got 'half'"),
-        (ard.ArdConfig, {"r0": 0}, "ArdConfig: r0 must be >= 1, got 0"),
-        (ard.ArdConfig, {"r0": 4, "r_max": 3}, "r_max must be >= r0, got 3"),
-        (ard.ArdConfig, {"budget": 10, "l1": 1.0}, "budget and l1 must not both be given"),
-        (ard.ArdConfig, {"budget": 0}, "budget must be >= 1, got 0"),
-        (ard.ArdConfig, {"l1": -1.0}, r"l1 must be >= 0, got -1\.0"),
-        (ard.ArdConfig, {"tv": -1.0}, r"tv must be >= 0, got -1\.0"),
-        (ard.ArdConfig, {"slope": "chord"}, "slope must be one of 'secant', 'tangent', got 'chord'"),
-        (ard.ArdConfig, {"lr_alpha": 0.0}, r"lr_alpha must be > 0, got 0\.0"),
-        (ard.ArdConfig, {"lr_price": 0.0}, r"lr_price must be > 0, got 0\.0"),
-        (ard.ArdConfig, {"warmup_ratio": 0.8}, r"warmup_ratio \+ harden_ratio \+ freeze_ratio must be < 1"),
-        (ard.ArdConfig, {"total_steps": 0}, "total_steps must be >= 1, got 0"),
-        (ard.ArdConfig, {"update_interval": 0}, "update_interval must be >= 1, got 0"),
-        (ard.ArdConfig, {"gate_floor": 1.0}, r"gate_floor must be in \(0, 1\), got 1\.0"),
-        (ard.ArdConfig, {"hysteresis": -0.1}, r"hysteresis must be >= 0, got -0\.1"),
-    ],
-)
-def test_impossible_configs(cls: type[AdapterConfig], options: Mapping[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        cls(**options)
-
-
-@pytest.mark.parametrize(
-    "config", [ard.LoraConfig(r=4, use_rslora=True), ard.ArdConfig(r0=3, l1=0.1, head_dim={"up": ("in", 8)})]
-)
-def test_configs_survive_json(config: AdapterConfig) -> None:
-    values = config_to_dict(config)
-    assert config_from_dict(values) == config
-    with pytest.raises(ValueError, match="method must be one of"):
-        config_from_dict({**values, "method": "other"})
-    with pytest.raises(ValueError, match=r"fields must be those of .* 'colour'"):
-        config_from_dict({**values, "colour": 1})
-
-
-@pytest.mark.parametrize(("rslora", "expected"), [(False, 16 / 4), (True, 16 / 4**0.5)])
-def test_scaling_is_fixed_by_the_initial_rank(rslora: bool, expected: float) -> None:
-    for config in (
-        ard.LoraConfig(r=4, lora_alpha=16, use_rslora=rslora),
-        ard.ArdConfig(r0=4, lora_alpha=16, use_rslora=rslora),
-    ):
-        model = _wrapped(config)
-        scramble(model)
-        assert {layer.scaling for layer in ard.adapters(model).values()} == {expected}

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attach import bed
-from test_attach import config as fast_config
-from test_layers import fingerprint, scramble, set_ranks
 from torch import nn
 from torch.optim import AdamW
 
 import ardlora_ext as ard
 
-from conftest import ARCHITECTURES, Attention, Batch, trainable
+from helpers.adapters import fingerprint, scramble, set_ranks
+from helpers.models import ARCHITECTURES, Attention, Batch, trainable
+from helpers.training import bed, fast_config
 
 CONFIGS: dict[str, Callable[[], ard.AdapterConfig]] = {
     "heads": lambda: ard.ArdConfig(r0=3),

@@ -11,15 +11,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_attach import config as fast_config
-from test_layers import fingerprint, scramble
 from torch import nn
 from torch.optim import SGD, AdamW
 
 import ardlora_ext as ard
-from ardlora_ext.inject import injection
+from ardlora_ext.model.record import injection
 
-from conftest import ARCHITECTURES, Attention, bert, gpt2, llama, trainable
+from helpers.adapters import fingerprint, scramble
+from helpers.models import ARCHITECTURES, Attention, bert, gpt2, llama, trainable
+from helpers.training import fast_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 never_attached = pytest.mark.filterwarnings("ignore:save_pretrained.*was never called:UserWarning")

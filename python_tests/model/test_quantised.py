@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_layers import scramble
 from torch import nn
 
 import ardlora_ext as ard
 
-from conftest import trainable
+from helpers.adapters import scramble
+from helpers.models import trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 

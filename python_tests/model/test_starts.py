@@ -14,11 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import ardlora_ext as ard
-from ardlora_ext import reference
-from ardlora_ext.pissa import PissaLinear
-from ardlora_ext.resize import RankUpdate, UnitUpdate
+from ardlora_ext.layers.pissa import PissaLinear
+from ardlora_ext.native import reference
+from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
-from conftest import Attention, Batch, trainable
+from helpers.models import Attention, Batch, trainable
 
 # PEFT warns that it will stop setting `is_gradient_checkpointing`; nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -217,7 +218,7 @@ def test_gradient_start_with_a_loss_of_ones_own_and_errors() -> None:
 
 def test_gradient_start_leaves_rank_zero_units_alone() -> None:
     model = ard.wrap(Attention(), ard.LoraConfig(r=2, granularity="head", head_dim=8, factoring="independent"))
-    ard.resize.apply(model, RankUpdate({"q_proj": tuple(UnitUpdate((0,) * r) for r in (1, 0, 1, 0))}))
+    resize.apply(model, RankUpdate({"q_proj": tuple(UnitUpdate((0,) * r) for r in (1, 0, 1, 0))}))
     ard.init_from_gradients(model, [torch.randn(6, 32)], lambda m, b: m(b).square().mean())
     torch.testing.assert_close(model.q_proj.lora_A[:2].norm(dim=1), torch.full((2,), 1 / math.sqrt(3)))
     assert not model.q_proj.lora_A[2:].any()

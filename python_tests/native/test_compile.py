@@ -13,12 +13,12 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import ardlora_ext as ard
-from ardlora_ext import ops
-from ardlora_ext.inject import adapters
-from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
-from ardlora_ext.units import UnitKind, UnitLayout
+from ardlora_ext.model.record import adapters
+from ardlora_ext.native import ops
+from ardlora_ext.native.units import UnitKind, UnitLayout
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 
-from conftest import Batch
+from helpers.models import Batch
 
 LAYOUTS: list[tuple[UnitKind, list[int]]] = [("matrix", [5]), ("out_heads", [2, 0, 3, 1]), ("in_heads", [3, 1, 0, 2])]
 

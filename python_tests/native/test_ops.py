@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ardlora_ext import ops, reference
-from ardlora_ext._native import core, matrix
-from ardlora_ext.units import UnitKind, UnitLayout
+from ardlora_ext.native import ops, reference
+from ardlora_ext.native.compiled import core, matrix
+from ardlora_ext.native.units import UnitKind, UnitLayout
 
-from tolerances import assert_close_to_reference
+from helpers.tolerances import ACTIVATIONS, assert_close_to_reference
 
 UNITS: list[tuple[UnitKind, list[int]]] = [
     ("matrix", [0]),
@@ -35,7 +35,6 @@ DTYPES = [
     (torch.float16, torch.float32),
     (torch.float16, torch.float16),
 ]
-ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 Inputs = dict[str, torch.Tensor]
 
 
@@ -270,7 +269,7 @@ def test_errors_name_the_argument() -> None:
 def test_isa_override() -> None:
     with pytest.raises(ValueError, match=r"instruction set must be one this CPU can run \(.*scalar.*\), got 'sse9'"):
         core.set_isa("sse9")
-    code = "from ardlora_ext._native import core; print(core.active_isa())"
+    code = "from ardlora_ext.native.compiled import core; print(core.active_isa())"
     environment = {**os.environ, "ARDLORA_ISA": "scalar"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "scalar"
@@ -281,7 +280,7 @@ def test_isa_override() -> None:
 
 
 def test_core_has_no_torch_headers() -> None:
-    root = Path(__file__).parents[1] / "csrc"
+    root = Path(__file__).parents[2] / "csrc"
     included = [p for p in root.rglob("*.*") if "#include <torch" in p.read_text() or "#include <ATen" in p.read_text()]
     assert not included
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import ACTIVATIONS
 
-from ardlora_ext import reference
-from ardlora_ext._native import DTYPE_CODES, core
+from ardlora_ext.native import reference
+from ardlora_ext.native.compiled import DTYPE_CODES, core
+
+from helpers.tolerances import ACTIVATIONS
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS)

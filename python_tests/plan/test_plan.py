@@ -11,13 +11,13 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, RobertaConfig
 
 import ardlora_ext as ard
-from ardlora_ext.cli import main
+from ardlora_ext.commands.cli import main
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.methods import METHODS, config_from_dict
+from ardlora_ext.config.registry import METHODS, config_from_dict
+from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.plan import make_plan, skeleton
 from ardlora_ext.plan.memory import live_parameters, uniform
 from ardlora_ext.plan.trace import SavedBytes
-from ardlora_ext.targets import plan_targets
 
 BATCH, LENGTH = 2, 24
 
@@ -42,7 +42,7 @@ def held(kind: str, config: AdapterConfig) -> dict[str, int]:
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
         activations = saved.total
     loss.backward()
-    adapters = [p for layer in ard.inject.adapters(model).values() for p in layer.trained.values()]
+    adapters = [p for layer in ard.adapters(model).values() for p in layer.trained.values()]
     gradients = sum(p.grad.numel() * 4 for p in adapters if p.grad is not None)
     optimizer.step()
     moments = sum(

@@ -16,41 +16,19 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from ardlora_ext import cli, subcommands
+from ardlora_ext import subcommands
 from ardlora_ext.bench import cli as bench_cli
+from ardlora_ext.commands import cli
+
+from helpers.documents import ROOT, Block, blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-_BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>run|not run: [^>]+?|file: [\w.]+) -->\n)?^```(?P<language>python|bash)\n(?P<text>.*?)^```$",
-    re.S | re.M,
-)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page."""
-
-    language: str
-    text: str
-    mark: str
-    line: int
-
-
-def blocks(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(found["language"], found["text"], found["mark"] or "", text[: found.start("text")].count("\n") + 1)
-        for found in _BLOCK.finditer(text)
-    ]
 
 
 def commands(block: Block) -> list[list[str]]:

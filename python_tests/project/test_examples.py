@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from test_cli import decoder, encoder, reviews  # noqa: F401 - fixtures
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ("text_classification", "sft", "raw_loop")
 MARK = "# +\n"
 
@@ -38,7 +37,7 @@ def execute(source: str, folder: Path, model: Path, data: Path) -> subprocess.Co
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script(name: str, tmp_path: Path, encoder: Path, decoder: Path, reviews: Path) -> None:  # noqa: F811
+def test_script(name: str, tmp_path: Path, encoder: Path, decoder: Path, reviews: Path) -> None:
     if name != "raw_loop":
         pytest.importorskip("datasets", reason="datasets is not installed")
     if name == "sft":

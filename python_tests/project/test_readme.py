@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_equivalent_formula_is_what_the_layer_computes() -> None:
-    from ardlora_ext import ops
-    from ardlora_ext.units import UnitLayout
+    from ardlora_ext.native import ops
+    from ardlora_ext.native.units import UnitLayout
 
     scope: dict[str, object] = {"torch": torch}
     exec(next(b for b in BLOCKS if "def lora_linear" in b), scope)
@@ -37,7 +37,7 @@ def test_commands_are_marked_and_make_their_own_environment() -> None:
 
 def test_versions_agree() -> None:
     import ardlora_ext
-    from ardlora_ext._native import core
+    from ardlora_ext.native.compiled import core
 
     project = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert project

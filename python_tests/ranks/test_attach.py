@@ -15,38 +15,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_layers import fingerprint, scramble, set_ranks
-from test_resize import RowMeans, step
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 import ardlora_ext as ard
-from ardlora_ext.controllers import ArdController
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
 
-from conftest import Attention, trainable
+from helpers.adapters import fingerprint, scramble, set_ranks
+from helpers.models import Attention, trainable
+from helpers.resizing import RowMeans, step
+from helpers.training import STEPS, bed, fast_config
 
-STEPS = 60
 Loop = Callable[[nn.Module, Optimizer, Callable[[int], torch.Tensor]], None]
-
-
-def config(**options: Any) -> ard.ArdConfig:
-    """Ranks that move within a few steps."""
-    fast = {"r0": 2, "head_dim": 8, "update_interval": 2, "lr_alpha": 0.1, "warmup_ratio": 0.05, "freeze_ratio": 0.2}
-    return ard.ArdConfig(**{**fast, **options})
-
-
-def bed(seed: int = 0) -> tuple[nn.Module, Callable[[int], torch.Tensor]]:
-    """A model, and its mean squared error on the examples of one step."""
-    torch.manual_seed(seed)
-    model = Attention()
-    data = torch.randn(2, 8 * STEPS, 32)
-
-    def loss(t: int, of: slice = slice(0, 8)) -> torch.Tensor:
-        x, y = data[:, 8 * t : 8 * t + 8][:, of]
-        return (model(x) - y).square().sum() / 256
-
-    return model, loss
 
 
 def plain(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
@@ -95,7 +76,7 @@ def loss_scaled(model: nn.Module, optimizer: Optimizer, loss: Any) -> None:
 
 def run(loop: Loop, make: Callable[[list[nn.Parameter]], Optimizer], **options: Any) -> tuple[nn.Module, ArdController]:
     model, loss = bed()
-    ard.wrap(model, config(**options))
+    ard.wrap(model, fast_config(**options))
     optimizer = make(trainable(model))
     controller = ard.attach(model, optimizer, total_steps=STEPS)
     assert isinstance(controller, ArdController)
@@ -143,7 +124,7 @@ def test_a_scheduler_of_the_same_optimizer_goes_on() -> None:
     rates: list[list[float]] = []
     for attached in (False, True):
         model, loss = bed()
-        ard.wrap(model, config())
+        ard.wrap(model, fast_config())
         optimizer = AdamW(trainable(model))
         first = OneCycleLR(optimizer, 0.05, total_steps=STEPS + 1)
         controller = ard.attach(model, optimizer, total_steps=STEPS) if attached else None
@@ -169,7 +150,7 @@ def accelerator() -> Iterator[Accelerator]:
 @pytest.mark.parametrize("prepare_first", [False, True])
 def test_accelerate(accelerator: Accelerator, prepare_first: bool) -> None:
     model, loss = bed()
-    ard.wrap(model, config())
+    ard.wrap(model, fast_config())
     optimizer: Any = AdamW(trainable(model), lr=0.01)
     if prepare_first:
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -212,7 +193,7 @@ def test_plain_lora_gets_a_controller_that_changes_nothing() -> None:
 
 def test_open_ended_run_is_made_final_by_hand() -> None:
     model, loss = bed()
-    ard.wrap(model, config())
+    ard.wrap(model, fast_config())
     optimizer = AdamW(trainable(model), lr=0.01)
     controller = ard.attach(model, optimizer)
     assert isinstance(controller, ArdController)
@@ -236,7 +217,7 @@ def test_open_ended_run_is_made_final_by_hand() -> None:
 @pytest.mark.parametrize("at", [20, 21])  # ranks may change after step 22, counted from 1, and not after step 21
 def test_a_gradient_that_is_no_number_skips_the_decision(value: float, factor: str, at: int) -> None:
     model, loss = bed()
-    ard.wrap(model, config())
+    ard.wrap(model, fast_config())
     optimizer = SGD(trainable(model), lr=0.5)
     controller = ard.attach(model, optimizer, total_steps=STEPS)
     assert isinstance(controller, ArdController)
@@ -293,7 +274,7 @@ class Unrelated:
     ids=["none", "some", "LBFGS", "Adafactor", "no optimizer"],
 )
 def test_optimizers_that_cannot_be_followed(make: Callable[[Any], Any], error: type[Exception], message: str) -> None:
-    model = ard.wrap(Attention(), config())
+    model = ard.wrap(Attention(), fast_config())
     optimizer, before = make(model), fingerprint(model)
     with pytest.raises(error, match=message):
         ard.attach(model, optimizer)
@@ -302,7 +283,7 @@ def test_optimizers_that_cannot_be_followed(make: Callable[[Any], Any], error: t
 
 
 def test_state_that_cannot_follow_is_refused_at_once() -> None:
-    model = ard.wrap(Attention(), config())
+    model = ard.wrap(Attention(), fast_config())
     optimizer = RowMeans(trainable(model))
     step(model, optimizer, 0)
     before = fingerprint(model)
@@ -315,7 +296,7 @@ def test_models_that_cannot_be_attached() -> None:
     model = Attention()
     with pytest.raises(ValueError, match=r"Attention must be wrapped: call ardlora_ext\.wrap"):
         ard.attach(model, AdamW(model.parameters()))
-    ard.wrap(model, config())
+    ard.wrap(model, fast_config())
     optimizer = AdamW(trainable(model))
     ard.attach(model, optimizer)
     with pytest.raises(ValueError, match="model must not be attached already"):
@@ -325,7 +306,7 @@ def test_models_that_cannot_be_attached() -> None:
 @pytest.mark.parametrize("leave", [ard.unwrap, ard.merge], ids=["unwrap", "merge"])
 def test_the_optimizer_outlives_the_adapters(leave: Callable[[nn.Module], nn.Module]) -> None:
     model, loss = bed()
-    ard.wrap(model, config(modules_to_save=["down"]))
+    ard.wrap(model, fast_config(modules_to_save=["down"]))
     optimizer = AdamW(trainable(model), lr=0.01)
     controller = ard.attach(model, optimizer, total_steps=STEPS)
     loss(0).backward()
@@ -334,13 +315,13 @@ def test_the_optimizer_outlives_the_adapters(leave: Callable[[nn.Module], nn.Mod
     plain(model, optimizer, loss)  # `down` goes on training, nothing else happens
     assert not ard.adapters(model)
     assert controller.step == 1
-    ard.wrap(model, config())
+    ard.wrap(model, fast_config())
     ard.attach(model, AdamW(trainable(model)))
 
 
 def test_ranks_set_by_hand_before_attach() -> None:
     model, loss = bed()
-    ard.wrap(model, config())
+    ard.wrap(model, fast_config())
     scramble(model)
     set_ranks(model, lambda _, u: 1 + u % 2)  # alpha begins at rank 2
     optimizer = AdamW(trainable(model), lr=0.01)
@@ -351,7 +332,7 @@ def test_ranks_set_by_hand_before_attach() -> None:
 
 def test_a_copy_is_attached_on_its_own() -> None:
     model, loss = bed()
-    ard.wrap(model, config())
+    ard.wrap(model, fast_config())
     optimizer = AdamW(trainable(model), lr=0.01)
     controller = ard.attach(model, optimizer, total_steps=STEPS)
     clone = copy.deepcopy(model)
@@ -368,7 +349,7 @@ def test_a_copy_is_attached_on_its_own() -> None:
 def test_one_line_before_the_optimizer_is_made(loop: Loop, fused: bool) -> None:
     expected, _ = run(loop, lambda p: AdamW(p, lr=0.01, fused=fused))
     model, loss = bed()
-    controller = ard.attach(ard.wrap(model, config(total_steps=STEPS)))
+    controller = ard.attach(ard.wrap(model, fast_config(total_steps=STEPS)))
     SGD([nn.Parameter(torch.zeros(()))], lr=0.1).step()  # not of this model
     loop(model, AdamW(trainable(model), lr=0.01, fused=fused), loss)
     ours, theirs = model.state_dict(), expected.state_dict()
@@ -379,7 +360,7 @@ def test_one_line_before_the_optimizer_is_made(loop: Loop, fused: bool) -> None:
 
 def test_the_first_step_of_an_optimizer_that_cannot_follow_says_so() -> None:
     model, _ = bed()
-    ard.attach(ard.wrap(model, config()))
+    ard.attach(ard.wrap(model, fast_config()))
     with pytest.raises(ValueError, match="must hold the adapter parameters, got 7 of 8"):
         AdamW(trainable(model)[1:]).step()
     with pytest.raises(ValueError, match="must be one moment per weight, got Adafactor"):
@@ -390,7 +371,7 @@ def test_the_first_step_of_an_optimizer_that_cannot_follow_says_so() -> None:
 
 def test_waiting_keeps_no_model_alive() -> None:
     model = bed()[0]
-    ard.attach(ard.wrap(model, config()))
+    ard.attach(ard.wrap(model, fast_config()))
     gone = weakref.ref(model)
     del model
     gc.collect()

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext import reference
-from ardlora_ext.compress import _units
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.resize import RankUpdate, UnitUpdate
-from ardlora_ext.transport import cores, groups, recompress
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native import reference
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.compress import _units
+from ardlora_ext.ranks.recompress import cores, groups, recompress
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
-from conftest import Attention, trainable
+from helpers.models import Attention, trainable
 
 LAYOUTS = [
     UnitLayout("matrix", "shared", 1, 24, 32),
@@ -63,7 +64,7 @@ def blocks(layer: LoraLinear) -> list[torch.Tensor]:
 def dropped(model: Wrapped, ranks: list[int]) -> Wrapped:
     """The model without all but the first components of each unit."""
     other = copy.deepcopy(model)
-    ard.resize.apply(other, RankUpdate({"x": tuple(UnitUpdate(tuple(range(r))) for r in ranks)}))
+    resize.apply(other, RankUpdate({"x": tuple(UnitUpdate(tuple(range(r))) for r in ranks)}))
     return other
 
 
@@ -116,7 +117,7 @@ def test_common_basis_is_no_worse_than_any_common_order_of_dropping(layout: Unit
     change = distance(svd, model)
     for order in itertools.islice(itertools.permutations(range(5)), 0, None, 6):
         other = copy.deepcopy(model)
-        ard.resize.apply(other, RankUpdate({"x": tuple(UnitUpdate(order[:r]) for r in ranks)}))
+        resize.apply(other, RankUpdate({"x": tuple(UnitUpdate(order[:r]) for r in ranks)}))
         slack = 1e-6 if order == tuple(range(5)) else 0.01  # the first is a guarantee, the others are found
         assert change <= distance(other, model) * (1 + slack) + 1e-4
 

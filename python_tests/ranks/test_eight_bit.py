@@ -16,11 +16,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ardlora_ext as ard
-from ardlora_ext import RankUpdate, UnitUpdate, resize
-from ardlora_ext.eight_bit import EightBit, find
-from ardlora_ext.optim import check_optimizer
+from ardlora_ext import RankUpdate, UnitUpdate
+from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.eight_bit import EightBit, find
+from ardlora_ext.ranks.optimizer import check_optimizer
 
-from conftest import trainable
+from helpers.models import trainable
 
 BLOCK = 256
 

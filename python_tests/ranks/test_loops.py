@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_attach import bed
-from test_attach import config as fast_config
-from test_callback import _one_process, assert_equal  # noqa: F401 - a fixture
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import ardlora_ext as ard
 
-from conftest import trainable
+from helpers.models import trainable
+from helpers.training import assert_equal, bed, fast_config
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def looped(

@@ -13,16 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layers import every_layout, fingerprint, make_layer, set_ranks
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import ardlora_ext as ard
-from ardlora_ext import RankUpdate, UnitUpdate, reference, resize
-from ardlora_ext.layers import Gate, LoraLinear
-from ardlora_ext.units import UnitLayout
+from ardlora_ext import RankUpdate, UnitUpdate
+from ardlora_ext.layers.linear import Gate, LoraLinear
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.ranks import resize
 
-from conftest import Attention, trainable
+from helpers.adapters import every_layout, fingerprint, make_layer, set_ranks
+from helpers.models import Attention, trainable
+from helpers.resizing import RowMeans, assert_followed, components, step
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adamw-single": lambda p: AdamW(p, lr=1e-2, foreach=False),
@@ -33,23 +35,12 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd-fused": lambda p: SGD(p, lr=1e-2, momentum=0.9, fused=True),
 }
 every_optimizer = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
-Rows = dict[tuple[str, int, int], dict[str, torch.Tensor]]
 
 
 def wrapped(factoring: Any = "shared", **options: Any) -> nn.Module:
     """A model with every kind of unit."""
     config = ard.ArdConfig(**{"r0": 3, "r_max": 8, "head_dim": 8, "factoring": factoring, **options})
     return ard.wrap(Attention(), config)
-
-
-def step(model: nn.Module, optimizer: Optimizer, seed: int) -> None:
-    """One optimizer step on random gradients, which stay."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in ard.adapters(model).values():
-        for factor, rows in zip((layer.lora_A, layer.lora_B), layer.layout.rows(layer.ranks), strict=True):
-            factor.grad = torch.zeros_like(factor)
-            factor.grad[:rows] = torch.randn(rows, factor.shape[1], generator=generator)
-    optimizer.step()
 
 
 def random_update(model: nn.Module, rng: random.Random, grow: bool = True, prune: bool = True) -> RankUpdate:
@@ -67,43 +58,6 @@ def random_update(model: nn.Module, rng: random.Random, grow: bool = True, prune
             units.append(UnitUpdate(tuple(keep), rng.randint(0, layer.max_rank - len(keep)) if grow else 0))
         modules[name] = tuple(units)
     return RankUpdate(modules, seed=rng.randint(0, 99))
-
-
-def components(layer: LoraLinear, optimizer: Optimizer | None) -> Rows:
-    """Copies of every row of every component: (factor, unit, component) -> parameter, gradient and moments."""
-    found: Rows = {}
-    gated = 0 if layer.layout.gate_on_a else 1
-    for factor, parameter in layer.factors.items():
-        tensors = {"parameter": parameter.detach(), "grad": parameter.grad}
-        tensors |= optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
-        side = {"lora_A": 0, "lora_B": 1, "lora_E": gated}[factor]
-        for u, slices in enumerate(reference.unit_slices(layer.layout, layer.ranks)):
-            for j, row in enumerate(range(slices[side].start, slices[side].stop)):
-                found[factor, u, j] = {
-                    key: value[row].clone()
-                    for key, value in tensors.items()
-                    if value is not None and value.shape == parameter.shape
-                }
-    return found
-
-
-def assert_followed(
-    before: Rows, layer: LoraLinear, optimizer: Optimizer | None, units: tuple[UnitUpdate, ...]
-) -> None:
-    """Kept components are bitwise what they were; new rows of lora_B, and the history of new rows, are zero."""
-    shared = ("lora_B" if layer.layout.gate_on_a else "lora_A") if layer.layout.shared else None
-    for (factor, u, j), rows in components(layer, optimizer).items():
-        assert rows.keys() == next(iter(before.values()), rows).keys()
-        for key, row in rows.items():
-            if j < len(units[u].keep):
-                assert torch.equal(row, before[factor, u, units[u].keep[j]][key]), (factor, u, j, key)
-            elif factor != shared and (key != "parameter" or factor == "lora_B"):
-                assert not row.any(), (factor, u, j, key)
-    for parameter, live in zip((layer.lora_A, layer.lora_B), layer.layout.rows(layer.ranks), strict=True):
-        state = optimizer.state[parameter] if optimizer is not None else {}
-        for value in (parameter, parameter.grad, *state.values()):
-            if isinstance(value, torch.Tensor) and value.dim() == 2:
-                assert not value[live:].any(), "rows past the live ones are zero"
 
 
 @every_optimizer
@@ -170,9 +124,9 @@ def test_growth_moves_no_bit_of_wide_layers(isa: str, kind: Any, factoring: Any,
     layer = LoraLinear(nn.Linear(612, 606).to(dtype), layout, 1, 0.7, max_rank=48)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 612).to(dtype)
-    for step, growth in enumerate((1, 1, 1, 2, 3, 7, 12, 20)):
+    for t, growth in enumerate((1, 1, 1, 2, 3, 7, 12, 20)):
         before = layer(x)
-        grown = [UnitUpdate(tuple(range(r)), growth if (u + step) % 2 == 0 else 0) for u, r in enumerate(layer.ranks)]
+        grown = [UnitUpdate(tuple(range(r)), growth if (u + t) % 2 == 0 else 0) for u, r in enumerate(layer.ranks)]
         resize.apply(layer, RankUpdate({"": tuple(grown)}))
         assert torch.equal(layer(x), before), layer.ranks
 
@@ -284,19 +238,6 @@ def test_an_update_that_does_not_fit_changes_nothing(name: str, units: Any, mess
         resize.apply(model, update, optimizer)
     assert fingerprint(model) == before
     assert str(optimizer.state_dict()) == str(state)
-
-
-class RowMeans(Optimizer):
-    """One number per row, as factored optimizers keep."""
-
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["row"] = p.grad.mean(dim=1)
 
 
 def test_optimizer_state_that_cannot_follow_is_refused_before_anything_changes() -> None:

@@ -8,10 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_report import metrics_of, ranks_of, record
 
-from ardlora_ext import cli, comparison, report
-from ardlora_ext.data import InputError
+from ardlora_ext.commands import cli
+from ardlora_ext.errors import InputError
+from ardlora_ext.report import comparison
+from ardlora_ext.report.page import write_report
+from ardlora_ext.report.run_files import write_metrics, write_records
+
+from helpers.run_files import metrics_of, ranks_of, record
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -32,8 +36,8 @@ def runs(tmp_path: Path) -> list[Path]:
     folders = [tmp_path / "ard", tmp_path / "lora"]
     for folder, metrics, records in zip(folders, (metrics_of(), lora), ([record(10), record(20)], []), strict=True):
         folder.mkdir()
-        report.write_metrics(folder, metrics)
-        report.write_records(folder, records)
+        write_metrics(folder, metrics)
+        write_records(folder, records)
     return folders
 
 
@@ -72,7 +76,7 @@ def test_runs_of_the_same_folder_name_keep_their_paths(runs: list[Path], tmp_pat
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_pages_in_a_browser(runs: list[Path], tmp_path: Path) -> None:
     pages = {
-        report.write_report(runs[0]): ("Where the rank went", "Rank decisions"),
+        write_report(runs[0]): ("Where the rank went", "Rank decisions"),
         comparison.write_comparison(runs, tmp_path / "comparison.html"): ("Results", "Parameters and ranks"),
     }
     probe = (

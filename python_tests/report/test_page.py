@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -13,86 +14,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ardlora_ext import plots, report
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
+from ardlora_ext.report import plots
+from ardlora_ext.report.numbers import format_duration
+from ardlora_ext.report.page import render, write_report
+from ardlora_ext.report.run_files import write_atomic, write_metrics, write_records
+from ardlora_ext.report.summary import print_summary
+
+from helpers.run_files import metrics_of, ranks_of, record
 
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
-KINDS = {"attention.self.query": 4, "attention.output.dense": 4, "intermediate.dense": 1, "output.dense": 1}
-
-
-def ranks_of(*layers: int) -> dict[str, list[int]]:
-    """One rank for every unit of a layer, in a small BERT-like model."""
-    return {
-        f"bert.encoder.layer.{layer}.{kind}": [rank] * units
-        for layer, rank in enumerate(layers)
-        for kind, units in KINDS.items()
-    }
-
-
-def metrics_of(**changes: Any) -> dict[str, Any]:
-    steps = 40
-    metrics: dict[str, Any] = {
-        "method": "ard",
-        "model": "tiny",
-        "data": "toy.jsonl",
-        "task": "classification",
-        "labels": ["low", "high"],
-        "seed": 0,
-        "command": "python -m ardlora_ext finetune --out 'my run'",
-        "config": {"r0": 4, "target_modules": "all-linear", "modules_to_save": ["classifier"]},
-        "settings": {"out": "my run", "lr": 1e-3, "model": None},
-        "controller": {"phase": "frozen", "price": 0.125},
-        "steps": steps,
-        "epochs": 2.0,
-        "batch_size": 8,
-        "train_examples": 160,
-        "test_examples": 16,
-        "metric_name": "accuracy",
-        "metric_before": 0.5,
-        "metric_after": 0.875,
-        "loss_before": 0.7,
-        "loss_after": 0.2,
-        "params_live": 12345,
-        "params_peak": 23456,
-        "params_budget": 12500,
-        "params_trainable": 13000,
-        "params_total": 100000,
-        "seconds": 12.5,
-        "step_ms_median": 8.25,
-        "tokens_per_s": 4321.0,
-        "peak_rss_mb": 512.0,
-        "versions": {"python": "3.11", "torch": "2.13.0"},
-        "history": [
-            {"step": s, "loss": 1 / s, "lr": 1e-3, "mean_rank": 4, "params_live": 9, "tokens_per_s": 1.0}
-            for s in range(1, steps + 1)
-        ],
-        "evals": [{"step": s, "loss": 0.5, "metric": 0.5 + s / 100, "examples": 16} for s in (0, 20, 40)],
-        "ranks": ranks_of(1, 9),
-        "rank_history": [
-            {"step": 0, "params": 20000, "ranks": ranks_of(4, 4)},
-            {"step": 10, "params": 23456, "ranks": ranks_of(3, 6)},
-            {"step": 20, "params": 12345, "ranks": ranks_of(1, 9)},
-        ],
-    }
-    return {**metrics, **changes}
-
-
-def record(step: int, **changes: Any) -> dict[str, Any]:
-    plain = {
-        "step": step,
-        "event": "grow",
-        "module": "bert.encoder.layer.1.output.dense",
-        "unit": 0,
-        "from": 4,
-        "to": 5,
-    }
-    return {**plain, "rho": 4.75, "gain": 0.00123456, "price": 0.5, "reason": "gain above price", **changes}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    report.write_metrics(tmp_path, metrics_of())
-    report.write_records(tmp_path, [record(10), record(20, event="prune", **{"from": 5, "to": 1})])
+    write_metrics(tmp_path, metrics_of())
+    write_records(tmp_path, [record(10), record(20, event="prune", **{"from": 5, "to": 1})])
     return tmp_path
 
 
@@ -102,14 +39,14 @@ def pictures(html: str) -> list[bytes]:
 
 
 def page(metrics: dict[str, Any], records: list[dict[str, Any]] | None = None) -> str:
-    return report.render(metrics, records or [])
+    return render(metrics, records or [])
 
 
-# --- report.html ------------------------------------------------------------------------------------------------------
+# --- report.html ----------------------------------------------------------------------------------------------------
 
 
 def test_report_is_one_self_contained_file(folder: Path) -> None:
-    html = report.write_report(folder).read_text(encoding="utf-8")
+    html = write_report(folder).read_text(encoding="utf-8")
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "records.jsonl", "report.html"]
     assert len(pictures(html)) == html.count("<figure>") == 4
     assert all(png.startswith(PNG_HEAD) for png in pictures(html))
@@ -118,7 +55,7 @@ def test_report_is_one_self_contained_file(folder: Path) -> None:
 
 
 def test_report_tells_the_numbers(folder: Path) -> None:
-    html = report.write_report(folder).read_text(encoding="utf-8")
+    html = write_report(folder).read_text(encoding="utf-8")
     for text in ("50.0%", "87.5%", "12,345", "23,456", "12,500", "12 s", "8 ms a step", "512", "all-linear", "2.13.0"):
         assert text in html
     assert "python -m ardlora_ext finetune --out &#39;my run&#39;" in html
@@ -130,8 +67,8 @@ def test_report_tells_the_numbers(folder: Path) -> None:
 
 
 def test_report_is_the_same_for_the_same_files(folder: Path) -> None:
-    first = report.write_report(folder).read_bytes()
-    assert report.write_report(folder).read_bytes() == first
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
 
 
 def test_fixed_ranks_have_no_curves_of_ranks() -> None:
@@ -181,20 +118,20 @@ def test_unusable_run_is_refused_and_the_old_report_stays(
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        report.write_report(folder)
+        write_report(folder)
     assert (folder / "report.html").read_text() == "old"
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
-    report.write_atomic(path, "old")
+    write_atomic(path, "old")
 
     def crash(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.os, "fsync", crash)
+    monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
-        report.write_atomic(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
@@ -236,7 +173,7 @@ def test_a_large_model_is_drawn() -> None:
 
 def test_closing_table(folder: Path) -> None:
     console = Console(file=io.StringIO(), width=110)
-    report.print_summary(json.loads((folder / "metrics.json").read_text()), folder, console)
+    print_summary(json.loads((folder / "metrics.json").read_text()), folder, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     for part in ("50.0% → 87.5%", "12,345 live", "23,456 at the peak, budget 12,500", "512 MB", "records.jsonl"):
@@ -248,4 +185,4 @@ def test_closing_table(folder: Path) -> None:
     ("seconds", "text"), [(1.234, "1.2 s"), (42.4, "42 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert report.format_duration(seconds) == text
+    assert format_duration(seconds) == text

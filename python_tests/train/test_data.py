@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ardlora_ext import data
-from ardlora_ext.data import DatasetUnavailable, InputError, Wheel, load_corpus, parse_questions
+from ardlora_ext.errors import InputError
+from ardlora_ext.train import data
+from ardlora_ext.train.data import DatasetUnavailable, Wheel, load_corpus, parse_questions
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.controllers import ArdController
-from ardlora_ext.data import InputError
-from ardlora_ext.layers import LoraLinear
+from ardlora_ext.errors import InputError
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
 
 Gate = Literal["ramp", "sigmoid"]
 Form = Literal["prox", "explicit"]

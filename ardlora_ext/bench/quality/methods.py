@@ -18,10 +18,10 @@ import numpy as np
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext import resize
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.controllers.base import Units
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
+from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.controllers.base import Units
 
 Ranks = Mapping[str, Sequence[int]]
 

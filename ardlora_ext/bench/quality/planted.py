@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.bench.methods import Ranks
+from ardlora_ext.bench.quality.methods import Ranks
+from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
-from ardlora_ext.bench.trial import Measure, Row
 
 Floats = NDArray[np.float64]
 Variant = Literal["ranks", "heads", "equal"]

@@ -1,4 +1,4 @@
-"""Dropping components against SVD pruning with and without state transport: `python -m ardlora_ext.bench.prune`.
+"""`bench prune`: dropping components against SVD pruning with and without state transport.
 
 A stack of tanh layers learns a teacher whose weights differ by low-rank updates of falling size. LoRA of rank 16 trains
 for 150 steps, is brought to rank 4 everywhere, and trains for 50 more. Shown: change of the updates, loss right after,
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import ardlora_ext as ard
+from ardlora_ext.ranks import resize
 
 WIDTH, LAYERS, HIGH, LOW, BEFORE, AFTER = 48, 4, 16, 4, 150, 50
 
@@ -45,7 +46,7 @@ def _drop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         size = layer.lora_A.detach().norm(dim=1) * layer.lora_B.detach().norm(dim=1)
         keep = sorted(size[: layer.ranks[0]].topk(LOW).indices.tolist())
         updates[name] = (ard.UnitUpdate(tuple(keep)),)
-    ard.resize.apply(model, ard.RankUpdate(updates), optimizer)
+    resize.apply(model, ard.RankUpdate(updates), optimizer)
 
 
 def _svd(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -70,7 +71,7 @@ def _updates(model: nn.Module) -> torch.Tensor:
     return torch.cat([layer.get_delta_weight().flatten() for layer in ard.adapters(model).values()])
 
 
-def run(seed: int, method: str, lr: float) -> list[float]:
+def trial(seed: int, method: str, lr: float) -> list[float]:
     """Return [relative change, loss right after, mean loss of 5 steps, of 50 steps]."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = _student(generator)
@@ -93,20 +94,18 @@ def run(seed: int, method: str, lr: float) -> list[float]:
     return [change, after[0], statistics.fmean(after[:5]), statistics.fmean(after)]
 
 
-def main() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `prune`."""
+    parser.add_argument("--seeds", type=int, default=20, help="paired runs of each method")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate")
+
+
+def run(arguments: argparse.Namespace, _command: str) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=5e-3)
-    options = parser.parse_args()
-    runs = {m: [run(seed, m, options.lr) for seed in range(options.seeds)] for m in METHODS}
+    runs = {m: [trial(seed, m, arguments.lr) for seed in range(arguments.seeds)] for m in METHODS}
     print(f"{'':20}{'change':>10}{'loss':>10}{'5 steps':>10}{'50 steps':>10}   50 steps against drop")
     for method, rows in runs.items():
         means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
         gaps = [row[3] - other[3] for row, other in zip(rows, runs["drop"], strict=True)]
         half = 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
         print(f"{method:20}" + "".join(f"{m:10.4f}" for m in means) + f"   {statistics.fmean(gaps):+.5f} ± {half:.5f}")
-
-
-if __name__ == "__main__":
-    main()

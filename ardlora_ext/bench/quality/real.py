@@ -18,13 +18,13 @@ from torch import nn
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import ardlora_ext as ard
-from ardlora_ext.batches import Batch, Collator, Features, encode
-from ardlora_ext.bench.methods import Ranks
+from ardlora_ext.bench.quality.methods import Ranks
+from ardlora_ext.bench.quality.tasks import Data, Sample, load
+from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
-from ardlora_ext.bench.tasks import Data, Sample, load
-from ardlora_ext.bench.trial import Measure, Row
-from ardlora_ext.data import Corpus, Example, default_model
-from ardlora_ext.pretrained import head_modules, load_model, load_tokenizer
+from ardlora_ext.train.base_model import head_modules, load_model, load_tokenizer
+from ardlora_ext.train.batches import Batch, Collator, Features, encode
+from ardlora_ext.train.data import Corpus, Example, default_model
 
 _MAX_LENGTH = 96
 _EVAL_BATCH = 64

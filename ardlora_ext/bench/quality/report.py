@@ -1,4 +1,4 @@
-"""The table and the figure of a comparison; see `quality.compare`."""
+"""The table and the figure of a comparison; see `compare`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ardlora_ext.bench.quality import Comparison, mean_interval
+from ardlora_ext.bench.quality.compare import Comparison, mean_interval
+from ardlora_ext.bench.quality.trial import SCORE_QUANTILES, Row
 from ardlora_ext.bench.stats import paired
-from ardlora_ext.bench.trial import SCORE_QUANTILES, Row
-from ardlora_ext.console import make_console
-from ardlora_ext.plots import FAINT, GRID, INK, KIND_COLOURS
+from ardlora_ext.report.console import make_console
+from ardlora_ext.report.plots import FAINT, GRID, INK, KIND_COLOURS
 
 _WIDTH = 200  # columns a table may have where the output is not a terminal
 _VERDICT_STYLE = {"better": "green", "worse": "red", "no difference": "dim", "": ""}

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ardlora_ext import data
-from ardlora_ext.data import TREC, DatasetUnavailable, InputError, Wheel, cache_dir, fetch
+from ardlora_ext.errors import InputError
+from ardlora_ext.train import data
+from ardlora_ext.train.data import TREC, DatasetUnavailable, Wheel, cache_dir, fetch
 
 _TEST, _VALID, _TRAIN = 1000, 400, 1000
 _TEST_SHARE = 0.4  # of a small data set

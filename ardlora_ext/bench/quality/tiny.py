@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.bench.methods import Ranks
+from ardlora_ext.bench.quality.methods import Ranks
+from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
-from ardlora_ext.bench.trial import Measure, Row
-from ardlora_ext.data import cache_dir
+from ardlora_ext.train.data import cache_dir
 
 _DIGITS, _LENGTH, _TASKS, _MODULUS = 10, 6, 3, 3
 _EQUALS = _DIGITS + _TASKS

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.bench.methods import Method, Plan, Ranks
-from ardlora_ext.controllers.svd import SvdController
-from ardlora_ext.data import InputError
-from ardlora_ext.methods import config_to_dict
+from ardlora_ext.bench.quality.methods import Method, Plan, Ranks
+from ardlora_ext.config.registry import config_to_dict
+from ardlora_ext.errors import InputError
+from ardlora_ext.ranks.controllers.svd.controller import SvdController
 
 Row = dict[str, Any]
 

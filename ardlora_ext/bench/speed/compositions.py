@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ardlora_ext.bench.patterns import Site
-from ardlora_ext.data import InputError
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.reference import unit_slices
+from ardlora_ext.bench.speed.patterns import Site
+from ardlora_ext.errors import InputError
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native.reference import unit_slices
 
 Gradients = tuple[torch.Tensor, torch.Tensor]  # of the folded factors: [hidden, K] and [hidden, N]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ardlora_ext.bench.machine import Json, check_writable, write_json
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
 
-SOURCES = (Path(__file__).resolve().parents[2] / "csrc", Path("csrc"))  # beside the package, or where one works
+SOURCES = (Path(__file__).resolve().parents[3] / "csrc", Path("csrc"))  # beside the package, or where one works
 ARCHS = ("sm_80", "sm_90")
 COLUMNS = ("kernel", "arch", "threads", "registers", "spills", "smem", "occupancy", "hmma", "ldgsts", "ldsm", "ldg128")
 

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ardlora_ext._native import DTYPE_CODES, core, matrix
-from ardlora_ext.bench import kernels_cuda
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import (
     Column,
@@ -29,10 +27,12 @@ from ardlora_ext.bench.output import (
     groups,
     publish,
 )
-from ardlora_ext.bench.patterns import ragged
+from ardlora_ext.bench.speed import kernels_cuda
+from ardlora_ext.bench.speed.patterns import ragged
 from ardlora_ext.bench.stats import geometric_mean
-from ardlora_ext.data import InputError
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.errors import InputError
+from ardlora_ext.native.compiled import DTYPE_CODES, core, matrix
+from ardlora_ext.native.units import UnitLayout
 
 PRIMITIVES = ("shrink", "expand", "outer")
 OPS = (*PRIMITIVES, "forward", "backward")

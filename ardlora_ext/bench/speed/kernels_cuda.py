@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ardlora_ext.bench.compositions import COMPOSITIONS, Composition, applies
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import Column, Panel, Result, bars_of, groups, publish
-from ardlora_ext.bench.patterns import Site, sites
-from ardlora_ext.data import InputError
+from ardlora_ext.bench.speed.compositions import COMPOSITIONS, Composition, applies
+from ardlora_ext.bench.speed.patterns import Site, sites
+from ardlora_ext.errors import InputError
 
 IMPLEMENTATIONS = ("base", "ours", "peft", "torch-padded", "torch-loop")
 _PATTERNS = ("uniform-8", "uniform-64", "heads-shared", "heads-independent")

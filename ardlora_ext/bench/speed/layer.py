@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 
-from ardlora_ext.bench.compositions import COMPOSITIONS, Composition, applies, check
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import (
     Column,
@@ -26,9 +25,10 @@ from ardlora_ext.bench.output import (
     publish,
     selected,
 )
-from ardlora_ext.bench.patterns import HEAD_DIM, PATTERNS, sites
+from ardlora_ext.bench.speed.compositions import COMPOSITIONS, Composition, applies, check
+from ardlora_ext.bench.speed.patterns import HEAD_DIM, PATTERNS, sites
 from ardlora_ext.bench.turns import in_turns
-from ardlora_ext.data import InputError
+from ardlora_ext.errors import InputError
 
 _DTYPES = ("float32", "bfloat16")
 _COLUMNS = (

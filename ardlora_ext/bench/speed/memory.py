@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ardlora_ext.bench.machine import Json
-from ardlora_ext.bench.models import COMPILED, MODELS, Runner, implementations, make_model, make_runner
 from ardlora_ext.bench.output import (
     Column,
     Panel,
@@ -23,7 +22,8 @@ from ardlora_ext.bench.output import (
     groups,
     publish,
 )
-from ardlora_ext.data import InputError
+from ardlora_ext.bench.speed.models import COMPILED, MODELS, Runner, implementations, make_model, make_runner
+from ardlora_ext.errors import InputError
 
 _DTYPES = ("float32", "bfloat16")
 _MIB = float(1 << 20)

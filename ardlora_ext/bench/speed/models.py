@@ -19,10 +19,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ardlora_ext.attach import attach
+from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig, ArdConfig, ElaConfig, LoraConfig
-from ardlora_ext.controllers.base import Controller
-from ardlora_ext.inject import wrap
+from ardlora_ext.ranks.attach import attach
+from ardlora_ext.ranks.controllers.base import Controller
 
 Batch = dict[str, torch.Tensor]
 Prepare = Callable[[nn.Module], nn.Module]

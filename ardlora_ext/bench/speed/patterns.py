@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ardlora_ext.layers import capacity_of, initial_rows
-from ardlora_ext.units import Factoring, UnitLayout
+from ardlora_ext.layers.linear import capacity_of, initial_rows
+from ardlora_ext.native.units import Factoring, UnitLayout
 
 HEAD_DIM = 64
 UNIFORM = 8  # whose parameters the ragged patterns get

@@ -20,10 +20,11 @@ from torch.optim import AdamW
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import Column, Panel, Result, add_output_arguments, check_outputs, publish
 from ardlora_ext.bench.stats import median_spread
+from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import LoraConfig
-from ardlora_ext.data import InputError
-from ardlora_ext.inject import adapters, wrap
-from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
+from ardlora_ext.errors import InputError
+from ardlora_ext.model.record import adapters
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 
 _FEATURES = 1024
 _RANK = 16

@@ -24,16 +24,17 @@ from matplotlib.ticker import NullFormatter
 from torch import nn
 from torch.optim import AdamW
 
-from ardlora_ext import _device, ops
-from ardlora_ext.attach import attach
 from ardlora_ext.bench.machine import Json, headline, machine
 from ardlora_ext.bench.output import STYLE, Column, Result, add_output_arguments, check_outputs, publish, selected
+from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig, ArdConfig, ElaConfig
-from ardlora_ext.data import InputError
-from ardlora_ext.inject import adapters, wrap
-from ardlora_ext.plots import KIND_COLOURS
-from ardlora_ext.resize import RankUpdate, UnitUpdate, apply
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.errors import InputError
+from ardlora_ext.model.record import adapters
+from ardlora_ext.native import dispatch, ops
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.ranks.attach import attach
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
+from ardlora_ext.report.plots import KIND_COLOURS
 
 _HEADS, _HEAD_WIDTH = 40, 32
 _MATRIX_WIDTH = 64
@@ -129,7 +130,7 @@ def _config(kind: str, r: int, heads: int, matrices: int) -> AdapterConfig:
 def _timed_passes() -> Iterator[list[float]]:
     """Yield the seconds of each native pass over weights and gradients within."""
     spent: list[float] = []
-    plain = {name: getattr(_device, name) for name in _PASSES}
+    plain = {name: getattr(dispatch, name) for name in _PASSES}
 
     def timed(call: Callable[..., object]) -> Callable[..., object]:
         def wrapped(*arguments: object) -> object:
@@ -141,12 +142,12 @@ def _timed_passes() -> Iterator[list[float]]:
         return wrapped
 
     for name, call in plain.items():
-        setattr(_device, name, timed(call))
+        setattr(dispatch, name, timed(call))
     try:
         yield spent
     finally:
         for name, call in plain.items():
-            setattr(_device, name, call)
+            setattr(dispatch, name, call)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -17,8 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from ardlora_ext.bench.machine import Json
-from ardlora_ext.bench.memory import peak_mb
-from ardlora_ext.bench.models import COMPILED, MODELS, Batch, Runner, implementations, make_model, make_runner
 from ardlora_ext.bench.output import (
     Column,
     Panel,
@@ -29,11 +27,13 @@ from ardlora_ext.bench.output import (
     percent,
     publish,
 )
+from ardlora_ext.bench.speed.memory import peak_mb
+from ardlora_ext.bench.speed.models import COMPILED, MODELS, Batch, Runner, implementations, make_model, make_runner
 from ardlora_ext.bench.turns import in_turns
-from ardlora_ext.data import InputError
-from ardlora_ext.inject import adapters
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.reference import lora_linear
+from ardlora_ext.errors import InputError
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.record import adapters
+from ardlora_ext.native.reference import lora_linear
 
 _DTYPES = ("float32", "bfloat16")
 _AIMS = {"ours-lora": ("peft-lora", 5), "ours-lora-dropout": ("peft-lora-dropout", 6)}  # times less overhead

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, ElaConfig, LoraConfig
-from ardlora_ext.controllers.ada import AdaController
-from ardlora_ext.controllers.ard import ArdController
-from ardlora_ext.controllers.base import Controller, FixedController
-from ardlora_ext.controllers.ela import ElaController
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
+from ardlora_ext.ranks.controllers.base import Controller, FixedController
+from ardlora_ext.ranks.controllers.svd.ada import AdaController
+from ardlora_ext.ranks.controllers.svd.ela import ElaController
 
 __all__ = ["AdaController", "ArdController", "Controller", "ElaController", "FixedController", "make_controller"]
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ardlora_ext.config import AdapterConfig, LoraConfig
-from ardlora_ext.controllers.costs import Costs, Ints
-from ardlora_ext.inject import adapters
-from ardlora_ext.layers import LoraLinear
-from ardlora_ext.resize import RankUpdate
-from ardlora_ext.world import Group
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.record import adapters
+from ardlora_ext.processes import Group
+from ardlora_ext.ranks.controllers.costs import Costs, Ints
+from ardlora_ext.ranks.resize import RankUpdate
 
 Config = TypeVar("Config", bound=AdapterConfig)
 Chosen = Ints | slice  # indices, or a slice when it is all of them

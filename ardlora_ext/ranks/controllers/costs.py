@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ardlora_ext._native import core
+from ardlora_ext.native.compiled import core
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

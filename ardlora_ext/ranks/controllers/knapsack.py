@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ardlora_ext.controllers.costs import Costs, Floats, Ints
+from ardlora_ext.ranks.controllers.costs import Costs, Floats, Ints
 
 _LEAST_WINDOW = 64  # multiples of the common divisor of all costs
 

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cuda_kernels import PROGRAMS
 from torch.utils.cpp_extension import include_paths
 
 import ardlora_ext as ard
-from ardlora_ext import _device, ops
-from ardlora_ext._native import core
-from ardlora_ext.units import UnitLayout
+from ardlora_ext.native import dispatch, ops
+from ardlora_ext.native.compiled import core
+from ardlora_ext.native.units import UnitLayout
 
-from conftest import Attention, trainable
-from simt import CSRC, build
+from helpers.cuda_programs import PROGRAMS
+from helpers.models import Attention, trainable
+from helpers.simt import CSRC, build
 
 SOURCES = (
     "testing/simt_module.cpp",
@@ -75,10 +75,10 @@ def shim(simt_core: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
         return simt_core.UnitTable(kind, factoring, in_features, out_features, ranks)
 
     backend = Backend(simt_core)
-    monkeypatch.setattr(_device, "core", backend)
-    monkeypatch.setattr(_device, "_on_cuda", lambda _device: True)
-    monkeypatch.setattr(_device, "_stream", lambda _device: (0, 0))
-    monkeypatch.setattr(_device, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
+    monkeypatch.setattr(dispatch, "core", backend)
+    monkeypatch.setattr(dispatch, "_on_cuda", lambda _device: True)
+    monkeypatch.setattr(dispatch, "_stream", lambda _device: (0, 0))
+    monkeypatch.setattr(dispatch, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
     return backend
 
 
@@ -194,7 +194,7 @@ def test_devices_are_checked_before_anything_runs() -> None:
 
 
 def test_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_device, "_on_cuda", lambda device: device.type == "meta")
-    monkeypatch.setattr(_device, "core", SimpleNamespace(cuda_built=lambda: True))
+    monkeypatch.setattr(dispatch, "_on_cuda", lambda device: device.type == "meta")
+    monkeypatch.setattr(dispatch, "core", SimpleNamespace(cuda_built=lambda: True))
     with pytest.raises(ValueError, match="op: tensors must be on one device, got cpu and meta"):
-        _device.check_device("op", torch.device("cpu"), torch.device("meta"), torch.device("cpu"))
+        dispatch.check_device("op", torch.device("cpu"), torch.device("meta"), torch.device("cpu"))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ardlora_ext._native import core
+from ardlora_ext.native.compiled import core
 
 A100 = (108, 164 * 1024)
 SMALLEST_BLOCK = 99 * 1024  # bytes of shared memory that a block may have on every architecture of the fat binary

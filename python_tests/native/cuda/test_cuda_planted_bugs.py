@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_cuda_kernels import PROGRAMS
 
-from simt import CSRC, build, run
+from helpers.cuda_programs import PROGRAMS
+from helpers.simt import CSRC, build, run
 
 HEADER = """
 #include <cstdlib>

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ardlora_ext import _device, reference
-from ardlora_ext._native import core
+from ardlora_ext.native import dispatch, reference
+from ardlora_ext.native.compiled import core
 
 
 def test_table_checks_before_it_is_built() -> None:
@@ -25,12 +25,12 @@ def test_a_build_without_kernels_says_so() -> None:
     with pytest.raises(NotImplementedError, match="rank_resize: tensors must be on the CPU, this build has no CUDA"):
         core.cuda_rank_resize(0, 0, 0, 0, 0)
     with pytest.raises(NotImplementedError, match="rank_resize: tensors must be on the CPU, this build has no CUDA"):
-        _device.rank_resize(np.zeros((0, 5), np.int64), [], torch.device("cuda", 0))
+        dispatch.rank_resize(np.zeros((0, 5), np.int64), [], torch.device("cuda", 0))
 
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"rank_resize: tensors must be on the CPU.*, got meta"):
-        _device.rank_resize(np.zeros((0, 5), np.int64), [], torch.device("meta"))
+        dispatch.rank_resize(np.zeros((0, 5), np.int64), [], torch.device("meta"))
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -50,6 +50,6 @@ def test_rows_move_in_place(device: torch.device, plan: list[int], cols: int, dt
     old = torch.randn(3, cols).to(device, dtype)
     new = old.clone()
     moves = np.array([[new.data_ptr(), new.data_ptr(), cols * new.element_size(), 3, 0]], dtype=np.int64)
-    _device.rank_resize(moves, [plan], device)
+    dispatch.rank_resize(moves, [plan], device)
     assert torch.equal(new[: len(plan)].cpu(), reference.rank_resize(old.cpu(), plan))
     assert torch.equal(new[len(plan) :], old[len(plan) :])

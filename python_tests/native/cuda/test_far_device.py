@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from far_device import FAR, far_device
 from torch import nn
 from torch.optim import AdamW
 
 import ardlora_ext as ard
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.init import _point, _Sketch, blocks
-from ardlora_ext.merging import merge_adapter, unmerge_adapter
+from ardlora_ext.layers.orthogonal_start import blocks
+from ardlora_ext.model.gradient_start import _point, _Sketch
+from ardlora_ext.model.merge import merge_adapter, unmerge_adapter
 
-from conftest import Attention, trainable
+from helpers.far_device import FAR, far_device
+from helpers.models import Attention, trainable
 
 ARD = ard.ArdConfig(r0=3, r_max=6, head_dim=8, update_interval=2, lr_alpha=0.1, lora_dropout=0.1)
 ELA = {"r": 4, "b": 2, "deltaT": 2, "tinit": 2, "tfinal": 4}

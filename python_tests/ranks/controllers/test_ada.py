@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_svd import EPS, Chain, SlowModel, assert_same, batch, chain_and_teacher, warmup_decay
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.controllers.ada import best
-from ardlora_ext.controllers.schedule import Phases, rank_budget
+from ardlora_ext.ranks.controllers.svd.ada import best
+from ardlora_ext.ranks.controllers.svd.schedule import Phases, rank_budget
+
+from helpers.slow_svd import EPS, Chain, SlowModel, assert_same, batch, chain_and_teacher, warmup_decay
 
 STEPS, LR = 300, 3e-3
 OPTIONS: dict[str, Any] = {"init_r": 6, "target_r": 3, "lora_alpha": 12.0, "tinit": 20, "tfinal": 60}

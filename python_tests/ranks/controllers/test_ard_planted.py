@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from test_ard import EveryStep, fast, run
 from torch import nn
 from torch.optim import Adam, AdamW
 
 import ardlora_ext as ard
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.controllers import ArdController
+from ardlora_ext.ranks.controllers.ard.controller import ArdController
 
-from conftest import Attention, trainable
+from helpers.ard_runs import EveryStep, fast, run
+from helpers.models import Attention, trainable
 
 WIDTH = 24
 PLANTED = (0, 1, 1, 2, 2, 4, 5, 6)

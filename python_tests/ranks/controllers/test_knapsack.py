@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ardlora_ext.controllers.costs import Costs, Floats, Ints
-from ardlora_ext.controllers.knapsack import Menu, SharedMenu, spend, whole_ranks
+from ardlora_ext.ranks.controllers.costs import Costs, Floats, Ints
+from ardlora_ext.ranks.controllers.knapsack import Menu, SharedMenu, spend, whole_ranks
 
 
 def lists(of: st.SearchStrategy[Any], size: int) -> st.SearchStrategy[list[Any]]:

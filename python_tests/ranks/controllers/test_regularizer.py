@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy.optimize import lsq_linear
 
 import ardlora_ext as ard
-from ardlora_ext.controllers.costs import Floats
-from ardlora_ext.controllers.variation import Variation, alpha_step, solve_chain
+from ardlora_ext.ranks.controllers.ard.regularizer import Variation, alpha_step, solve_chain
+from ardlora_ext.ranks.controllers.costs import Floats
 
-from conftest import Attention, trainable
+from helpers.models import Attention, trainable
 
 VARIATIONS: tuple[Variation, ...] = ("temporal_sq", "temporal_abs", "layer_sq", "layer_abs", "none")
 CHAINS = [np.array([0, 2, 4]), np.array([1, 3])]

@@ -7,17 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_svd import batch, chain_and_teacher
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext import reference, start
-from ardlora_ext.controllers.ela import candidates, exchange, with_ties
-from ardlora_ext.controllers.orthogonality import Rows, add_penalty_gradients, penalty, penalty_gradient, share
-from ardlora_ext.controllers.schedule import Phases, exchange_count
-from ardlora_ext.optim import pin_lr
-from ardlora_ext.resize import apply
-from ardlora_ext.start import Fresh, orthogonal_rows, projected_row
+from ardlora_ext.layers import svd_start
+from ardlora_ext.layers.svd_start import Fresh, orthogonal_rows, projected_row
+from ardlora_ext.native import reference
+from ardlora_ext.ranks.controllers.svd.ela import candidates, exchange, with_ties
+from ardlora_ext.ranks.controllers.svd.schedule import Phases, exchange_count
+from ardlora_ext.ranks.controllers.svd.soft_orthogonality import (
+    Rows,
+    add_penalty_gradients,
+    penalty,
+    penalty_gradient,
+    share,
+)
+from ardlora_ext.ranks.optimizer import pin_lr
+from ardlora_ext.ranks.resize import apply
+
+from helpers.slow_svd import batch, chain_and_teacher
 
 
 def test_rounds_of_a_published_script() -> None:
@@ -127,7 +135,7 @@ def test_new_rows_are_the_reference(
     torch.testing.assert_close(rows.double(), wanted, atol=2e-6 if dtype == torch.float32 else 2e-3, rtol=0)
     kept = [i for i in range(count) if i not in new]
     assert torch.equal(rows[kept], before[kept])
-    monkeypatch.setattr(start, "threads", lambda: 1)
+    monkeypatch.setattr(svd_start, "threads", lambda: 1)
     orthogonal_rows([Fresh(other, new, 0.5)])
     assert torch.equal(other, rows)
 

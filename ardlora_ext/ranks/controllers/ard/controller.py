@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.controllers.base import Controller
-from ardlora_ext.controllers.costs import Floats, Ints
-from ardlora_ext.controllers.gates import Gates
-from ardlora_ext.controllers.knapsack import whole_ranks
-from ardlora_ext.controllers.order import component_orders
-from ardlora_ext.controllers.slopes import EMA, Gradients, SlopeEstimator, row_dots
-from ardlora_ext.controllers.variation import alpha_step, layer_chains, layer_key
-from ardlora_ext.resize import RankUpdate, UnitUpdate
-from ardlora_ext.world import average
+from ardlora_ext.processes import average
+from ardlora_ext.ranks.controllers.ard.gates import Gates
+from ardlora_ext.ranks.controllers.ard.order import component_orders
+from ardlora_ext.ranks.controllers.ard.regularizer import alpha_step, layer_chains, layer_key
+from ardlora_ext.ranks.controllers.ard.slopes import EMA, Gradients, SlopeEstimator, row_dots
+from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.controllers.costs import Floats, Ints
+from ardlora_ext.ranks.controllers.knapsack import whole_ranks
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
 _OPEN_END_WARMUP = 2  # update intervals, when the length of the run is not known
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ardlora_ext._device import set_gates
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.controllers.base import Chosen, Units, kinds
-from ardlora_ext.controllers.costs import Floats, Ints
+from ardlora_ext.native.dispatch import set_gates
+from ardlora_ext.ranks.controllers.base import Chosen, Units, kinds
+from ardlora_ext.ranks.controllers.costs import Floats, Ints
 
 _BYTES = 4  # of a gate, float32
 

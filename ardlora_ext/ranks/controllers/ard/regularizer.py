@@ -23,9 +23,9 @@ from typing import Literal
 
 import numpy as np
 
-from ardlora_ext._native import core
-from ardlora_ext.controllers.base import Units
-from ardlora_ext.controllers.costs import Floats, Ints
+from ardlora_ext.native.compiled import core
+from ardlora_ext.ranks.controllers.base import Units
+from ardlora_ext.ranks.controllers.costs import Floats, Ints
 
 Variation = Literal["temporal_sq", "temporal_abs", "layer_sq", "layer_abs", "none"]
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ardlora_ext import _device
-from ardlora_ext._native import core
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.controllers.base import Units, kinds, present
-from ardlora_ext.controllers.costs import Floats
-from ardlora_ext.controllers.gates import Gates
-from ardlora_ext.spectra import singular_values
+from ardlora_ext.layers.spectra import singular_values
+from ardlora_ext.native import dispatch
+from ardlora_ext.native.compiled import core
+from ardlora_ext.ranks.controllers.ard.gates import Gates
+from ardlora_ext.ranks.controllers.base import Units, kinds, present
+from ardlora_ext.ranks.controllers.costs import Floats
 
 EMA = 0.95  # of Fisher information, of the slope's scale, and of the gains shown in records
 
@@ -42,7 +42,7 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
     sizes = rows.T.ravel()[: len(gated) + len(ungated)]
     out: Dots = np.zeros(sizes.sum(), dtype=np.float32)
     for dtype, device, chosen in kinds(grads):
-        dots, here = _device.row_dots(blocks[chosen], dtype, device), index[chosen]
+        dots, here = dispatch.row_dots(blocks[chosen], dtype, device), index[chosen]
         if len(here) == len(sizes):  # as good as always
             out = dots
         else:

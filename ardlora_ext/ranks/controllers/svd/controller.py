@@ -10,12 +10,12 @@ import numpy as np
 from torch import nn
 
 from ardlora_ext.config import SvdConfig
-from ardlora_ext.controllers.base import Controller
-from ardlora_ext.controllers.costs import Ints
-from ardlora_ext.controllers.importance import Importance
-from ardlora_ext.controllers.orthogonality import Rows, add_penalty_gradients, share
-from ardlora_ext.controllers.schedule import Phases
-from ardlora_ext.resize import UnitUpdate, row_plans
+from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.controllers.costs import Ints
+from ardlora_ext.ranks.controllers.svd.importance import Importance
+from ardlora_ext.ranks.controllers.svd.schedule import Phases
+from ardlora_ext.ranks.controllers.svd.soft_orthogonality import Rows, add_penalty_gradients, share
+from ardlora_ext.ranks.resize import UnitUpdate, row_plans
 
 Config = TypeVar("Config", bound=SvdConfig)
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ardlora_ext.config import ElaConfig
-from ardlora_ext.controllers.costs import Floats, Ints
-from ardlora_ext.controllers.schedule import exchange_count
-from ardlora_ext.controllers.svd import SvdController
-from ardlora_ext.resize import RankUpdate, UnitUpdate
+from ardlora_ext.ranks.controllers.costs import Floats, Ints
+from ardlora_ext.ranks.controllers.svd.controller import SvdController
+from ardlora_ext.ranks.controllers.svd.schedule import exchange_count
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
 _ALWAYS = -(10**9)  # step at which the first components were born: never young
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ardlora_ext import _device
-from ardlora_ext._native import DTYPE_CODES
-from ardlora_ext.controllers.base import kinds, present
-from ardlora_ext.controllers.costs import Floats, Ints
-from ardlora_ext.layers import LoraLinear
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native import dispatch
+from ardlora_ext.native.compiled import DTYPE_CODES
+from ardlora_ext.ranks.controllers.base import kinds, present
+from ardlora_ext.ranks.controllers.costs import Floats, Ints
 
 _FACTORS = ("lora_E", "lora_A", "lora_B")
 Tensors = list[torch.Tensor]
@@ -56,7 +56,7 @@ class Importance:
         self.uncertainty = [self._zeros(layer) for layer in self.layers]
         self.released: Tensors | None = None  # scores of each module
         self._parameters = [layer.factors[factor] for layer in self.layers for factor in _FACTORS]
-        self._blocks: Ints = np.zeros((0, 7), dtype=np.int64)  # for `_device.importance`, but for what steps bring
+        self._blocks: Ints = np.zeros((0, 7), dtype=np.int64)  # for `dispatch.importance`, but for what steps bring
         self._seen = -1  # changes of layers that the blocks belong to
 
     @staticmethod
@@ -90,7 +90,7 @@ class Importance:
         for dtype, device, chosen in kinds(grads):
             some = blocks[chosen]
             some[:, 6] = DTYPE_CODES[dtype]
-            if not _device.importance(some, self.beta1, self.beta2, device):
+            if not dispatch.importance(some, self.beta1, self.beta2, device):
                 return False
         return True
 

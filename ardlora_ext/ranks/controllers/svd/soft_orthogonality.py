@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from ardlora_ext._native import DTYPE_CODES, core, threads
-from ardlora_ext.start import START_STD
+from ardlora_ext.layers.svd_start import START_STD
+from ardlora_ext.native.compiled import DTYPE_CODES, core, threads
 
 Form = Literal["squared", "norm"]
 

@@ -1,0 +1,105 @@
+"""`load_pretrained`: wrap a base model with the adapter that `save_pretrained` wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ardlora_ext.checkpoint.adapter_state import read_state
+from ardlora_ext.checkpoint.wrap import wrap
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.config.registry import config_from_dict
+from ardlora_ext.model.record import Model, adapters, injection
+from ardlora_ext.model.targets import plan_targets
+from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
+
+
+@torch.no_grad()
+def load_pretrained(model: Model, directory: str | Path) -> Model:
+    """Wrap a base model with the adapters that `save_pretrained` wrote, in place, to go on training or to evaluate.
+
+    Ranks, weights and gates are restored exactly; the controller's state waits for `attach`.
+
+    Args:
+        model: the base model, not wrapped.
+        directory: what `save_pretrained` wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: no `ardlora_state.json` there.
+        ValueError: the state is corrupt, foreign, or of another model; the model is unchanged then.
+    """
+    state, tensors = read_state(Path(directory))
+    config = config_from_dict(state["config"])
+    _check_model(model, config, state, tensors)
+    wrap(model, config)
+    layers = adapters(model)
+    modules = {
+        name: tuple(UnitUpdate(tuple(range(min(a, b))), max(b - a, 0)) for a, b in zip(layer.ranks, want, strict=True))
+        for name, layer in layers.items()
+        if (want := state["modules"][name]["ranks"]) != layer.ranks
+    }
+    apply(model, RankUpdate(modules))
+    for name, layer in layers.items():
+        for factor in ("lora_A", "lora_B"):
+            value = tensors[f"{name}.{factor}"]
+            getattr(layer, factor)[: len(value)] = value
+        if layer.gate is not None:
+            layer.gate[: sum(layer.ranks)] = tensors[f"{name}.gate"]
+        for key, value in layer.extras.items():
+            value.copy_(tensors[f"{name}.{key}"])
+    saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
+    model.load_state_dict(saved, strict=False)
+    injection(model).controller_state = state["controller"]
+    injection(model).started = True
+    return model
+
+
+def _check_model(
+    model: nn.Module, config: AdapterConfig, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Check that every module and tensor of the checkpoint fits the model, before it changes."""
+    if getattr(model, "_ardlora", None) is None:
+        _check_features(model, state)
+    layouts = plan_targets(model, config)[1]
+    if layouts.keys() != state["modules"].keys():
+        raise ValueError("load_pretrained: the model's targets must be those of the checkpoint")
+    for name, layout in layouts.items():
+        entry = state["modules"][name]
+        _check_layout(name, layout, entry, min(config.max_rank, layout.max_rank))
+        shapes = zip(("lora_A", "lora_B"), layout.rows(entry["ranks"]), (layout.a_width, layout.b_width), strict=True)
+        for factor, rows, width in shapes:
+            value = tensors.get(f"{name}.{factor}")
+            if value is None or value.shape != (rows, width):
+                got = "none" if value is None else list(value.shape)
+                raise ValueError(f"load_pretrained: {factor} of '{name}' must be [{rows}, {width}], got {got}")
+    own = model.state_dict()
+    for key, value in tensors.items():
+        name = key.removeprefix("saved.")
+        if key.startswith("saved.") and (name not in own or own[name].shape != value.shape):
+            raise ValueError(f"load_pretrained: model must have '{name}' of shape {list(value.shape)}")
+
+
+def _check_features(model: nn.Module, state: dict[str, Any]) -> None:
+    modules = dict(model.named_modules())
+    for name, entry in state["modules"].items():
+        weight = getattr(modules.get(name), "weight", None)
+        sizes = sorted((entry["in_features"], entry["out_features"]))
+        if not isinstance(weight, torch.Tensor) or (weight.dim() == 2 and sorted(weight.shape) != sizes):
+            got = "no such layer" if weight is None else f"shape {list(weight.shape)}"
+            raise ValueError(f"load_pretrained: model must have '{name}' with features {sizes}, got {got}")
+
+
+def _check_layout(name: str, layout: UnitLayout, entry: dict[str, Any], limit: int) -> None:
+    found = (layout.kind, layout.factoring, layout.units)
+    saved = (entry.get("kind"), entry.get("factoring"), len(entry["ranks"]))
+    if found != saved:
+        raise ValueError(f"load_pretrained: units of '{name}' must be {saved} as in the checkpoint, got {found}")
+    if max(entry["ranks"]) > limit:
+        raise ValueError(f"load_pretrained: ranks of '{name}' must be at most {limit}, got {entry['ranks']}")

@@ -1,0 +1,129 @@
+"""What PEFT and servers read: plain LoRA factors, written so that every loader gives them the trained scale.
+
+Units, gates and scaling are folded into B. `portable` form: every module is zero-padded to one rank R and
+`r = lora_alpha = R`, so PEFT, vLLM and llama.cpp all compute a scale of 1. `compact` form: every module keeps its rank
+r_i and patterns tell it, so PEFT and vLLM compute 1, but llama.cpp R / r_i.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Form = Literal["portable", "compact"]
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `save_pretrained` wrote for PEFT and servers.
+
+    Attributes:
+        r: rank in adapter_config.json, the largest a server must hold.
+        ranks: of each module's tensors.
+        errors: by module, ||dW' - dW|| / ||dW|| (Frobenius) that `compress` left; 0 where nothing was cut.
+    """
+
+    r: int
+    ranks: dict[str, int]
+    errors: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """The largest of the errors."""
+        return max(self.errors.values(), default=0.0)
+
+
+def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the best factors of B A of this rank, and what is lost: QR of both, SVD of the small core."""
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.double().T), torch.linalg.qr(b.double())
+    u, values, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    root = values[:rank].sqrt()
+    lost = float(values[rank:].norm() / values.norm().clamp(min=1e-300))
+    return (root[:, None] * (vh[:rank] @ qa.T)).float(), ((qb @ u[:, :rank]) * root).float(), lost
+
+
+def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    out = rows.new_zeros(rank, rows.shape[1])
+    out[: rows.shape[0]] = rows
+    return out
+
+
+def peft_files(
+    folded: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    magnitudes: Mapping[str, torch.Tensor],
+    saved: Mapping[str, torch.Tensor],
+    about: Mapping[str, Any],
+    form: Form,
+    limit: int | None,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Exported]:
+    """Return PEFT's adapter_config, its tensors, and what became of the ranks.
+
+    Args:
+        folded: plain factors (A [r, in_features], B [out_features, r]) by module, their product the update.
+        magnitudes: DoRA's, by module; none for other methods.
+        saved: tensors of `modules_to_save` by full name.
+        about: what the config says of the base model.
+        form: see `save_pretrained`.
+        limit: largest rank of a module, or None.
+    """
+    dora = bool(magnitudes)
+    live = {name: factors for name, factors in folded.items() if dora or len(factors[0]) > 0}
+    errors = dict.fromkeys(live, 0.0)
+    for name, (a, b) in live.items():
+        if limit is not None and len(a) > limit:
+            a, b, errors[name] = _truncated(a, b, limit)
+            live[name] = a, b
+    ranks = {name: max(1, len(a)) for name, (a, _) in live.items()}
+    rank = max((1, *ranks.values()))
+    if form == "portable":
+        served = next((r for r in _SERVED_RANKS if r >= rank), rank)
+        rank = served if limit is None else min(served, limit)
+        ranks = dict.fromkeys(ranks, rank)
+    patterns = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
+    tensors = {}
+    for name, (a, b) in live.items():
+        prefix = f"base_model.model.{name}"
+        if dora:  # PEFT takes the norm of W + B A itself, at a scale of 1
+            tensors[f"{prefix}.lora_magnitude_vector"] = magnitudes[name]
+        tensors[f"{prefix}.lora_A.weight"] = _padded(a, ranks[name])
+        tensors[f"{prefix}.lora_B.weight"] = _padded(b.T, ranks[name]).T.contiguous()
+    tensors |= {f"base_model.model.{name}": value for name, value in saved.items()}
+    config: dict[str, Any] = {
+        **about,
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "use_dora": dora,
+        "bias": "none",
+        "target_modules": sorted(live),
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+    }
+    return config, tensors, Exported(rank, ranks, errors)
+
+
+def to_json(value: Any) -> bytes:
+    """Return the bytes of a JSON file."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def check_form(op: str, form: str, compress: int | None) -> None:
+    """Check the options of an export.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if form not in ("portable", "compact"):
+        raise ValueError(f"{op}: form must be 'portable' or 'compact', got {form!r}")
+    if compress is not None and compress < 1:
+        raise ValueError(f"{op}: compress must be >= 1, got {compress}")

@@ -1,0 +1,114 @@
+"""`save_pretrained`: a plain PEFT adapter, and beside it what a run needs to go on exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from ardlora_ext.checkpoint.adapter_state import FORMAT, STATE, STATE_WEIGHTS, layer_state, raw_tensors, saved_modules
+from ardlora_ext.checkpoint.peft_write import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Exported,
+    Form,
+    check_form,
+    peft_files,
+    to_json,
+)
+from ardlora_ext.config import ArdConfig, DoraConfig
+from ardlora_ext.config.registry import config_to_dict
+from ardlora_ext.file_set import write_set
+from ardlora_ext.layers.linear import Conv1D, LoraLinear
+from ardlora_ext.model.record import adapters, injection
+
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def _peft_files(
+    model: nn.Module, layers: dict[str, LoraLinear], form: Form, limit: int | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Exported]:
+    """Return PEFT's adapter_config and tensors, with no module above rank `limit`."""
+    record = injection(model)
+    dora = isinstance(record.config, DoraConfig)
+    folded = {name: layer.fold() for name, layer in layers.items()}
+    magnitudes = {name: layers[name].extras["lora_magnitude_vector"].detach().clone() for name in layers if dora}
+    kind = type(model).__name__
+    base = getattr(model, "config", None)
+    live = [layer for name, layer in layers.items() if dora or len(folded[name][0])]
+    about: dict[str, Any] = {
+        "task_type": next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None),
+        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
+        "lora_dropout": record.config.lora_dropout,
+        "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live),
+        "modules_to_save": list(record.modules_to_save) or None,
+    }
+    return peft_files(folded, magnitudes, saved_modules(model), about, form, limit)
+
+
+def save_pretrained(
+    model: nn.Module, directory: str | Path, *, form: Form = "portable", compress: int | None = None
+) -> Exported:
+    """Write the adapters as a PEFT LoRA checkpoint plus `ardlora_state.*` to resume from.
+
+    Files: `adapter_config.json` and `adapter_model.safetensors` (load with `peft.PeftModel.from_pretrained`),
+    `ardlora_state.json` (config, ranks, controller) and `ardlora_state.safetensors` (live rows). A crash leaves the
+    previous checkpoint or the new one.
+
+    Args:
+        model: a wrapped model.
+        directory: where to write; made if missing, other files in it stay.
+        form: `portable` is scaled right by every loader; `compact` is smaller, and wrong in llama.cpp.
+        compress: largest rank of the PEFT checkpoint, for servers that have a limit; heads' ranks add up, so it may be
+            less than they need. Each module's update is then cut to its best approximation. `ardlora_state.*` is not.
+
+    Returns:
+        The ranks written, and the relative error of each module that `compress` cut.
+
+    Raises:
+        ValueError: the model is not wrapped, an adapter holds NaN or Inf, an option is out of range.
+        OSError: the directory cannot be written.
+    """
+    check_form("save_pretrained", form, compress)
+    record = injection(model)
+    layers = adapters(model)
+    raw = raw_tensors(model, layers)
+    broken = [name for name, value in raw.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"save_pretrained: adapters must be finite, got NaN or Inf in '{broken[0]}'")
+    if isinstance(record.config, ArdConfig) and record.controller is None and not record.controller_state:
+        warnings.warn(
+            "save_pretrained: ardlora_ext.attach(model, optimizer) was never called, so ranks did not change",
+            stacklevel=2,
+        )
+    config, tensors, exported = _peft_files(model, layers, form, compress)
+    weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
+    controller = record.controller.state_dict() if record.controller is not None else record.controller_state
+    state = {
+        "format": FORMAT,
+        "config": config_to_dict(record.config),
+        "modules_to_save": list(record.modules_to_save),
+        "modules": {name: layer_state(layer) for name, layer in layers.items()},
+        "controller": controller,
+        "sha256": {STATE_WEIGHTS: hashlib.sha256(raw_weights).hexdigest()},
+    }
+    files = {
+        ADAPTER_WEIGHTS: weights,
+        ADAPTER_CONFIG: to_json(config),
+        STATE_WEIGHTS: raw_weights,
+        STATE: to_json(state),
+    }
+    write_set(Path(directory), files)
+    return exported

@@ -1,0 +1,74 @@
+"""What a wrapped model knows of its adapters.
+
+A model has the adapters of one name in it, or none. Those of other names rest outside the module tree, around the same
+base layers, so that all other code sees one adapter per layer and a model at rest is the plain base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.layers.linear import LoraLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ATTRIBUTE = "_ardlora"
+
+
+@dataclass
+class Injection:
+    """What `wrap` remembers of one adapter; the model refers to the one that is in it."""
+
+    config: AdapterConfig
+    requires_grad: dict[str, bool]  # of the base, before it was frozen
+    modules_to_save: tuple[str, ...]
+    layers: list[LoraLinear]  # also while they rest
+    values: dict[str, torch.Tensor]  # of modules_to_save: the base's own while active, the adapter's while at rest
+    named: dict[str, Injection] = field(default_factory=dict)  # all adapters of the model, this one included
+    controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach
+    controller: Any = None  # set by attach
+    sync: Any = None  # averages gradients over processes, set by replicate
+    started: bool = False  # whether init="gradient" has its directions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model is neither attached nor replicated: hooks are on the original's parameters."""
+        return {**self.__dict__, "controller": None, "sync": None}
+
+
+def injection(model: nn.Module) -> Injection:
+    """Return what `wrap` left on the model.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    found = getattr(model, ATTRIBUTE, None)
+    if not isinstance(found, Injection):
+        if hasattr(getattr(model, "module", None), ATTRIBUTE):
+            raise ValueError(f"model must be given without {type(model).__name__} around it: use its .module")
+        raise ValueError(f"{type(model).__name__} must be wrapped: call ardlora_ext.wrap(model, config) first")
+    return found
+
+
+def is_active(model: nn.Module, record: Injection) -> bool:
+    """Tell whether the adapter of `record` is the one in the model."""
+    return getattr(model, ATTRIBUTE, None) is record
+
+
+def adapters(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return the active adapters by the name of the module they replaced, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def check_unmerged(op: str, name: str, layer: LoraLinear) -> None:
+    """Check that an update is not in its base weight now.
+
+    Raises:
+        ValueError: it is.
+    """
+    if layer.undo_merge is not None:
+        raise ValueError(f"{op}: '{name}' must not be merged; call ardlora_ext.unmerge_adapter(model) first")

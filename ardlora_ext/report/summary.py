@@ -1,0 +1,56 @@
+"""The closing table of a run in the terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ardlora_ext.report import plots
+from ardlora_ext.report.console import make_console
+from ardlora_ext.report.numbers import format_amount, format_duration, format_metric
+from ardlora_ext.report.run_files import Json
+
+
+def print_summary(metrics: Json, folder: Path, console: Console | None = None) -> None:
+    """Print what a run reached, what it cost, and where the rank went."""
+    console = console or make_console()
+    table = Table(title=f"{metrics['method']} · {metrics['model']} · {metrics['data']}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _summary_rows(metrics, folder):
+        table.add_row(name, value)
+    layers = Table(title="final rank per layer")
+    for heading in ("layer", "units", "mean", "min", "max"):
+        layers.add_column(heading, justify="right")
+    layers.add_column("mean rank", justify="left")
+    groups = plots.group_ranks(metrics["ranks"], plots.layer_names(metrics["ranks"]))
+    widest = max(statistics.fmean(units) for units in groups.values())
+    for name, units in groups.items():
+        mean = statistics.fmean(units)
+        bar = "█" * round(24 * mean / max(widest, 1e-9))
+        layers.add_row(name, str(len(units)), f"{mean:.2f}", str(min(units)), str(max(units)), bar)
+    console.print(layers, table)
+
+
+def _summary_rows(metrics: Json, folder: Path) -> list[tuple[str, str]]:
+    metric: Callable[[float], str] = lambda value: format_metric(metrics["metric_name"], value)  # noqa: E731
+    units = list(chain.from_iterable(metrics["ranks"].values()))
+    budget = metrics["params_budget"]
+    share = metrics["params_live"] / metrics["params_total"]
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [
+        (metrics["metric_name"], f"{metric(metrics['metric_before'])} → {metric(metrics['metric_after'])}"),
+        ("loss", f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}"),
+        ("adapter parameters", f"{metrics['params_live']:,} live ({share:.2%} of the model)"),
+        ("", f"{metrics['params_peak']:,} at the peak, budget {'none' if budget is None else f'{budget:,}'}"),
+        ("rank", f"mean {statistics.fmean(units):.2f}, min {min(units)}, max {max(units)}, {len(units):,} units"),
+        ("time", f"{format_duration(metrics['seconds'])}, {metrics['step_ms_median']:.0f} ms a step (median)"),
+        ("speed", f"{metrics['tokens_per_s']:,.0f} tokens/s"),
+        ("peak memory", format_amount(metrics["peak_rss_mb"], " MB")),
+        (f"files in {folder}", ", ".join(files)),
+    ]

@@ -1,0 +1,1 @@
+"""What tests share: models, adapters, training loops, references written a second time, other devices and processes."""
