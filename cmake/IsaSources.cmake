@@ -34,8 +34,23 @@ function(ardlora_add_isa_sources target)
       _ardlora_add_isa(${target} avx512 /arch:AVX512)
     else()
       _ardlora_add_isa(${target} avx2 -mavx2 -mfma -mf16c)
-      _ardlora_add_isa(${target} avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma)
-      _ardlora_add_isa(${target} avx512_bf16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mavx512bf16)
+      _ardlora_add_isa(
+        ${target}
+        avx512
+        -mavx512f
+        -mavx512bw
+        -mavx512dq
+        -mavx512vl
+        -mfma)
+      _ardlora_add_isa(
+        ${target}
+        avx512_bf16
+        -mavx512f
+        -mavx512bw
+        -mavx512dq
+        -mavx512vl
+        -mfma
+        -mavx512bf16)
     endif()
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     _ardlora_add_isa(${target} neon)
