@@ -13,7 +13,7 @@ from torch import nn
 
 from ardlora_ext.file_set import recover
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.model.record import injection
+from ardlora_ext.model.record import home, injection
 
 STATE_WEIGHTS = "ardlora_state.safetensors"
 STATE = "ardlora_state.json"
@@ -22,10 +22,13 @@ FORMAT = 1
 
 def saved_modules(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the state of `modules_to_save` by full name."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
+    held: set[int] = set()  # a tied weight has two names and is written under both: loaders untie it
     for name in injection(model).modules_to_save:
-        for key, value in model.get_submodule(name).state_dict().items():
-            found[f"{name}.{key}"] = value.detach().contiguous()
+        for key, value in home(model).get_submodule(name).state_dict().items():
+            taken = value.detach().contiguous()
+            found[f"{name}.{key}"] = taken.clone() if taken.data_ptr() in held else taken
+            held.add(taken.data_ptr())
     return found
 
 

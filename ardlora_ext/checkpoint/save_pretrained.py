@@ -25,7 +25,7 @@ from ardlora_ext.config import ArdConfig, DoraConfig
 from ardlora_ext.config.registry import config_to_dict
 from ardlora_ext.file_set import write_set
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
-from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.model.record import adapters, home, injection
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -82,6 +82,7 @@ def save_pretrained(
         OSError: the directory cannot be written.
     """
     check_form("save_pretrained", form, compress)
+    model = home(model)
     record = injection(model)
     layers = adapters(model)
     raw = raw_tensors(model, layers)

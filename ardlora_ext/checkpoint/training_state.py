@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ardlora_ext import processes
 from ardlora_ext.config.registry import config_to_dict
 from ardlora_ext.file_set import recover, write_set
-from ardlora_ext.layers.linear import fit_rows
-from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.layers.linear import LoraLinear, fit_rows
+from ardlora_ext.model.record import injection, uncompiled
 from ardlora_ext.ranks import eight_bit
 from ardlora_ext.ranks.optimizer import unwrapped
 
@@ -65,6 +65,7 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
     Example:
         ard.save_state(model, optimizer, "run/state", scheduler=scheduler)
     """
+    model = uncompiled(model)
     record = injection(model)
     groups, numbers, tensors = _pack_optimizer(unwrapped(optimizer))
     tensors |= {f"model.{name}": value for name, value in moving_state(model).items()}
@@ -105,6 +106,7 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         FileNotFoundError: there is no `ardlora_resume.json`.
         ValueError: the files are corrupt, or of another model, config or optimizer; nothing has changed then.
     """
+    model = uncompiled(model)
     record, torch_optimizer = injection(model), unwrapped(optimizer)
     state, tensors = _read(Path(directory))
     values = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
@@ -133,7 +135,8 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
 def moving_state(model: nn.Module) -> Tensors:
     """Return copies of what training changes: trained parameters, buffers, and the ranks of adapters (extra state)."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    quantised = tuple(f"{name}.base_layer." for name in adapters(model))  # some keep their weight in buffers
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    quantised = tuple(f"{name}.base_layer." for name in layers)  # some keep their weight in buffers
     return {
         name: value.detach().clone().contiguous()
         for name, value in model.state_dict().items()

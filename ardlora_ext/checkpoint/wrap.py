@@ -7,7 +7,6 @@ Trainer resumes from, `model.safetensors` with all that training changes; the fr
 from __future__ import annotations
 
 import os
-import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ardlora_ext.checkpoint.save_pretrained import save_pretrained
 from ardlora_ext.checkpoint.training_state import moving_state
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
-from ardlora_ext.model.inject import SAVE, inject
+from ardlora_ext.model.inject import RESIZE, SAVE, inject, part_to_wrap
 from ardlora_ext.model.record import Model, adapters
 
 WEIGHTS = "model.safetensors"  # transformers' SAFE_WEIGHTS_NAME
@@ -42,44 +41,73 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
             `head_dim` matches no layer, a budget is out of range, the build has no kernels for the parameters' device.
             The model is unchanged then.
     """
-    inject(model, config, adapter_name)
-    if hasattr(model, SAVE):
-        save_adapters(model)
+    part = part_to_wrap(model)
+    inject(part, config, adapter_name)
+    if hasattr(part, SAVE):
+        save_adapters(part)
     return model
 
 
 def save_adapters(model: Any) -> None:
     """Let `model.save_pretrained` write the adapter from now on, and a load of what it writes be content."""
-    model.save_pretrained = types.MethodType(_save_adapter, model)
+    setattr(model, SAVE, AdapterSaver(model))
+    if hasattr(model, RESIZE):
+        setattr(model, RESIZE, EmbeddingKeeper(model))
     if _forgive_missing_base not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_post_hook(_forgive_missing_base)
 
 
-def _save_adapter(
-    model: Any,
-    save_directory: str | os.PathLike[str],
-    is_main_process: bool = True,
-    push_to_hub: bool = False,
-    **kwargs: Any,
-) -> None:
-    """Write the adapter where transformers would write the model; a model without one is written as ever.
+class AdapterSaver:
+    """`save_pretrained` of a wrapped model: an object, so that copies and pickles of the model keep it."""
 
-    Options that say how to write a large model (`max_shard_size`, `state_dict`, ...) have no meaning for an adapter.
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
-    Raises:
-        ValueError: `push_to_hub` is set.
-    """
-    if not adapters(model):
-        type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
-        return
-    if push_to_hub:
-        raise ValueError("save_pretrained: push_to_hub must be False for an adapter; call model.push_to_hub(name)")
-    if is_main_process:
-        write_set(Path(save_directory), {WEIGHTS: save_tensors(moving_state(model), {"format": "pt"})})
-        save_pretrained(model, Path(save_directory))
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapter where transformers would write the model; a model without one is written as ever.
+
+        Options that say how to write a large model (`max_shard_size`, `state_dict`, ...) have no meaning for one.
+
+        Raises:
+            ValueError: `push_to_hub` is set.
+        """
+        model = self.model
+        if not adapters(model):
+            type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        if push_to_hub:
+            raise ValueError("save_pretrained: push_to_hub must be False for an adapter; call model.push_to_hub(name)")
+        if is_main_process:
+            write_set(Path(save_directory), {WEIGHTS: save_tensors(moving_state(model), {"format": "pt"})})
+            save_pretrained(model, Path(save_directory))
 
 
-_save_adapter.__name__ = "save_pretrained"  # pickle finds a bound method by its name
+class EmbeddingKeeper:
+    """`resize_token_embeddings` of a wrapped model: adapters and what `modules_to_save` keeps have the old size."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize a model without adapters as ever, ask for the size of any.
+
+        Raises:
+            ValueError: the size would change.
+        """
+        resize = type(self.model).resize_token_embeddings
+        same = new_num_tokens is None or new_num_tokens == self.model.get_input_embeddings().weight.shape[0]
+        if adapters(self.model) and not (same and not kwargs.get("pad_to_multiple_of")):
+            raise ValueError(
+                "resize_token_embeddings: model must not be wrapped, because adapters have the present size; resize "
+                "first, then ardlora_ext.wrap(model, config) with the embeddings in modules_to_save"
+            )
+        return resize(self.model, new_num_tokens, *args, **kwargs)
 
 
 def _forgive_missing_base(model: nn.Module, incompatible: Any) -> None:

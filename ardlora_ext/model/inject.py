@@ -15,12 +15,34 @@ from ardlora_ext.layers.linear import Capacity, LoraLinear
 from ardlora_ext.layers.orthogonal_start import start_orthogonal
 from ardlora_ext.layers.pissa import PissaLinear
 from ardlora_ext.layers.svd_start import start_svd
-from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, injection
-from ardlora_ext.model.targets import inside, plan_targets
+from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, home, injection, uncompiled
+from ardlora_ext.model.saved_modules import inside
+from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.units import UnitLayout
 
-SAVE = "save_pretrained"  # of a transformers model; `wrap` gives the model one of its own
+_TRAINABLE = "_hf_peft_config_loaded"  # transformers' own mark
+RESIZE = "resize_token_embeddings"
+SAVE = "save_pretrained"  # both of a transformers model; `wrap` gives it some of its own
+
+
+def part_to_wrap(model: nn.Module) -> nn.Module:
+    """Return what `wrap` adapts: the model, or the one transformers model inside a larger object that saves its parts.
+
+    Such an object (a SentenceTransformer) calls `save_pretrained` of its parts and loads them from what that wrote.
+    """
+    model = uncompiled(model)
+    if _is_pretrained(model) or not hasattr(model, SAVE):
+        return model
+    parts = [m for m in model.modules() if _is_pretrained(m)]
+    inner = {id(m) for part in parts for m in part.modules() if m is not part}
+    outermost = [part for part in parts if id(part) not in inner]
+    return outermost[0] if len(outermost) == 1 else model
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    """Tell whether it is a transformers model; by name, because importing the class takes a second."""
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
 
 
 def inject(model: Model, config: AdapterConfig, adapter_name: str = "default") -> Model:
@@ -35,7 +57,7 @@ def inject(model: Model, config: AdapterConfig, adapter_name: str = "default") -
     layers = [_adapter(module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
     if config.packed:
         _pack(dict(zip(chosen, layers, strict=True)))
-    record = Injection(config, {}, saved, layers, {})
+    record = Injection(config, {}, {}, saved, layers, {})
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record
     activate(model, record)
@@ -51,14 +73,17 @@ def _pack(layers: Mapping[str, LoraLinear]) -> None:
 
 def activate(model: nn.Module, record: Injection) -> None:
     """Put the adapter of `record` into a model that has none in it."""
-    record.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    record.requires_grad = _flags(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(inside(name.rpartition(".")[0], record.modules_to_save))
+        default = inside(name.rpartition(".")[0], record.modules_to_save)
+        parameter.requires_grad_(record.trains.get(name, default))
     _exchange_values(model, record)
     for layer in record.layers:
         layer.train(layer.base_layer.training)
+        _follow(layer)
     _replace(model, {id(layer.base_layer): layer for layer in record.layers})
     setattr(model, ATTRIBUTE, record)
+    _tell_transformers(model, True)
 
 
 def rest(model: nn.Module) -> Injection:
@@ -135,16 +160,40 @@ def _adapter(
         start_svd(layer, config.start == "orthonormal", generator)
     if config.init == "orthogonal":
         start_orthogonal(layer, generator)
-    home = next((t.device for t in module.parameters()), torch.device("cpu"))
-    return layer if home.type == "cpu" else layer.to(home)
+    _follow(layer)
+    return layer
+
+
+def _follow(layer: LoraLinear) -> None:
+    """Bring an adapter, which may have rested, to the device of its base layer."""
+    base = layer.base_layer
+    device = next((t.device for t in (*base.parameters(), *base.buffers())), layer.lora_A.device)
+    if layer.lora_A.device != device:
+        layer.to(device)
+
+
+def _flags(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def _tell_transformers(model: nn.Module, attached: bool) -> None:
+    """Tell quantised models of transformers that they have trainable adapters: Trainer takes no others."""
+    for module in model.modules():
+        if getattr(module, "is_quantized", False) is True:
+            if attached:
+                setattr(module, _TRAINABLE, True)
+            else:
+                vars(module).pop(_TRAINABLE, None)
 
 
 def _take_out(model: nn.Module) -> None:
     record = injection(model)
     _replace(model, {id(layer): layer.base_layer for layer in record.layers})
+    record.trains = _flags(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, True))
     delattr(model, ATTRIBUTE)
+    _tell_transformers(model, False)
 
 
 def detach(record: Injection) -> None:
@@ -156,10 +205,12 @@ def detach(record: Injection) -> None:
 
 def remove(model: Model) -> Model:
     """Take the adapters of all names out for good."""
-    for record in injection(model).named.values():
+    part = home(model)
+    for record in injection(part).named.values():
         detach(record)
-    _take_out(model)
-    vars(model).pop(SAVE, None)
+    _take_out(part)
+    for name in (SAVE, RESIZE):
+        vars(part).pop(name, None)
     return model
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.model.inject import activate, detach, inject, rest
-from ardlora_ext.model.record import injection
+from ardlora_ext.model.record import home, injection
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -48,12 +48,13 @@ def add_resting(model: nn.Module, op: str, adapter_name: str, make: Callable[[],
     named = injection(model).named
     if not adapter_name or adapter_name in named:
         raise ValueError(f"{op}: adapter_name must be new, got {adapter_name!r} beside {list(named)}")
-    before = rest(model)
+    part = home(model)
+    before = rest(part)
     try:
         make()
-        new = rest(model)
+        new = rest(part)
     finally:
-        activate(model, before)
+        activate(part, before)
     new.named = named
     named[adapter_name] = new
 
@@ -68,8 +69,9 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in record.named:
         raise ValueError(f"set_adapter: adapter_name must be one of {list(record.named)}, got {adapter_name!r}")
     if record.named[adapter_name] is not record:
-        rest(model)
-        activate(model, record.named[adapter_name])
+        part = home(model)
+        rest(part)
+        activate(part, record.named[adapter_name])
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -103,7 +105,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), ard.disable_adapter(model):
             reference = model(**batch).logits
     """
-    record = rest(model)
+    part = home(model)
+    record = rest(part)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
@@ -111,4 +114,4 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        activate(model, record)
+        activate(part, record)

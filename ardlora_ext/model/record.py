@@ -7,7 +7,7 @@ base layers, so that all other code sees one adapter per layer and a model at re
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from ardlora_ext.layers.linear import LoraLinear
 Model = TypeVar("Model", bound=nn.Module)
 
 ATTRIBUTE = "_ardlora"
+_COMPILED = "_orig_mod."  # in the names of modules that torch.compile has wrapped
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Injection:
 
     config: AdapterConfig
     requires_grad: dict[str, bool]  # of the base, before it was frozen
+    trains: dict[str, bool]  # of the base, while this adapter was last in it: `modules_to_save`, and what the user said
     modules_to_save: tuple[str, ...]
     layers: list[LoraLinear]  # also while they rest
     values: dict[str, torch.Tensor]  # of modules_to_save: the base's own while active, the adapter's while at rest
@@ -40,28 +42,53 @@ class Injection:
         return {**self.__dict__, "controller": None, "sync": None}
 
 
+def uncompiled(model: Model) -> Model:
+    """Return the module that `torch.compile(model)` stands for: its names are those of the eager model."""
+    found = getattr(model, "_orig_mod", model)
+    return cast(Model, found)
+
+
+def home(model: Model) -> Model:
+    """Return the module that holds the adapters: the model, what `torch.compile` made it of, or the one wrapped part.
+
+    Names of adapters are relative to it. A model that is not wrapped is its own home.
+    """
+    if _held(model) is not None:
+        return model
+    model = uncompiled(model)
+    parts = [part for part in model.modules() if _held(part) is not None]
+    return cast(Model, parts[0]) if len(parts) == 1 else model
+
+
+def _held(module: nn.Module) -> Injection | None:
+    found = vars(module).get(ATTRIBUTE)
+    return found if isinstance(found, Injection) else None
+
+
 def injection(model: nn.Module) -> Injection:
-    """Return what `wrap` left on the model.
+    """Return what `wrap` left on the model, or on the part of it that is wrapped.
 
     Raises:
         ValueError: the model is not wrapped.
     """
-    found = getattr(model, ATTRIBUTE, None)
-    if not isinstance(found, Injection):
-        if hasattr(getattr(model, "module", None), ATTRIBUTE):
-            raise ValueError(f"model must be given without {type(model).__name__} around it: use its .module")
+    inner = getattr(model, "module", None)
+    if _held(model) is None and isinstance(inner, nn.Module) and hasattr(inner, ATTRIBUTE):
+        raise ValueError(f"model must be given without {type(model).__name__} around it: use its .module")
+    found = _held(home(model))
+    if found is None:
         raise ValueError(f"{type(model).__name__} must be wrapped: call ardlora_ext.wrap(model, config) first")
     return found
 
 
 def is_active(model: nn.Module, record: Injection) -> bool:
     """Tell whether the adapter of `record` is the one in the model."""
-    return getattr(model, ATTRIBUTE, None) is record
+    return _held(home(model)) is record
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
     """Return the active adapters by the name of the module they replaced, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    found = home(model).named_modules()
+    return {name.replace(_COMPILED, ""): module for name, module in found if isinstance(module, LoraLinear)}
 
 
 def check_unmerged(op: str, name: str, layer: LoraLinear) -> None:

@@ -12,11 +12,10 @@ from torch import nn
 from ardlora_ext.config import AdapterConfig, ArdConfig
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.heads import unit_layout
+from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.dispatch import device_rule
 from ardlora_ext.native.units import UnitLayout
-
-_HEADS = ("classifier", "score")  # transformers' names of classification heads, as in PEFT
 
 
 def plan_targets(
@@ -76,11 +75,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
     names = [name for name, _ in model.named_modules() if name]
     if config.modules_to_save is None:
-        if not type(model).__name__.endswith(
-            ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
-        ):
-            return ()
-        return tuple(n for n in names if n in _HEADS)
+        return with_tied(model, heads(model))
     saved: list[str] = []
     for pattern in config.modules_to_save:
         found = [n for n in names if matches(n, [pattern])]
@@ -89,17 +84,13 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]
                 f"wrap: modules_to_save must name modules of the model, got '{pattern}'{_near(pattern, names)}"
             )
         saved += found
-    return tuple(dict.fromkeys(saved))
+    return with_tied(model, saved)
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
     leaves = sorted({n.split(".")[-1] for n in names} | set(names))
     close = difflib.get_close_matches(pattern.split(".")[-1], leaves, n=5, cutoff=0.5)
     return f"; near misses: {', '.join(close)}" if close else ""
-
-
-def inside(name: str, parents: Sequence[str]) -> bool:
-    return any(name == p or name.startswith(p + ".") for p in parents)
 
 
 def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> dict[str, nn.Module]:
@@ -113,7 +104,7 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
         raise ValueError(f"wrap: model must have linear layers, got {type(model).__name__} without any")
     if config.target_modules == "all-linear":
         head = _output_head(model)
-        chosen = {n: m for n, m in linears.items() if m is not head and n.split(".")[-1] not in ("lm_head", *_HEADS)}
+        chosen = {n: m for n, m in linears.items() if m is not head and n.split(".")[-1] not in ("lm_head", *HEADS)}
         if not chosen:  # a model that is nothing but its head
             chosen = linears
     else:
