@@ -24,6 +24,7 @@ from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, 
 from ardlora_ext.distributed.fully_shard import fully_shard
 from ardlora_ext.distributed.replicate import replicate
 from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.frozen import frozen_copy
 from ardlora_ext.model.gradient_start import init_from_gradients
 from ardlora_ext.model.inject import unwrap
 from ardlora_ext.model.merge import merge, merge_adapter, unmerge_adapter
@@ -77,6 +78,7 @@ __all__ = [
     "compress",
     "delete_adapter",
     "disable_adapter",
+    "frozen_copy",
     "fully_shard",
     "init_from_gradients",
     "load_adapter",

@@ -15,6 +15,7 @@ from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.layers.dora import DoraLinear
 from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.inject import part_to_wrap
 from ardlora_ext.model.record import Model, adapters, injection
 from ardlora_ext.model.targets import matches, plan_targets
 from ardlora_ext.native import reference
@@ -62,10 +63,11 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Mod
     Example:
         model = ard.load_peft(base, "peft-adapter/", ard.ArdConfig(r0=8))
     """
+    part = part_to_wrap(model)
     adapter = read_peft(Path(directory), "load_peft")
     _check_options(adapter, config)
-    saved = _saved_modules(model, adapter)
-    _check_others(model, adapter, saved)
+    saved = _saved_modules(part, adapter)
+    _check_others(part, adapter, saved)
     names = [*(() if config.modules_to_save is None else config.modules_to_save), *saved]
     config = dataclasses.replace(
         config,
@@ -73,11 +75,11 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Mod
         target_modules=_targets(adapter.factors, config),
         modules_to_save=tuple(dict.fromkeys(names)) if names else config.modules_to_save,
     )
-    _check_layers(model, adapter, config)
-    wrap(model, config)
-    _take_over(model, adapter)
+    _check_layers(part, adapter, config)
+    wrap(part, config)
+    _take_over(part, adapter)
     values = {key: value for key, value in adapter.others.items() if _inside(key, saved)}
-    model.load_state_dict(values, strict=False)
+    part.load_state_dict(values, strict=False)
     return model
 
 

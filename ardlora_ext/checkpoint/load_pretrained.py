@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ from ardlora_ext.checkpoint.adapter_state import read_state
 from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import config_from_dict
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.model.inject import part_to_wrap
 from ardlora_ext.model.record import Model, adapters, injection
+from ardlora_ext.model.saved_modules import new_modules
 from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
@@ -35,17 +41,19 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
         FileNotFoundError: no `ardlora_state.json` there.
         ValueError: the state is corrupt, foreign, or of another model; the model is unchanged then.
     """
+    part = part_to_wrap(model)
     state, tensors = read_state(Path(directory))
-    config = config_from_dict(state["config"])
-    _check_model(model, config, state, tensors)
-    wrap(model, config)
-    layers = adapters(model)
+    # What was kept whole then is kept now, whatever this base was loaded from.
+    config = replace(config_from_dict(state["config"]), modules_to_save=tuple(state["modules_to_save"]))
+    _check_model(part, config, state, tensors)
+    wrap(part, config)
+    layers = adapters(part)
     modules = {
         name: tuple(UnitUpdate(tuple(range(min(a, b))), max(b - a, 0)) for a, b in zip(layer.ranks, want, strict=True))
         for name, layer in layers.items()
         if (want := state["modules"][name]["ranks"]) != layer.ranks
     }
-    apply(model, RankUpdate(modules))
+    apply(part, RankUpdate(modules))
     for name, layer in layers.items():
         for factor in ("lora_A", "lora_B"):
             value = tensors[f"{name}.{factor}"]
@@ -55,10 +63,23 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
         for key, value in layer.extras.items():
             value.copy_(tensors[f"{name}.{key}"])
     saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
-    model.load_state_dict(saved, strict=False)
-    injection(model).controller_state = state["controller"]
-    injection(model).started = True
+    part.load_state_dict(saved, strict=False)
+    injection(part).controller_state = state["controller"]
+    injection(part).started = True
+    _say_what_is_random(part, saved)
     return model
+
+
+def _say_what_is_random(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Warn of parameters that neither the base's checkpoint nor the adapter had."""
+    random = [name for name in new_modules(model) if not any(key.startswith(f"{name}.") for key in saved)]
+    random = [name for name in random if not isinstance(model.get_submodule(name), LoraLinear)]
+    if random:
+        warnings.warn(
+            f"load_pretrained: {', '.join(map(repr, random))} must come from the base's checkpoint or the adapter, and "
+            "is in neither: its values are random",
+            stacklevel=3,
+        )
 
 
 def _check_model(

@@ -81,7 +81,7 @@ def activate(model: nn.Module, record: Injection) -> None:
     for layer in record.layers:
         layer.train(layer.base_layer.training)
         _follow(layer)
-    _replace(model, {id(layer.base_layer): layer for layer in record.layers})
+    replace_modules(model, {id(layer.base_layer): layer for layer in record.layers})
     setattr(model, ATTRIBUTE, record)
     _tell_transformers(model, True)
 
@@ -111,7 +111,7 @@ def _exchange_values(model: nn.Module, record: Injection) -> None:
             value.copy_(kept[f"{name}.{key}"])
 
 
-def _replace(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
     """Put new modules where the old ones stand, by id; every place of a module used twice."""
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
@@ -188,7 +188,7 @@ def _tell_transformers(model: nn.Module, attached: bool) -> None:
 
 def _take_out(model: nn.Module) -> None:
     record = injection(model)
-    _replace(model, {id(layer): layer.base_layer for layer in record.layers})
+    replace_modules(model, {id(layer): layer.base_layer for layer in record.layers})
     record.trains = _flags(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, True))

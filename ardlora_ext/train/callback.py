@@ -7,7 +7,6 @@ adapter: a PEFT checkpoint, and as `model.safetensors` what training changes; th
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from pathlib import Path
@@ -15,17 +14,18 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ardlora_ext.checkpoint.save_pretrained import save_pretrained
 from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
-from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.model.record import adapters, home, injection
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.optimizer import restart, unwrapped
+from ardlora_ext.train import trainer_hooks as hooks
 
 RECORDS = "records.jsonl"
 PHASES = ("warmup", "adapt", "harden", "frozen")  # logged by number, because trackers draw numbers
@@ -53,6 +53,9 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._training = False
         self._first_step = (0, 0)  # of the controller and of Trainer, when this training began
         self._written = -1  # records
+        self._reference_is_theirs = False  # whether Trainer was given the reference of preference training
+        if config is not None:
+            hooks.before_quantisation_check(_wrap_for)
 
     def state(self) -> dict[str, Any]:
         """Return what Trainer keeps of this callback in trainer_state.json."""
@@ -63,6 +66,18 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Wrap the model if that is left to us, before Trainer makes the optimizer."""
+        self.wrap(model)
+        trainer = hooks.running_trainer()
+        self._reference_is_theirs = hooks.users_reference()
+        if trainer is None or not adapters(model):
+            return
+        if not self._reference_is_theirs:
+            hooks.check_precomputed_reference(trainer, model)
+        if home(model) is not model:
+            hooks.load_parts_on_resume(trainer)
+
+    def wrap(self, model: nn.Module) -> None:
+        """Wrap the model if that is left to us and not done."""
         if self.config is not None and not adapters(model):
             wrap(model, self.config)
 
@@ -81,7 +96,10 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             _restore(model, saved)
         self.controller, self._training, self._written = None, True, -1
         self._attach(state, model, kwargs.get("optimizer"))
-        _precede_reporters(self)
+        hooks.precede_reporters(self)
+        trainer = hooks.running_trainer()
+        if trainer is not None and not self._reference_is_theirs:
+            hooks.complete_reference(trainer, model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Attach now if the optimizer was not there when training began."""
@@ -101,8 +119,11 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Put the adapter beside what Trainer has just saved of a model that cannot save itself."""
         self._write_records(args, state)
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if not isinstance(model, PreTrainedModel) and state.is_world_process_zero and folder.is_dir():
-            save_pretrained(model, folder)
+        if isinstance(model, PreTrainedModel) or not state.is_world_process_zero or not folder.is_dir():
+            return
+        save_pretrained(model, folder)
+        if home(model) is not model:
+            hooks.save_parts(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Write the last records; say so if ranks could not follow."""
@@ -187,17 +208,6 @@ def _restore(model: nn.Module, saved: dict[str, Any]) -> None:
         record.controller.resume(saved)
 
 
-def _precede_reporters(callback: RankCallback) -> None:
-    """Move `callback` before TensorBoard, W&B and the like, which must see what it adds to a log.
-
-    Trainer puts its reporters first and tells callbacks everything but who else listens, so the handler is looked up
-    in the call that is running.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back
+def _wrap_for(callback: object, model: nn.Module) -> None:
+    if isinstance(callback, RankCallback):
+        callback.wrap(model)
