@@ -78,7 +78,9 @@ class GradientSync:
     @torch.no_grad()
     def _reduce(self) -> None:
         pairs = list(self._rows())
-        seen = torch.tensor([float(p.grad is not None) for p, _ in pairs], device=pairs[0][0].device)
+        seen = torch.tensor(
+            [float(p.grad is not None) for p, _ in pairs], dtype=torch.float32, device=pairs[0][0].device
+        )
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p, _ in pairs]
         live = [g[:rows] if g.dim() else g for g, (_, rows) in zip(gradients, pairs, strict=True)]
         processes.average([seen, *live], self.group)

@@ -40,6 +40,8 @@ __all__ = [
 Capacity = Literal["elastic", "fixed"]
 Gate = Literal["none", "controlled", "trained"]
 
+HOST: Any = {"dtype": torch.float32, "device": "cpu"}  # of what starts there, whatever torch's defaults are
+
 _CLASS = 8  # rows of a capacity class
 _SMALL_CLASS = 4  # below one class
 
@@ -115,13 +117,13 @@ class LoraLinear(nn.Module):
         self.set_ranks([min(r, layout.max_rank)] * layout.units)
         a_rows, b_rows = layout.rows(self.ranks)
         a_cap, b_cap = self.capacities(a_rows, b_rows)
-        lora_A = torch.zeros(a_cap, layout.a_width, dtype=dtype)
+        lora_A = torch.zeros(a_cap, layout.a_width, dtype=dtype, device="cpu")
         lora_A[:a_rows] = initial_rows(a_rows, layout.a_width, generator)
         self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(torch.zeros(b_cap, layout.b_width, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(b_cap, layout.b_width, dtype=dtype, device="cpu"))
         self.register_buffer("lora_gate", self._gates(1.0) if gate == "controlled" else None)
-        trained = nn.Parameter(torch.zeros(self.gated.shape[0], 1)) if gate == "trained" else None
-        self.register_parameter("lora_E", trained)
+        trained = torch.zeros(len(self.gated), 1, **HOST)
+        self.register_parameter("lora_E", nn.Parameter(trained) if gate == "trained" else None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lora_gate":
@@ -154,7 +156,7 @@ class LoraLinear(nn.Module):
         return native_table(self.rank_table)
 
     def _gates(self, value: float) -> torch.Tensor:
-        gates = torch.zeros(len(self.gated), device=self.gated.device)
+        gates = torch.zeros(len(self.gated), dtype=torch.float32, device=self.gated.device)
         gates[: sum(self.ranks)] = value
         return gates
 
@@ -177,7 +179,7 @@ class LoraLinear(nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         """Return the ranks: the shapes in a state_dict depend on them."""
-        return torch.tensor(self.ranks, dtype=torch.int64)
+        return torch.tensor(self.ranks, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Do nothing: the ranks are needed, and taken over, before the factors are."""
@@ -196,6 +198,9 @@ class LoraLinear(nn.Module):
                 sizes = {name: len(value) for name, value in self.factors.items()} | {"lora_gate": len(self.gated)}
                 found = {prefix + name: size for name, size in sizes.items() if prefix + name in state_dict}
                 state_dict.update({name: fit_rows(state_dict[name], size) for name, size in found.items()})
+        for name in (prefix + "lora_gate", prefix + "lora_E"):  # with assign=True the tensors themselves are taken
+            if isinstance(state_dict.get(name), torch.Tensor):
+                state_dict[name] = state_dict[name].to(torch.float32)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @torch.no_grad()
@@ -281,15 +286,27 @@ class LoraLinear(nn.Module):
         # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
         # Processes that were seeded alike draw alike: their number makes the masks differ.
         masked = self.training and self.lora_dropout > 0.0
-        dropout = (self.lora_dropout, torch.randint(2**62, ()) ^ processes.rank()) if masked else ops.NO_DROPOUT
-        adapter = self.lora_A, self.lora_B, self.gate, self.rank_table, self.scaling, dropout
+        dropout = (
+            (self.lora_dropout, torch.randint(2**62, (), device="cpu") ^ processes.rank()) if masked else ops.NO_DROPOUT
+        )
+        if self.lora_E is not None and self.lora_E.dtype != torch.float32:  # somebody has cast all that trains
+            self.lora_E.data = self.lora_E.data.to(torch.float32)
+            LoraLinear.changes += 1
         dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
         if dense is not None and dense[0].dtype == x.dtype:
             weight, bias = dense
             x, total = (x, None) if self.readers is None else self.readers.read(x)
-            return ops.lora_linear(x, weight, bias, *adapter, total)
+            return ops.lora_linear(x, weight, bias, *self._adapter(x.dtype, dropout), total)
         y = self.base_layer(x)
-        return ops.lora_accumulate(y, x.to(y.dtype), *adapter)
+        return ops.lora_accumulate(y, x.to(y.dtype), *self._adapter(y.dtype, dropout))
+
+    def _adapter(self, dtype: torch.dtype, dropout: ops.Dropout) -> ops.Adapter:
+        """Return what the ops take of the adapter, for activations of this dtype."""
+        lora_A: torch.Tensor = self.lora_A
+        lora_B: torch.Tensor = self.lora_B
+        if lora_A.dtype not in (torch.float32, dtype):  # QLoRA recipes cast adapters to bfloat16, whatever is computed
+            lora_A, lora_B = lora_A.float(), lora_B.float()
+        return lora_A, lora_B, self.gate, self.rank_table, self.scaling, dropout
 
     @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:
@@ -368,4 +385,5 @@ def fold(
 
 def initial_rows(rows: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """Return `rows` new rows of lora_A: uniform with bound 1/sqrt(width), the Kaiming start of LoRA."""
-    return torch.rand(rows, width, generator=generator).mul_(2.0).sub_(1.0).div_(math.sqrt(width))
+    drawn = torch.rand(rows, width, generator=generator, **HOST)
+    return drawn.mul_(2.0).sub_(1.0).div_(math.sqrt(width))

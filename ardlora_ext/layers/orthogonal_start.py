@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.linear import HOST, LoraLinear
 from ardlora_ext.native import reference
 from ardlora_ext.native.units import UnitLayout
 
@@ -48,6 +48,6 @@ def start_orthogonal(layer: LoraLinear, generator: torch.Generator | None = None
     counts = layer.ranks if own else [max(layer.ranks)]
     begin = 0
     for count in counts:
-        basis = torch.linalg.qr(torch.randn(layer.layout.a_width, count, generator=generator)).Q
+        basis = torch.linalg.qr(torch.randn(layer.layout.a_width, count, generator=generator, **HOST)).Q
         layer.lora_A[begin : begin + count] = (ROW_NORM * basis.T).to(layer.lora_A.dtype)
         begin += count

@@ -39,7 +39,7 @@ def singular_values(layers: Sequence[Factored]) -> torch.Tensor:
     """
     counts = [layer.layout.units for layer in layers]
     first = [0, *accumulate(counts)]
-    out = torch.zeros(sum(counts), max(max(layer.ranks) for layer in layers), dtype=torch.float64)
+    out = torch.zeros(sum(counts), max(max(layer.ranks) for layer in layers), dtype=torch.float64, device="cpu")
     for chunk in _alike(layers):
         values = _together([layers[i] for i in chunk])
         for i, found in zip(chunk, torch.split(values, counts[chunk[0]]), strict=True):
@@ -64,11 +64,11 @@ def _alike(layers: Sequence[Factored]) -> Iterator[list[int]]:
 def _together(layers: Sequence[Factored]) -> torch.Tensor:
     """Return the values [units of all, largest rank] of layers with one layout on one device."""
     layout = layers[0].layout
-    ranks = torch.tensor([layer.ranks for layer in layers])  # [layers, units]
-    live = torch.arange(int(ranks.max())) < ranks[..., None]  # [layers, units, widest]
+    ranks = torch.tensor([layer.ranks for layer in layers], device="cpu")  # [layers, units]
+    live = torch.arange(int(ranks.max()), device="cpu") < ranks[..., None]  # [layers, units, widest]
     gated, begins = _rows([layer.gated for layer in layers], ranks.sum(1)), ranks.flatten().cumsum(0) - ranks.flatten()
     others = [layer.ungated for layer in layers]
-    weight = live * torch.tensor([layer.scaling for layer in layers], dtype=torch.float64)[:, None, None]
+    weight = live * torch.tensor([layer.scaling for layer in layers], dtype=torch.float64, device="cpu")[:, None, None]
     own = _places(begins.view_as(ranks), live)
     if layers[0].gate is not None:
         gates = _rows([layer.gate for layer in layers if layer.gate is not None], ranks.sum(1))
@@ -93,7 +93,7 @@ def _rows(factors: Sequence[torch.Tensor], live: torch.Tensor) -> torch.Tensor:
 
 def _places(begins: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     """Return where each component's row is, [..., widest]; row 0 for components that do not live."""
-    return torch.where(live, begins[..., None] + torch.arange(live.shape[-1]), 0)
+    return torch.where(live, begins[..., None] + torch.arange(live.shape[-1], device="cpu"), 0)
 
 
 def _gram(rows: torch.Tensor, places: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

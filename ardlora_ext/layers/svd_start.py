@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.linear import HOST, LoraLinear
 from ardlora_ext.native.compiled import core, threads
 
 # How new components start. `zero`: a row of lora_A, lora_B zero. The others fill both rows: Gram-Schmidt against the
@@ -36,7 +36,7 @@ def start_svd(layer: LoraLinear, orthonormal: bool, generator: torch.Generator) 
     """Start a layer with trained gates: P and Q Gaussian (std 0.02) or with orthonormal rows, lambda 0."""
     for factor in (layer.lora_A, layer.lora_B):
         for unit in _units(layer.ranks):
-            rows = torch.randn(unit.stop - unit.start, factor.shape[1], generator=generator)
+            rows = torch.randn(unit.stop - unit.start, factor.shape[1], generator=generator, **HOST)
             factor[unit] = (torch.linalg.qr(rows.T).Q.T if orthonormal else START_STD * rows).to(factor.dtype)
 
 
@@ -83,7 +83,7 @@ def _fill(rows: torch.Tensor, kept: int, init: NewRows, generator: torch.Generat
     """Give the rows [r, width] of one unit past the `kept` ones values; return what is to be made orthogonal."""
     width = rows.shape[1]
     for i in range(kept, len(rows)):
-        row = torch.randn(width, generator=generator).to(rows.device)
+        row = torch.randn(width, generator=generator, **HOST).to(rows.device)
         rows[i] = (projected_row(row, rows[:i].float()) if init == "projected" else row).to(rows.dtype)
     if init == "projected":
         return []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.linear import HOST, LoraLinear
 from ardlora_ext.layers.orthogonal_start import ROW_NORM, Block, blocks, spread
 from ardlora_ext.model.record import adapters, injection
 from ardlora_ext.processes import average
@@ -34,7 +34,7 @@ class _Sketch:
         self.block = block
         self.sizes = n, k
         self.left = True
-        drawn = torch.randn(n, min(2 * block.rank + _OVERSAMPLING, n, k), generator=generator)
+        drawn = torch.randn(n, min(2 * block.rank + _OVERSAMPLING, n, k), generator=generator, **HOST)
         self.basis = drawn.to(layer.lora_A.device)
         self.sum = self.basis.new_zeros(k, self.basis.shape[1])
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from ardlora_ext.native.compiled import DTYPE_CODES, core, threads
-from ardlora_ext.native.units import native_table
 
 __all__ = [
     "best_device",
@@ -84,18 +83,17 @@ def hidden_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def lora_call(
-    op: str, x: torch.Tensor, rank_table: torch.Tensor, *arguments: Any, dropout: tuple[float, int] = (0.0, 0)
+    op: str, x: torch.Tensor, table: core.UnitTable, *arguments: Any, dropout: tuple[float, int] = (0.0, 0)
 ) -> None:
     """Call `lora_forward` or `lora_backward` of the core for x [M, K].
 
     Args:
         op: name of the call.
         x: [M, K], on the device of every matrix.
-        rank_table: `UnitLayout.encode(ranks)`.
+        table: of the live ranks.
         arguments: from x to the last matrix, as in the core.
         dropout: probability and seed.
     """
-    table = native_table(rank_table)
     if not _on_cuda(x.device):
         getattr(core, op)(table, *arguments, threads(), *dropout)
         return
@@ -183,6 +181,8 @@ def set_gates(
         kind, floor, width: as in `ardlora/regularizer.h`.
         device: where the gates are.
     """
+    if not np.isfinite(rho).all() or (len(blocks) and blocks[:, 1].min() < 0):
+        raise ValueError("set_gates: soft ranks must be finite and counts >= 0")
     if not _on_cuda(device):
         core.set_gates(blocks, rho, kind, floor, width)
         return

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext.native.compiled import DTYPE_CODES, NO_MATRIX, matrix
+from ardlora_ext.native import reference
+from ardlora_ext.native.compiled import DTYPE_CODES, NO_MATRIX, core, matrix
 from ardlora_ext.native.dispatch import check_device, hidden_dtype, lora_call
 from ardlora_ext.native.packing import GradientSum
+from ardlora_ext.native.units import UnitLayout, native_table
 
 Dropout = tuple[float, torch.Tensor | None]  # probability, seed: int64 scalar on the CPU
 NO_DROPOUT: Dropout = (0.0, None)
+Adapter = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float, Dropout]  # as in `lora_linear`
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B, Tensor? gate, Tensor rank_table, float scaling, float p, Tensor? seed"
 _library: Any = torch.library.Library("ardlora_ext", "DEF")  # type: ignore[no-untyped-call]
@@ -69,7 +72,29 @@ def _dropout(p: float, seed: torch.Tensor | None) -> tuple[float, int]:
     return (0.0, 0) if seed is None else (p, int(seed))
 
 
+def _table(
+    op: str, lora_A: torch.Tensor, lora_B: torch.Tensor, gate: torch.Tensor | None, rank_table: torch.Tensor
+) -> core.UnitTable:
+    """Return the table of the live ranks, once all that the core takes as an address is as it reads it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    table = native_table(rank_table)
+    if not (lora_A.is_contiguous() and lora_B.is_contiguous()):
+        raise ValueError(f"{op}: lora_A and lora_B must be contiguous")
+    if gate is not None:
+        if gate.dtype != torch.float32 or not gate.is_contiguous() or gate.device != lora_A.device:
+            got = f"{gate.dtype} with strides {gate.stride()} on {gate.device}"
+            raise ValueError(f"{op}: gate must be contiguous float32 on the device of lora_A, got {got}")
+        live = table.a_rows if table.gate_on_a else table.b_rows
+        if gate.numel() < live:
+            raise ValueError(f"{op}: gate must have at least {live} entries, got {gate.numel()}")
+    return table
+
+
 def _adapter_forward(
+    op: str,
     x: torch.Tensor,
     y: torch.Tensor,
     lora_A: torch.Tensor,
@@ -81,11 +106,12 @@ def _adapter_forward(
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """Accumulate the adapter into y [M, N] in place and return H."""
+    table = _table(op, lora_A, lora_B, gate, rank_table)
     h = torch.empty(x.shape[0], _hidden_rows(lora_A, lora_B), dtype=hidden_dtype(x), device=x.device)
     lora_call(
         "lora_forward",
         x,
-        rank_table,
+        table,
         matrix(x),
         matrix(lora_A),
         matrix(lora_B),
@@ -107,9 +133,29 @@ def _linear_kernel(
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lora_linear: x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
     x2 = _rows(x)
-    y = F.linear(x2, weight, bias)
-    h = _adapter_forward(x2, y, *adapter)
-    return (y if x2 is x else y.view(*x.shape[:-1], y.shape[-1])), h
+    y = _base(x, x2, weight, bias)
+    h = _adapter_forward("lora_linear", x2, y.view(-1, y.shape[-1]), *adapter)
+    return y, h
+
+
+def _base(x: torch.Tensor, x2: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x W^T + bias in the shape of x, as no view: what follows may change it in place (ReLU(inplace=True))."""
+    if x.dim() == 2 or can_decode(weight):
+        y = F.linear(x2, weight, bias)
+        return (
+            y
+            if x.dim() == 2
+            else torch.empty((*x.shape[:-1], y.shape[-1]), dtype=y.dtype, device=y.device).copy_(
+                y.view(*x.shape[:-1], y.shape[-1])
+            )
+        )
+    y = x2.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = y.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(x2, weight.t(), out=rows)
+    else:
+        torch.addmm(bias, x2, weight.t(), out=rows)
+    return y
 
 
 def _accumulate_kernel(y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +164,7 @@ def _accumulate_kernel(y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple
         raise ValueError(f"lora_accumulate: x must have the dtype of y ({y.dtype}), got {x.dtype}")
     # A copy: the base, its hooks or its backward may still need what it returned.
     out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
-    h = _adapter_forward(_rows(x), out.view(-1, out.shape[-1]), *adapter)
+    h = _adapter_forward("lora_accumulate", _rows(x), out.view(-1, out.shape[-1]), *adapter)
     return out, h
 
 
@@ -153,7 +199,7 @@ def _backward_kernel(
     lora_call(
         "lora_backward",
         x2,
-        rank_table,
+        _table("lora_backward", lora_A, lora_B, gate, rank_table),
         matrix(x2),
         matrix(lora_A),
         matrix(lora_B),
@@ -180,7 +226,7 @@ def _is_direct(first: torch.Tensor) -> bool:
 
 def _run(kernel: Any, operator: Any, first: torch.Tensor, *rest: Any) -> Any:
     """Run the kernel at once or through the dispatcher."""
-    if torch.is_grad_enabled():  # a backward with create_graph: torch tells that there is no second derivative
+    if torch.is_grad_enabled():
         return operator(first, *rest)
     if _is_direct(first):
         return kernel(first, *rest)
@@ -237,6 +283,8 @@ def _backward(
     if dy is None:
         return None, None, None, None
     x, h, lora_A, lora_B, gate, rank_table, seed, weight = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        return _backward_with_graph(ctx, dy, need_dx, need_dgate)
     adapter = lora_A, lora_B, gate, rank_table, ctx.scaling, ctx.p, seed
     rest = x, h, *adapter, weight, need_dx, need_dgate
     so_far = None if total is None else total.value
@@ -247,6 +295,30 @@ def _backward(
     if need_dx and total is not None:
         total.add(dx)
     return dx if need_dx and total is None else None, d_a, d_b, d_gate if need_dgate else None
+
+
+def _backward_with_graph(
+    ctx: Any, dy: torch.Tensor, need_dx: bool, need_dgate: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The same from torch's own operations, which have derivatives in turn.
+
+    Raises:
+        NotImplementedError: the adapter has dropout, whose mask the kernels never write down.
+    """
+    x, _, lora_A, lora_B, gate, rank_table, seed, weight = ctx.saved_tensors
+    if seed is not None:
+        raise NotImplementedError(
+            "lora_backward: a second derivative must be taken without lora_dropout; call model.eval() or set it to 0"
+        )
+    wanted = [t for t, needed in ((x, need_dx), (lora_A, True), (lora_B, True), (gate, need_dgate)) if needed]
+    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    factors = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    y = reference.lora_linear(*UnitLayout.decode(rank_table), x2, *factors, gate, ctx.scaling)
+    if weight is not None and need_dx:
+        y = y + x2 @ (weight.dequantize() if can_decode(weight) else weight).t()
+    found = iter(torch.autograd.grad(y, wanted, dy2, create_graph=True, allow_unused=True))
+    dx, d_a, d_b = next(found) if need_dx else None, next(found), next(found)
+    return dx, d_a, d_b, next(found) if need_dgate else None
 
 
 def _hidden_shape(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:

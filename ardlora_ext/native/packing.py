@@ -8,6 +8,7 @@ this pays in float32 alone (docs/performance.md).
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -55,6 +56,15 @@ class _Alias(torch.autograd.Function):
         return (total if given is None else given if total is None else total + given), None
 
 
+class _Last(threading.local):
+    """What one thread has read last: threads that share a model share no sums."""
+
+    x: weakref.ref[torch.Tensor] | None = None
+    alias: weakref.ref[torch.Tensor] | None = None
+    key: tuple[int, ...] = ()
+    total: GradientSum | None = None
+
+
 class Readers:
     """What layers with the same parent and input size share: the last tensor that one of them has read.
 
@@ -63,10 +73,7 @@ class Readers:
     """
 
     def __init__(self) -> None:
-        self._x: weakref.ref[torch.Tensor] | None = None
-        self._alias: weakref.ref[torch.Tensor] | None = None
-        self._key: tuple[int, ...] = ()
-        self._total = GradientSum()
+        self._last = _Last()
 
     def __reduce__(self) -> tuple[type[Readers], tuple[()]]:
         """A copy has read nothing yet."""
@@ -82,10 +89,11 @@ class Readers:
             return x, None
         # In-place changes make x another tensor; streams order backward passes that share memory.
         key = x._version, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        known = self._x is not None and self._x() is x and key == self._key
-        alias = self._alias() if known and self._alias is not None else None
+        last = self._last
+        known = last.x is not None and last.x() is x and key == last.key
+        alias = last.alias() if known and last.alias is not None else None
         if alias is None:
-            self._total = GradientSum()
-            alias = _Alias.apply(x, self._total)  # type: ignore[no-untyped-call]
-            self._x, self._alias, self._key = weakref.ref(x), weakref.ref(alias), key
-        return alias, self._total
+            last.total = GradientSum()
+            alias = _Alias.apply(x, last.total)  # type: ignore[no-untyped-call]
+            last.x, last.alias, last.key = weakref.ref(x), weakref.ref(alias), key
+        return alias, last.total

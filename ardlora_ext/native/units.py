@@ -88,7 +88,16 @@ class UnitLayout:
     def encode(self, ranks: Sequence[int]) -> torch.Tensor:
         """Return layout and ranks as one int64 tensor [4 + units] on the CPU: what the ops read."""
         kind, factoring = _KIND_CODES[self.kind], _FACTORING_CODES[self.factoring]
-        return torch.tensor([kind, factoring, self.in_features, self.out_features, *ranks], dtype=torch.int64)
+        words = [kind, factoring, self.in_features, self.out_features, *ranks]
+        return torch.tensor(words, dtype=torch.int64, device="cpu")  # whatever the default device is
+
+    @staticmethod
+    def decode(encoded: torch.Tensor) -> tuple[UnitLayout, list[int]]:
+        """Return the layout and the ranks that `encode` made a tensor of."""
+        kind, factoring, in_features, out_features, *ranks = encoded.tolist()
+        kinds = {code: name for name, code in _KIND_CODES.items()}
+        factorings = {code: name for name, code in _FACTORING_CODES.items()}
+        return UnitLayout(kinds[kind], factorings[factoring], len(ranks), in_features, out_features), ranks
 
     def table(self, ranks: Sequence[int]) -> core.UnitTable:
         """Return the native table of these ranks."""

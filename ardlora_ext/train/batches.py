@@ -55,7 +55,7 @@ def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Yield batches of indices for ever, a fresh seeded order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(count, generator=generator).tolist()
+        order = torch.randperm(count, generator=generator, device="cpu").tolist()
         for start in range(0, count, batch_size):
             yield order[start : start + batch_size]
 

@@ -34,6 +34,8 @@ void bind_unit_table(py::module_& m) {
   py::class_<UnitTable>(m, "UnitTable", "Units of one adapted matrix and where their components live.")
       .def(py::init([](int kind, int factoring, std::int64_t in_features, std::int64_t out_features,
                        std::vector<std::int64_t> ranks) {
+             ARDLORA_CHECK(kind >= 0 && kind <= 2, "unit_table: kind must be 0 to 2, got ", kind);
+             ARDLORA_CHECK(factoring >= 0 && factoring <= 1, "unit_table: factoring must be 0 or 1, got ", factoring);
              return UnitTable(static_cast<UnitKind>(kind), static_cast<Factoring>(factoring), in_features, out_features,
                               std::move(ranks));
            }),

@@ -21,6 +21,7 @@ void check_activations(const FactorView& w, const MatrixView& x, const char* op,
 
 void check_hidden(const MatrixView& h, const FactorView& w, std::int64_t rows, DType dtype, const char* op) {
   ARDLORA_CHECK(h.dtype == dtype, op, ": h must be ", dtype_name(dtype), ", got ", dtype_name(h.dtype));
+  ARDLORA_CHECK(h.cols >= 0, op, ": h must have columns, got ", h.cols);
   check_view(h, h.cols, op, "h");
   ARDLORA_CHECK(h.rows == rows, op, ": h must have ", rows, " rows, got ", h.rows);
   for (const Segment& s : w.factor->segments) {

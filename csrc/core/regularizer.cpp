@@ -27,6 +27,7 @@ void secant_slopes(const SecantParams& p, double* slopes) {
   ARDLORA_CHECK(p.width >= 1, "secant_slopes: spectrum must have columns, got ", p.width);
   for (std::int64_t u = 0; u < p.units; ++u) {
     ARDLORA_CHECK(p.live[u] >= 1, "secant_slopes: live ranks must be >= 1, got ", p.live[u]);
+    ARDLORA_CHECK(std::isfinite(p.rho[u]), "secant_slopes: soft ranks must be finite, got ", p.rho[u]);
   }
   const float* dots = p.dots;
   for (std::int64_t u = 0; u < p.units; ++u) {
@@ -83,6 +84,10 @@ double gate_value(const GateParams& p, double rho, std::int64_t j) { return gate
 
 void set_gates(const std::vector<GateBlock>& blocks, const double* rho, const GateParams& p) {
   check_gates(p);
+  for (std::size_t u = 0; u < blocks.size(); ++u) {
+    ARDLORA_CHECK(std::isfinite(rho[u]), "set_gates: soft ranks must be finite, got ", rho[u]);
+    ARDLORA_CHECK(blocks[u].count >= 0, "set_gates: counts must be >= 0, got ", blocks[u].count);
+  }
   for (std::size_t u = 0; u < blocks.size(); ++u) {
     const GateBlock& b = blocks[u];
     // A ramp is 1 up to its last two components: most gates need no formula.

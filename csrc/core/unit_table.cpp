@@ -8,6 +8,8 @@
 namespace ardlora {
 namespace {
 
+constexpr std::int64_t kMost = std::int64_t{1} << 31;  // of features, units and ranks: products stay in 64 bits
+
 // Neighbours that continue each other in H, in the factor and on the same columns become one segment, so that the
 // full-width factor of independent heads is a single GEMM.
 void append(Factor& factor, const Segment& next) {
@@ -34,9 +36,14 @@ UnitTable::UnitTable(UnitKind kind, Factoring factoring, std::int64_t in_feature
   const auto units = static_cast<std::int64_t>(ranks_.size());
   ARDLORA_CHECK(in_features > 0 && out_features > 0, "unit_table: features must be positive, got ", in_features, " x ",
                 out_features);
+  ARDLORA_CHECK(in_features <= kMost && out_features <= kMost && units <= kMost, "unit_table: sizes must be at most ",
+                kMost, ", got ", in_features, " x ", out_features, " and ", units, " units");
   ARDLORA_CHECK(units >= 1, "unit_table: ranks must name at least one unit, got none");
   ARDLORA_CHECK(kind != UnitKind::kMatrix || units == 1, "unit_table: a matrix must have one unit, got ", units);
-  for (const std::int64_t rank : ranks_) ARDLORA_CHECK(rank >= 0, "unit_table: ranks must be >= 0, got ", rank);
+  for (const std::int64_t rank : ranks_) {
+    ARDLORA_CHECK(rank >= 0, "unit_table: ranks must be >= 0, got ", rank);
+    ARDLORA_CHECK(rank <= kMost, "unit_table: ranks must be at most ", kMost, ", got ", rank);
+  }
   const std::int64_t cut = kind == UnitKind::kInHeads ? in_features : out_features;
   ARDLORA_CHECK(cut % units == 0, "unit_table: heads must divide the features they cut, got ", units, " heads for ",
                 cut, " features");

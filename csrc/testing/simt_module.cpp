@@ -23,7 +23,10 @@ PYBIND11_MODULE(simt_core, m) {
                        std::vector<std::int64_t> ranks) {
         return UnitTable(static_cast<UnitKind>(kind), static_cast<Factoring>(factoring), in_features, out_features,
                          std::move(ranks));
-      }));
+      }))
+      .def_property_readonly("gate_on_a", &UnitTable::gate_on_a)
+      .def_property_readonly("a_rows", [](const UnitTable& t) { return t.a().rows; })
+      .def_property_readonly("b_rows", [](const UnitTable& t) { return t.b().rows; });
   py::register_exception<Error>(m, "Error", PyExc_ValueError);
   bind_cuda(m);
 }

@@ -78,7 +78,7 @@ def shim(simt_core: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setattr(dispatch, "core", backend)
     monkeypatch.setattr(dispatch, "_on_cuda", lambda _device: True)
     monkeypatch.setattr(dispatch, "_stream", lambda _device: (0, 0))
-    monkeypatch.setattr(dispatch, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
+    monkeypatch.setattr(ops, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
     return backend
 
 

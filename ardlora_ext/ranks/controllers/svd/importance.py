@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.linear import HOST, LoraLinear
 from ardlora_ext.native import dispatch
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.ranks.controllers.base import kinds, present
@@ -62,7 +62,7 @@ class Importance:
     @staticmethod
     def _zeros(layer: LoraLinear) -> Tensors:
         rows, factors = sum(layer.ranks), layer.factors
-        return [torch.zeros(rows, factors[f].shape[1]) for f in _FACTORS]
+        return [torch.zeros(rows, factors[f].shape[1], **HOST) for f in _FACTORS]
 
     def _find(self) -> None:
         """Bring the averages to where their layers are, and note their addresses."""
@@ -107,7 +107,7 @@ class Importance:
 
     def move(self, module: int, plan: Sequence[int]) -> None:
         """Let the averages of a module follow its rows: row i comes from `plan[i]`, a new row (-1) starts at 0."""
-        source = torch.tensor(plan, dtype=torch.int64)
+        source = torch.tensor(plan, dtype=torch.int64, device="cpu")
         if self.released is not None:
             self.released[module] = _follow(self.released[module], source)
             return
@@ -134,7 +134,7 @@ class Importance:
         """Take over a state from `state_dict`; the layers have the ranks of that time."""
         if "released" in state:
             self.release()
-            self.released = [torch.tensor(t, dtype=torch.float32) for t in state["released"]]
+            self.released = [torch.tensor(t, **HOST) for t in state["released"]]
             return
         shapes = [[t.shape for t in self._zeros(layer)] for layer in self.layers]
         for name in ("sensitivity", "uncertainty"):
