@@ -185,7 +185,7 @@ def _take_over(model: nn.Module, adapter: PeftAdapter) -> None:
     record = injection(model)
     if isinstance(record.config, ArdConfig):
         controller = ArdController(model, record.config)
-        controller.adopt_ranks()
+        controller.begin_anew()
         record.controller_state = {**controller.state_dict(), "total_steps": None}  # attach tells
 
 

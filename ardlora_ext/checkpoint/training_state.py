@@ -120,7 +120,7 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
     torch_optimizer.load_state_dict(unpacked)
     record.started = True
     if record.controller is None:
-        record.controller_state = state["controller"]
+        record.controller_state, record.resumed = state["controller"], True
     elif state["controller"]:
         record.controller.resume(state["controller"])
     for name, other in others.items():

@@ -33,13 +33,15 @@ class Injection:
     values: dict[str, torch.Tensor]  # of modules_to_save: the base's own while active, the adapter's while at rest
     named: dict[str, Injection] = field(default_factory=dict)  # all adapters of the model, this one included
     controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach
+    resumed: bool = False  # whether that state belongs to an optimizer that is resumed with it
     controller: Any = None  # set by attach
+    optimizer: Any = None  # weak reference to the one it follows, set by attach
     sync: Any = None  # averages gradients over processes, set by replicate
     started: bool = False  # whether init="gradient" has its directions
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model is neither attached nor replicated: hooks are on the original's parameters."""
-        return {**self.__dict__, "controller": None, "sync": None}
+        return {**self.__dict__, "controller": None, "optimizer": None, "sync": None}
 
 
 def uncompiled(model: Model) -> Model:

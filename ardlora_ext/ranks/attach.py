@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -57,8 +58,8 @@ def attach(
     """
     wrapper, model = model, bare(model)
     record = injection(model)
-    if record.controller is not None:
-        raise ValueError("attach: model must not be attached already")
+    if record.controller is not None and record.controller.handles:
+        raise ValueError("attach: model must not be attached already; call controller.detach() first")
     if record.config.init == "gradient" and not record.started:
         raise ValueError(
             "attach: init='gradient' must get its directions first: call "
@@ -72,8 +73,7 @@ def attach(
         _check(model, torch_optimizer)
 
     controller = make_controller(model, record.config, total_steps, holdout)
-    if record.controller_state:
-        controller.load_state_dict(record.controller_state)
+    _take_up(controller, record, total_steps)
     controller.processes = getattr(wrapper, "process_group", None) if record.sync is None else record.sync.group
     follower = _Follower(wrapper, model, record, controller, torch_optimizer)
     follower.apply(controller.start())
@@ -84,7 +84,45 @@ def attach(
     else:
         follower.follow(torch_optimizer)
     record.controller = controller
+    record.optimizer = None if torch_optimizer is None else weakref.ref(torch_optimizer)
     return controller
+
+
+def _take_up(controller: Controller[Any], record: Injection, total_steps: int | None) -> None:
+    """Go on with a saved schedule, or begin one from the ranks that are there: a new optimizer means a new schedule.
+
+    A schedule that is over, and one of another length than the one asked for, is not gone on with, unless optimizer and
+    schedule are resumed together.
+    """
+    state = record.controller_state
+    if record.controller is not None:  # detached: its optimizer is history
+        controller.begin_anew()
+        return
+    if not state:
+        return
+    saved, step = state["total_steps"], state["step"]
+    other = total_steps is not None and saved is not None and total_steps != saved
+    if record.resumed or saved is None or not (other or step >= saved):
+        controller.load_state_dict(state)
+        if other and total_steps is not None:
+            warnings.warn(f"attach: the schedule of {saved} steps is extended to {total_steps}", stacklevel=3)
+            controller.extend(total_steps)
+        return
+    if controller.total_steps is None:
+        controller.load_state_dict(state)
+        warnings.warn(
+            f"attach: the ranks of this adapter are final since step {step} of {saved}; give total_steps for a "
+            "schedule that moves them again",
+            stacklevel=3,
+        )
+        return
+    if step < saved:
+        warnings.warn(
+            f"attach: total_steps={controller.total_steps} begins a new schedule, the adapter was saved at step {step} "
+            f"of {saved}; leave total_steps out to go on with that one",
+            stacklevel=3,
+        )
+    controller.begin_anew()
 
 
 def _check(model: nn.Module, optimizer: Optimizer) -> None:

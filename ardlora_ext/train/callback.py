@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,7 +22,7 @@ from ardlora_ext.checkpoint.save_pretrained import save_pretrained
 from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
-from ardlora_ext.model.record import adapters, home, injection
+from ardlora_ext.model.record import Injection, adapters, home, injection
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.optimizer import restart, unwrapped
@@ -152,7 +153,9 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.controller is not None:
             return
         record = injection(model)
-        if record.controller is None and optimizer is not None:
+        if record.controller is not None and optimizer is not None and not _follows(record, unwrapped(optimizer)):
+            record.controller.detach()  # of an earlier training
+        if optimizer is not None and (record.controller is None or not record.controller.handles):
             attach(model, optimizer, total_steps=state.max_steps)
         if record.controller is not None:
             self.controller = record.controller
@@ -203,9 +206,14 @@ def _restore(model: nn.Module, saved: dict[str, Any]) -> None:
     record = injection(model)
     record.started = True
     if record.controller is None:
-        record.controller_state = saved
+        record.controller_state, record.resumed = saved, True
     else:
         record.controller.resume(saved)
+
+
+def _follows(record: Injection, optimizer: Optimizer) -> bool:
+    """Tell whether the controller follows this optimizer, or one that it has yet to see."""
+    return record.optimizer is None or record.optimizer() is optimizer
 
 
 def _wrap_for(callback: object, model: nn.Module) -> None:

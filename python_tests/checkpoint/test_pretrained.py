@@ -301,7 +301,7 @@ def test_a_key_that_is_missing(checkpoint: Path, tmp_path: Path, key: str) -> No
         (lambda s: s["config"].update(r0=0), "r0 must be >= 1"),
         (lambda s: s["config"].update(colour=1), "fields must be those of ArdConfig"),
         (lambda s: s["config"].update(head_dim=4), "q_proj"),
-        (lambda s: s["config"].update(modules_to_save=["nowhere"]), "nowhere"),
+        (lambda s: s.update(modules_to_save=["nowhere"]), "nowhere"),
     ],
     ids=[
         "format",

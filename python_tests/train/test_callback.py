@@ -175,12 +175,31 @@ def test_one_argument_wraps_as_well(tmp_path: Path) -> None:
         late.train()
 
 
-def test_it_says_when_ranks_could_not_follow(tmp_path: Path) -> None:
+def test_a_new_training_has_a_schedule_of_its_own(tmp_path: Path) -> None:
+    """The optimizer of an earlier training is history, also one that a user attached by hand."""
     model = classifier()
-    ard.attach(model, AdamW(trainable(model)), total_steps=2)
-    with pytest.warns(UserWarning, match="ended after 2 steps and the attached optimizer took none of them"):
-        trainer(tmp_path, model, max_steps=2).train()
+    first = ard.attach(model, AdamW(trainable(model)), total_steps=2)
+    found = trainer(tmp_path / "a", model, max_steps=12)
+    found.train()
+    second = model._ardlora.controller
+    assert (first.handles, second.step, second.total_steps) == ([], 12, 12)
+    trainer(tmp_path / "b", model, max_steps=24).train()
+    third = model._ardlora.controller
+    assert (second.handles, third.step, third.total_steps) == ([], 24, 24)
+    assert any(record["event"] != "freeze" for record in third.records)
 
+
+def test_a_longer_run_moves_its_ranks_again(tmp_path: Path) -> None:
+    trainer(tmp_path, classifier(), max_steps=24, save_strategy="steps", save_steps=24).train()
+    longer = trainer(tmp_path, classifier(), max_steps=48)
+    with pytest.warns(UserWarning, match="the schedule of 24 steps is extended to 48"):
+        longer.train(resume_from_checkpoint=True)
+    controller = longer.model._ardlora.controller
+    assert (controller.step, controller.total_steps, controller.phase) == (48, 48, "frozen")
+    assert any(record["step"] > 24 for record in controller.records)
+
+
+def test_it_says_when_ranks_could_not_follow(tmp_path: Path) -> None:
     class NoOptimizer(Trainer):
         def _prepare_for_training(self, *args: Any) -> Any:
             found = super()._prepare_for_training(*args)

@@ -197,6 +197,13 @@ class Controller(Generic[Config]):
         self.total_steps = self.total_steps if state["total_steps"] is None else state["total_steps"]
         self.records = list(state["records"])
 
+    def begin_anew(self) -> None:
+        """Begin the schedule at step 0 from the ranks that units have."""
+
+    def extend(self, total_steps: int) -> None:
+        """Let the run have another length; what was decided for the old one stays where the new one allows it."""
+        self.total_steps = total_steps
+
     def resume(self, state: dict[str, Any]) -> None:
         """Take over a state while attached; the model has the ranks of that time already."""
         self.load_state_dict(state)

@@ -73,12 +73,18 @@ class ArdController(Controller[ArdConfig]):
         self._bounded_by: Ints | None = None  # live ranks that _bounds belong to
         self._bounds = self.alpha, self.alpha
 
-    def adopt_ranks(self) -> None:
-        """Start from the ranks that units have, as those of an imported adapter do, instead of from r0."""
+    def begin_anew(self) -> None:
+        """Start from the ranks that units have instead of from r0."""
         ranks = np.zeros(len(self.limit))
         np.maximum.at(ranks, self.group, self.units.live())
         self.alpha = self.previous = ranks / self.config.r0
         self.reported = self._rounded()
+
+    def extend(self, total_steps: int) -> None:
+        super().extend(total_steps)
+        if self.target is not None and not self._must_harden():  # what was fixed for a shorter run moves again
+            self.target = self.harden_from = None
+            self.begin_anew()
 
     def _budget(self) -> float | None:
         if self.config.l1 is not None:
