@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ardlora_ext.config.checks import choice, require
+from ardlora_ext.config.checks import choice, normalise, require
 
 Granularity = Literal["head", "matrix", "layer"]
 
@@ -63,6 +63,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
+        normalise(self)
         choice(owner, "init", self.init, self.inits)
         choice(owner, "granularity", self.granularity, ("head", "matrix", "layer"))
         choice(owner, "factoring", self.factoring, ("shared", "independent"))

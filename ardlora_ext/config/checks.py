@@ -1,8 +1,13 @@
-"""The two checks that every config makes of its fields on construction."""
+"""What every config makes of its fields on construction: plain values of the declared types, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from numbers import Integral, Real
+from typing import Any
 
 
 def require(condition: bool, message: str) -> None:
@@ -14,3 +19,58 @@ def require(condition: bool, message: str) -> None:
 def choice(owner: str, name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise ValueError unless the field `name` of config `owner` has one of the allowed values."""
     require(value in allowed, f"{owner}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def normalise(config: Any) -> None:
+    """Bring the fields of a frozen config to plain Python values of their types, so that JSON gives them back.
+
+    Sets, lists and tuples of names become tuples (sets sorted), one name for `modules_to_save` a tuple of it, numpy's
+    numbers Python's.
+
+    Raises:
+        ValueError: a value is of another type; the message names its field.
+    """
+    owner = type(config).__name__
+    for entry in dataclasses.fields(config):
+        value, kind = getattr(config, entry.name), str(entry.type)
+        if value is None and "None" in kind:
+            continue
+        found = _converted(f"{owner}: {entry.name}", kind, value)
+        if found is not value:
+            object.__setattr__(config, entry.name, found)
+
+
+def _converted(what: str, kind: str, value: Any) -> Any:
+    first = kind.partition(" | ")[0]
+    if first == "int" and not isinstance(value, Mapping):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        require(whole, f"{what} must be a whole number, got {value!r}")
+        return int(value)
+    if first == "float":
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        require(real, f"{what} must be a number, got {value!r}")
+        return float(value)
+    if first == "bool":
+        require(type(value).__name__ in ("bool", "bool_"), f"{what} must be True or False, got {value!r}")
+        return bool(value)
+    if "Sequence[str]" in kind:
+        if isinstance(value, str):
+            return value if first == "str" else (value,)
+        names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else (value,)
+        right = all(isinstance(name, str) for name in names)
+        require(right, f"{what} must be names of modules, got {value!r:.80}")
+        return tuple(sorted(names)) if isinstance(value, AbstractSet) else names
+    return value
+
+
+def check_pattern(what: str, pattern: object) -> None:
+    """Raise ValueError unless `pattern`, if it is one string, is a regular expression."""
+    if not isinstance(pattern, str):
+        return
+    try:
+        re.compile(pattern)
+    except re.error as cause:
+        hint = f"; for a glob write {'.' + pattern!r}" if pattern.startswith("*") else ""
+        raise ValueError(
+            f"{what} must be a list of names or one regular expression, got {pattern!r}: {cause}{hint}"
+        ) from cause

@@ -151,8 +151,9 @@ class DoraLinear(LoraLinear):
         floor = torch.finfo(torch.float32).eps * base + _TINY  # rounding of a row that dW cancels
         return torch.maximum(square, floor).sqrt()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = input
+        y = super().forward(x, *args, **kwargs)
         if self.undo_merge is not None:
             return y
         bias = getattr(self.base_layer, "bias", None)

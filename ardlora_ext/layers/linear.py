@@ -270,6 +270,8 @@ class LoraLinear(nn.Module):
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or base._forward_hooks or base._forward_pre_hooks:
             return None
+        if "forward" in vars(base):  # patched on the instance (accelerate's hooks)
+            return None
         weight: torch.Tensor = getattr(base, "weight")  # noqa: B009 - typed as Tensor | Module
         bias: torch.Tensor | None = getattr(base, "bias")  # noqa: B009
         if not is_plain(weight) and (torch.compiler.is_compiling() or not ops.can_decode(weight)):
@@ -278,10 +280,15 @@ class LoraLinear(nn.Module):
             return None
         return (weight if type(base) is nn.Linear else weight.t()), bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return base(x) plus the adapter's output, [..., out_features]."""
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return base(input) plus the adapter's output, [..., out_features]; other arguments are for the base layer.
+
+        Raises:
+            TypeError: the base layer returns something else than one tensor.
+        """
+        x = input
         if self.undo_merge is not None:
-            merged: torch.Tensor = self.base_layer(x)
+            merged: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return merged
         # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
         # Processes that were seeded alike draw alike: their number makes the masks differ.
@@ -292,12 +299,19 @@ class LoraLinear(nn.Module):
         if self.lora_E is not None and self.lora_E.dtype != torch.float32:  # somebody has cast all that trains
             self.lora_E.data = self.lora_E.data.to(torch.float32)
             LoraLinear.changes += 1
-        dense = None if torch.is_autocast_enabled(x.device.type) else self._dense_base()
+        plain = not (args or kwargs or torch.is_autocast_enabled(x.device.type))
+        dense = self._dense_base() if plain else None
         if dense is not None and dense[0].dtype == x.dtype:
             weight, bias = dense
             x, total = (x, None) if self.readers is None else self.readers.read(x)
             return ops.lora_linear(x, weight, bias, *self._adapter(x.dtype, dropout), total)
-        y = self.base_layer(x)
+        y = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, torch.Tensor):
+            kind = type(self.base_layer).__name__
+            raise TypeError(
+                f"LoraLinear: base layer must return one tensor, got {type(y).__name__} from {kind}; leave it out by "
+                "exclude_modules"
+            )
         return ops.lora_accumulate(y, x.to(y.dtype), *self._adapter(y.dtype, dropout))
 
     def _adapter(self, dtype: torch.dtype, dropout: ops.Dropout) -> ops.Adapter:

@@ -61,8 +61,9 @@ class PissaLinear(LoraLinear):
     def extras(self) -> dict[str, torch.Tensor]:
         return {"initial_A": self.initial_A, "initial_B": self.initial_B}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = input
+        y = super().forward(x, *args, **kwargs)
         if self.undo_merge is not None:
             return y
         initial = self.initial_A, self.initial_B, None, self.initial_table, -self.scaling

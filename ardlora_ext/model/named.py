@@ -17,6 +17,8 @@ from ardlora_ext.config import AdapterConfig
 from ardlora_ext.model.inject import activate, detach, inject, rest
 from ardlora_ext.model.record import home, injection
 
+_DISABLED = "_ardlora_disabled"  # marks a model whose adapter rests for a while
+
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters, in the order they were added."""
@@ -96,7 +98,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Compute with the plain base, frozen, and its own `modules_to_save`, inside a `with` block.
+    """Compute with the plain base, frozen, and its own `modules_to_save`, inside a `with` block; blocks may nest.
 
     Raises:
         ValueError: the model is not wrapped, or is merged.
@@ -105,8 +107,12 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), ard.disable_adapter(model):
             reference = model(**batch).logits
     """
+    if any(_DISABLED in vars(module) for module in model.modules()):  # inside another block
+        yield
+        return
     part = home(model)
     record = rest(part)
+    setattr(part, _DISABLED, True)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
@@ -114,4 +120,5 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        delattr(part, _DISABLED)
         activate(part, record)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig
+from ardlora_ext.config.checks import check_pattern
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.heads import unit_layout
 from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
@@ -28,6 +30,8 @@ def plan_targets(
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ValueError("wrap: model must not be wrapped already; call ardlora_ext.unwrap(model) first")
+    for option in ("target_modules", "exclude_modules"):
+        check_pattern(f"wrap: {option}", getattr(config, option))
     saved = _modules_to_save(model, config)
     chosen = _select(model, config, saved)
     _check_tensors(chosen)
@@ -121,6 +125,12 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
                 f"{near}; linear layers are named: {names}"
             )
     excluded = config.exclude_modules
+    for pattern in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(matches(n, pattern if isinstance(excluded, str) else [pattern]) for n in linears):
+            warnings.warn(
+                f"wrap: exclude_modules matches no linear layer by {pattern!r}{_near(pattern, list(linears))}",
+                stacklevel=5,
+            )
     chosen = {n: m for n, m in chosen.items() if not inside(n, saved) and not (excluded and matches(n, excluded))}
     if not chosen:
         raise ValueError("wrap: target_modules must leave something to adapt after exclude_modules and modules_to_save")

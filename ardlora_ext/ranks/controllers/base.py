@@ -131,6 +131,15 @@ class Units:
         }
 
 
+def _plain(value: Any) -> Any:
+    """Return numpy's numbers as Python's, which torch.load takes."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
 class Controller(Generic[Config]):
     """Decides about ranks. `attach` drives it: `observe` before each optimizer step, `propose` after it.
 
@@ -189,7 +198,11 @@ class Controller(Generic[Config]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists: everything a resumed run needs to take the same decisions."""
-        return {"step": self.step, "total_steps": self.total_steps, "records": list(self.records)}
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "records": [_plain(record) for record in self.records],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state from `state_dict`."""

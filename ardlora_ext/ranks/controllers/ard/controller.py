@@ -21,6 +21,7 @@ from ardlora_ext.ranks.controllers.ard.gates import Gates
 from ardlora_ext.ranks.controllers.ard.order import component_orders
 from ardlora_ext.ranks.controllers.ard.regularizer import alpha_step, layer_chains, layer_key
 from ardlora_ext.ranks.controllers.ard.slopes import EMA, Gradients, SlopeEstimator, row_dots
+from ardlora_ext.ranks.controllers.ard.state import check_state
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
 from ardlora_ext.ranks.controllers.knapsack import whole_ranks
@@ -372,16 +373,16 @@ class ArdController(Controller[ArdConfig]):
         for key in ("alpha", "previous", "gain", "unit_price", "target", "harden_from", "reported"):
             value = getattr(self, key)
             state[key] = None if value is None else value.tolist()
-        for key in ("grad_square", "price", "dual", "lipschitz", "harden_at"):
-            state[key] = getattr(self, key)
+        for key in ("grad_square", "price", "dual", "lipschitz"):
+            state[key] = float(getattr(self, key))
+        state["harden_at"] = int(self.harden_at)
         spectrum = self.slope.spectrum
         state["fisher"] = self.slope.fisher.tolist()
         state["spectrum"] = None if spectrum is None else spectrum.tolist()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["alpha"]) != len(self.alpha):
-            raise ValueError(f"state: alpha must have {len(self.alpha)} entries, got {len(state['alpha'])}")
+        check_state(state, len(self.alpha), len(self.units))
         super().load_state_dict(state)
         for key in ("alpha", "previous", "gain", "unit_price", "harden_from"):
             setattr(self, key, None if state[key] is None else np.array(state[key], dtype=np.float64))

@@ -28,8 +28,15 @@ def component_orders(units: Units, rho: Floats) -> dict[int, list[int]]:
         return {}
     with_themselves = row_dots(units, [p.detach() for p in units.gated], [p.detach() for p in units.ungated])
     own, common = (np.sqrt(dots.astype(np.float64)) for dots in with_themselves)
-    component = np.arange(len(own)) - np.repeat(first, live)
     module = np.repeat(units.module_of, live)
+    broken = ~np.isfinite(own)
+    if broken.any():
+        name = units.names[module[broken.argmax()]]
+        raise ValueError(
+            f"rank change: adapters must be finite, got NaN or Inf in '{name}'; a loss or gradient was not finite at "
+            "an earlier step"
+        )
+    component = np.arange(len(own)) - np.repeat(first, live)
     moving = component < still[module]
     place = module[moving] * len(column) + component[moving]
     useful = np.bincount(place, own[moving], minlength=modules * len(column)).reshape(modules, -1)
