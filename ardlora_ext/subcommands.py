@@ -13,6 +13,7 @@ import argparse
 import difflib
 import importlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def run(words: Sequence[str], prog: str, description: str, commands: Sequence[Command]) -> int:
-    """Run a subcommand and return the exit code: its own or 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run a subcommand and return the exit code: its own or 0, 2 for bad input, 1 for a bad disk, 130 for Ctrl-C."""
     try:
         arguments = parse(words, prog, description, commands)
         module = importlib.import_module(arguments.module)
@@ -56,6 +57,10 @@ def run(words: Sequence[str], prog: str, description: str, commands: Sequence[Co
         return fail(f"{words[0]} needs {error.name}: pip install 'ardlora_ext[train]'", 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except MemoryError:
+        return fail(f"{words[0]} needs more memory than there is", 1)
+    except (OSError, UnicodeError, RecursionError) as error:  # the disk, or what a file holds
+        return fail(f"{words[0]}: {error}", 1)
     return code or 0
 
 
@@ -137,6 +142,8 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"--config must be a readable file, got {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"--config: {path} must be YAML or JSON in UTF-8: {error}") from error
     try:
         if path.suffix == ".json":
             values = json.loads(text)
@@ -162,9 +169,19 @@ def _converted(action: argparse.Action, key: str, value: object) -> Any:
     convert = action.type if callable(action.type) else str
     try:
         found = [convert(str(item)) for item in items]
+        if any(isinstance(item, Path) and not _nameable(item) for item in found):
+            raise ValueError
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         kind = getattr(convert, "__name__", "value").lstrip("_")
         raise InputError(f"--config: {key} must be of type {kind}, got {value!r}") from error
     if action.choices is not None and any(item not in action.choices for item in found):
         raise InputError(f"--config: {key} must be one of {', '.join(map(str, action.choices))}, got {value!r}")
     return found if many else found[0]
+
+
+def _nameable(path: Path) -> bool:
+    """Tell whether a file can have this name; YAML can hold what a command line cannot."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeError:
+        return False

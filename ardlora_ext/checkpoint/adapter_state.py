@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import nn
 
-from ardlora_ext.file_set import recover
+from ardlora_ext.errors import written_by_strangers
+from ardlora_ext.file_set import read_set
+from ardlora_ext.json_file import check_checksums, non_finite, parse_json
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import home, injection
 
 STATE_WEIGHTS = "ardlora_state.safetensors"
 STATE = "ardlora_state.json"
 FORMAT = 1
+
+
+class Saved(NamedTuple):
+    """A checkpoint as `save_pretrained` wrote it: `ardlora_state.*`, read, and the bytes of the files asked for."""
+
+    state: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    files: dict[str, bytes]
 
 
 def saved_modules(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -56,33 +66,71 @@ def layer_state(layer: LoraLinear) -> dict[str, Any]:
     }
 
 
-def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read and check both state files.
+def read_state(directory: Path, others: Iterable[str] = ()) -> Saved:
+    """Read and check both state files, and read `others` of the same save; nothing is written.
 
     Raises:
         FileNotFoundError: there is no `ardlora_state.json`.
-        ValueError: a file is corrupt, foreign or from a newer version.
+        ValueError: a file is corrupt, foreign or from a newer version, or holds NaN or Inf.
     """
-    path = directory / STATE
-    if directory.is_dir():
-        recover(directory, STATE)
-    if not path.is_file():
+    files = read_set(directory, (STATE, STATE_WEIGHTS, *others), STATE)
+    if STATE not in files:
         raise FileNotFoundError(f"load_pretrained: directory must hold {STATE}, got '{directory}' without it")
-    try:
-        state = json.loads(path.read_text())
-        version, digest = state["format"], state["sha256"][STATE_WEIGHTS]
+    state = parse_state(files, "load_pretrained")
+    tensors = parse_tensors(files[STATE_WEIGHTS], f"load_pretrained: {STATE_WEIGHTS}")
+    check_numbers(tensors, "load_pretrained", lambda name: not name.startswith("saved."))
+    return Saved(state, tensors, files)
+
+
+def parse_state(files: Mapping[str, bytes], op: str) -> dict[str, Any]:
+    """Return the content of `ardlora_state.json`, checked as far as the model does not matter; raises ValueError."""
+    must = f"{op}: {STATE} must be one that save_pretrained wrote"
+    with written_by_strangers(must):
+        try:
+            state: dict[str, Any] = parse_json(files[STATE], STATE)
+        except ValueError as cause:
+            raise ValueError(f"{must}, got {cause}") from cause
+        version, _ = state["format"], state["sha256"][STATE_WEIGHTS]
         missing = {"config", "modules", "controller"} - state.keys()
         ranks = [m["ranks"] for m in state["modules"].values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise ValueError(f"load_pretrained: {STATE} must be one that save_pretrained wrote, got {cause!r}") from cause
-    if version != FORMAT:
-        raise ValueError(f"load_pretrained: format of {STATE} must be {FORMAT}, got {version}")
-    if missing:
-        raise ValueError(f"load_pretrained: {STATE} must be one that save_pretrained wrote, got no {sorted(missing)}")
-    if not all(isinstance(r, int) and r >= 0 for unit_ranks in ranks for r in unit_ranks):
-        raise ValueError(f"load_pretrained: ranks in {STATE} must be whole numbers >= 0")
-    weights = directory / STATE_WEIGHTS
-    data = weights.read_bytes() if weights.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise ValueError(f"load_pretrained: {STATE_WEIGHTS} must match its checksum in {STATE}; the file is corrupt")
-    return state, load_tensors(data)
+        if version != FORMAT:
+            raise ValueError(f"{op}: format of {STATE} must be {FORMAT}, got {version}")
+        if missing:
+            raise ValueError(f"{must}, got no {sorted(missing)}")
+        if not all(isinstance(r, int) and r >= 0 for unit_ranks in ranks for r in unit_ranks):
+            raise ValueError(f"{op}: ranks in {STATE} must be whole numbers >= 0")
+        try:
+            check_checksums(state, STATE, {STATE_WEIGHTS: files.get(STATE_WEIGHTS, b"")})
+        except ValueError as cause:
+            raise ValueError(f"{op}: {cause}") from cause
+        where = non_finite(state)
+        if where is not None:
+            raise ValueError(f"{op}: {where} in {STATE} must be finite, got NaN or Inf")
+    return state
+
+
+def parse_tensors(data: bytes, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is none, or is not whole.
+    """
+    try:
+        tensors: dict[str, torch.Tensor] = load_tensors(data)
+    except (SafetensorError, ValueError, LookupError, TypeError, OverflowError, RuntimeError) as cause:
+        raise ValueError(f"{name} must be a whole safetensors file, got {cause}") from cause
+    return tensors
+
+
+def check_numbers(tensors: Mapping[str, torch.Tensor], op: str, of_adapter: Callable[[str], bool]) -> None:
+    """Check that weights are numbers to compute with: finite, and those of adapters in a floating-point type.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in tensors.items():
+        if of_adapter(name) and not value.is_floating_point():
+            raise ValueError(f"{op}: '{name}' must be a floating-point tensor, got {value.dtype}")
+        wide = value.float() if value.is_floating_point() and value.itemsize == 1 else value  # float8 has no isfinite
+        if not bool(torch.isfinite(wide).all()):
+            raise ValueError(f"{op}: '{name}' must be finite, got NaN or Inf")

@@ -4,18 +4,19 @@ tensor's own rank: a checkpoint with mixed ranks that is right in one can be wro
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from ardlora_ext.checkpoint.adapter_state import STATE, STATE_WEIGHTS
-from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
+from ardlora_ext.checkpoint.adapter_state import STATE, STATE_WEIGHTS, check_numbers, parse_state, parse_tensors
+from ardlora_ext.checkpoint.peft_read import PEFT_FILES, PeftAdapter, parse_peft, read_peft
 from ardlora_ext.checkpoint.reexport import stored_factors
 from ardlora_ext.config.registry import config_from_dict
+from ardlora_ext.errors import written_by_strangers
+from ardlora_ext.file_set import read_set
 
 LOADERS = ("PEFT", "vLLM", "llama.cpp")
 
@@ -60,8 +61,9 @@ def check_adapter(directory: str | Path) -> list[ModuleScale]:
         ValueError: it is not a LoRA checkpoint, or its files do not fit together.
     """
     directory = Path(directory)
-    adapter = read_peft(directory, "check_adapter")
-    deltas = _Trained(directory) if (directory / STATE).is_file() else None
+    files = read_set(directory, (*PEFT_FILES, STATE, STATE_WEIGHTS), STATE)
+    adapter = parse_peft(files, directory, "check_adapter")
+    deltas = _Trained(files) if STATE in files else None
     found = []
     for name in sorted(adapter.factors):
         a, b = adapter.factors[name]
@@ -83,20 +85,21 @@ def refusals(directory: str | Path) -> list[str]:
 class _Trained:
     """The trained updates that `save_pretrained` left beside the PEFT files."""
 
-    def __init__(self, directory: Path) -> None:
-        try:
-            state = json.loads((directory / STATE).read_text(encoding="utf-8"))
-            self.modules = state["modules"]
-            self.config = config_from_dict(state["config"])
-        except (ValueError, KeyError, TypeError) as cause:
-            raise ValueError(f"check_adapter: {STATE} must be one that save_pretrained wrote, got {cause!r}") from cause
-        self.tensors = load_file(directory / STATE_WEIGHTS)
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        state = parse_state(files, "check_adapter")
+        self.modules = state["modules"]
+        self.config = config_from_dict(state["config"])
+        self.tensors = parse_tensors(files[STATE_WEIGHTS], f"check_adapter: {STATE_WEIGHTS}")
+        check_numbers(self.tensors, "check_adapter", lambda name: not name.startswith("saved."))
 
     def scale(self, name: str, a: torch.Tensor, b: torch.Tensor) -> float:
         """Return the s that brings s B A nearest to the trained update; 1 for an update of zero."""
         if name not in self.modules:
             raise ValueError(f"check_adapter: '{name}' must be a module of {STATE}")
-        trained_a, trained_b = stored_factors(name, self.modules[name], self.config, self.tensors)
+        with written_by_strangers(f"check_adapter: {STATE} must be one that save_pretrained wrote"):
+            trained_a, trained_b = stored_factors(name, self.modules[name], self.config, self.tensors)
+        if (len(b), a.shape[1]) != (len(trained_b), trained_a.shape[1]):
+            raise ValueError(f"check_adapter: '{name}' must have the same features in {STATE} and in PEFT's files")
         written, trained = b @ a, trained_b @ trained_a
         square = float(written.square().sum())
         if square == 0.0:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
-from ardlora_ext.checkpoint.wrap import wrap
+from ardlora_ext.checkpoint.wrap import wrapped
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
+from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.layers.dora import DoraLinear
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.inject import part_to_wrap
@@ -65,9 +66,10 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Mod
     """
     part = part_to_wrap(model)
     adapter = read_peft(Path(directory), "load_peft")
-    _check_options(adapter, config)
-    saved = _saved_modules(part, adapter)
-    _check_others(part, adapter, saved)
+    with written_by_strangers("load_peft: adapter_config.json must be one of PEFT's LoRA"):
+        _check_options(adapter, config)
+        saved = _saved_modules(part, adapter)
+        _check_others(part, adapter, saved)
     names = [*(() if config.modules_to_save is None else config.modules_to_save), *saved]
     config = dataclasses.replace(
         config,
@@ -76,10 +78,10 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Mod
         modules_to_save=tuple(dict.fromkeys(names)) if names else config.modules_to_save,
     )
     _check_layers(part, adapter, config)
-    wrap(part, config)
-    _take_over(part, adapter)
     values = {key: value for key, value in adapter.others.items() if _inside(key, saved)}
-    part.load_state_dict(values, strict=False)
+    with wrapped(part, config):
+        _take_over(part, adapter)
+        part.load_state_dict(values, strict=False)
     return model
 
 
@@ -129,6 +131,8 @@ def _check_others(model: nn.Module, adapter: PeftAdapter, saved: list[str]) -> N
             continue
         if key not in own or own[key].shape != value.shape:
             raise ValueError(f"load_peft: model must have '{key}' of shape {list(value.shape)}, as the adapter does")
+        if own[key].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"load_peft: '{key}' must be {own[key].dtype} as in the model, got {value.dtype}")
         if not _inside(key, saved) and not torch.equal(own[key], value.to(own[key].dtype)):
             raise ValueError(
                 f"load_peft: '{key}' of the adapter must be that of the model or in modules_to_save, got other values; "
@@ -160,6 +164,12 @@ def _check_layers(model: nn.Module, adapter: PeftAdapter, config: AdapterConfig)
             raise ValueError(
                 f"load_peft: '{name}' must have {a.shape[1]} inputs and {b.shape[0]} outputs, got "
                 f"{lay.in_features} and {lay.out_features}"
+            )
+        magnitude = adapter.others.get(f"{name}.lora_magnitude_vector")
+        if magnitude is not None and magnitude.numel() != lay.out_features:
+            raise ValueError(
+                f"load_peft: lora_magnitude_vector of '{name}' must have {lay.out_features} entries, got "
+                f"{magnitude.numel()}"
             )
         limit = min(config.max_rank, lay.max_rank)
         if len(a) > limit:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ardlora_ext.checkpoint.adapter_state import read_state
-from ardlora_ext.checkpoint.wrap import wrap
+from ardlora_ext.checkpoint.adapter_state import STATE, read_state
+from ardlora_ext.checkpoint.wrap import wrapped
 from ardlora_ext.config import AdapterConfig
+from ardlora_ext.config.patterns import check_pattern
 from ardlora_ext.config.registry import config_from_dict
+from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.inject import part_to_wrap
 from ardlora_ext.model.record import Model, adapters, injection
@@ -42,12 +44,23 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
         ValueError: the state is corrupt, foreign, or of another model; the model is unchanged then.
     """
     part = part_to_wrap(model)
-    state, tensors = read_state(Path(directory))
-    # What was kept whole then is kept now, whatever this base was loaded from.
-    config = replace(config_from_dict(state["config"]), modules_to_save=tuple(state["modules_to_save"]))
-    _check_model(part, config, state, tensors)
-    wrap(part, config)
-    layers = adapters(part)
+    state, tensors, _ = read_state(Path(directory))
+    with written_by_strangers(f"load_pretrained: {STATE} must be one that save_pretrained wrote"):
+        # What was kept whole then is kept now, whatever this base was loaded from.
+        config = replace(config_from_dict(state["config"]), modules_to_save=tuple(state["modules_to_save"]))
+        if isinstance(config.target_modules, str):
+            check_pattern(config.target_modules, f"load_pretrained: target_modules in {STATE}")
+        _check_model(part, config, state, tensors)
+    with wrapped(part, config):
+        saved = _fill(part, state, tensors)
+    _say_what_is_random(part, saved)
+    return model
+
+
+def _fill(model: nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give the adapters their ranks and values; return what was in `modules_to_save`."""
+    layers = adapters(model)
+    _check_rest(layers, state, tensors)
     modules = {
         name: tuple(UnitUpdate(tuple(range(min(a, b))), max(b - a, 0)) for a, b in zip(layer.ranks, want, strict=True))
         for name, layer in layers.items()
@@ -63,11 +76,10 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
         for key, value in layer.extras.items():
             value.copy_(tensors[f"{name}.{key}"])
     saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
-    part.load_state_dict(saved, strict=False)
-    injection(part).controller_state = state["controller"]
-    injection(part).started = True
-    _say_what_is_random(part, saved)
-    return model
+    model.load_state_dict(saved, strict=False)
+    injection(model).controller_state = state["controller"]
+    injection(model).started = True
+    return saved
 
 
 def _say_what_is_random(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
@@ -103,8 +115,25 @@ def _check_model(
     own = model.state_dict()
     for key, value in tensors.items():
         name = key.removeprefix("saved.")
-        if key.startswith("saved.") and (name not in own or own[name].shape != value.shape):
+        if not key.startswith("saved."):
+            continue
+        if name not in own or own[name].shape != value.shape:
             raise ValueError(f"load_pretrained: model must have '{name}' of shape {list(value.shape)}")
+        if own[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"load_pretrained: '{name}' must be {own[name].dtype} as in the model, got {value.dtype}")
+
+
+def _check_rest(layers: dict[str, LoraLinear], state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Check what only an adapter can tell: its gates, and what its kind keeps besides the factors."""
+    for name, layer in layers.items():
+        wanted = {key: tuple(value.shape) for key, value in layer.extras.items()}
+        if layer.gate is not None:
+            wanted["gate"] = (sum(state["modules"][name]["ranks"]), *layer.gate.shape[1:])
+        for key, shape in wanted.items():
+            value = tensors.get(f"{name}.{key}")
+            if value is None or tuple(value.shape) != shape:
+                got = "none" if value is None else list(value.shape)
+                raise ValueError(f"load_pretrained: {key} of '{name}' must be {list(shape)}, got {got}")
 
 
 def _check_features(model: nn.Module, state: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+
+from ardlora_ext.checkpoint.adapter_state import STATE, check_numbers, parse_tensors
+from ardlora_ext.checkpoint.peft_write import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ardlora_ext.config.patterns import check_pattern
+from ardlora_ext.errors import written_by_strangers
+from ardlora_ext.file_set import read_set
+from ardlora_ext.json_file import parse_json
+
+PICKLED = "adapter_model.bin"  # read without pickle's code
+PEFT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED)
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
@@ -66,33 +75,33 @@ def read_peft(directory: Path, op: str) -> PeftAdapter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it is not LoRA, or its tensors do not fit together.
+        ValueError: it is not LoRA, a file is broken, or its tensors do not fit together.
     """
-    path = directory / "adapter_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{op}: directory must hold adapter_config.json, got '{directory}' without it")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, r, alpha = config["peft_type"], config["r"], config["lora_alpha"]
-    except (ValueError, KeyError, TypeError) as cause:
-        raise ValueError(f"{op}: adapter_config.json must be one of PEFT's LoRA, got {cause!r}") from cause
-    if kind != "LORA" or not (isinstance(r, int) and r >= 1 and isinstance(alpha, (int, float))):
-        raise ValueError(f"{op}: adapter must be PEFT's LORA with a rank and a scale, got {kind}, r={r}, alpha={alpha}")
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    others: dict[str, torch.Tensor] = {}
-    for key, value in _tensors(directory, op).items():
-        found = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
-        if found:
-            halves.setdefault(found["name"], {})[found["factor"]] = value
-        else:
-            others[key.removeprefix(_PREFIX)] = value
-    adapter = PeftAdapter(config, {n: (h.get("A", _NONE), h.get("B", _NONE)) for n, h in halves.items()}, others)
-    for name, (a, b) in adapter.factors.items():
-        if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == adapter.rank(name):
-            raise ValueError(
-                f"{op}: lora_A and lora_B of '{name}' must be [r, in] and [out, r] with r = {adapter.rank(name)}, got "
-                f"{list(a.shape)} and {list(b.shape)}"
-            )
+    return parse_peft(read_set(directory, PEFT_FILES, STATE), directory, op)
+
+
+def parse_peft(files: Mapping[str, bytes], directory: Path, op: str) -> PeftAdapter:
+    """Return what the files of a checkpoint hold; raises as `read_peft` does."""
+    if ADAPTER_CONFIG not in files:
+        raise FileNotFoundError(f"{op}: directory must hold {ADAPTER_CONFIG}, got '{directory}' without it")
+    must = f"{op}: {ADAPTER_CONFIG} must be one of PEFT's LoRA"
+    with written_by_strangers(must):
+        config = _parse_config(files[ADAPTER_CONFIG], op, must)
+        halves: dict[str, dict[str, torch.Tensor]] = {}
+        others: dict[str, torch.Tensor] = {}
+        for key, value in _tensors(files, directory, op).items():
+            found = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
+            if found:
+                halves.setdefault(found["name"], {})[found["factor"]] = value
+            else:
+                others[key.removeprefix(_PREFIX)] = value
+        adapter = PeftAdapter(config, {n: (h.get("A", _NONE), h.get("B", _NONE)) for n, h in halves.items()}, others)
+        for name, (a, b) in adapter.factors.items():
+            if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == adapter.rank(name):
+                raise ValueError(
+                    f"{op}: lora_A and lora_B of '{name}' must be [r, in] and [out, r] with r = {adapter.rank(name)}, "
+                    f"got {list(a.shape)} and {list(b.shape)}"
+                )
     if not adapter.factors:
         raise ValueError(f"{op}: adapter must hold lora_A and lora_B of linear layers, got none")
     return adapter
@@ -101,12 +110,43 @@ def read_peft(directory: Path, op: str) -> PeftAdapter:
 _NONE = torch.empty(0)
 
 
-def _tensors(directory: Path, op: str) -> dict[str, torch.Tensor]:
-    safe, pickled = directory / "adapter_model.safetensors", directory / "adapter_model.bin"
-    if safe.is_file():
-        tensors: dict[str, torch.Tensor] = load_file(safe)
-        return tensors
-    if pickled.is_file():
-        loaded: dict[str, torch.Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-        return loaded
-    raise FileNotFoundError(f"{op}: directory must hold adapter_model.safetensors or .bin, got '{directory}'")
+def _parse_config(data: bytes, op: str, must: str) -> Mapping[str, Any]:
+    """Return adapter_config.json with every number in it that a scale comes from checked."""
+    try:
+        config: dict[str, Any] = parse_json(data, ADAPTER_CONFIG)
+    except ValueError as cause:
+        raise ValueError(f"{must}, got {cause}") from cause
+    kind, r, alpha = config["peft_type"], config["r"], config["lora_alpha"]
+    if kind != "LORA" or not (_is_rank(r) and _is_number(alpha)):
+        raise ValueError(f"{op}: adapter must be PEFT's LORA with a rank and a scale, got {kind}, r={r}, alpha={alpha}")
+    for option, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        for pattern, value in (config.get(option) or {}).items():
+            check_pattern(pattern, f"{op}: {option} in {ADAPTER_CONFIG}")
+            if not fits(value):
+                raise ValueError(f"{must}: {option} must map names to numbers, got {value!r:.60} for {pattern!r:.60}")
+    return config
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**31
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e30
+
+
+def _tensors(files: Mapping[str, bytes], directory: Path, op: str) -> dict[str, torch.Tensor]:
+    if ADAPTER_WEIGHTS in files:
+        tensors = parse_tensors(files[ADAPTER_WEIGHTS], f"{op}: {directory / ADAPTER_WEIGHTS}")
+    elif PICKLED in files:
+        try:
+            tensors = torch.load(io.BytesIO(files[PICKLED]), map_location="cpu", weights_only=True)
+        except Exception as cause:  # a broken archive fails in as many ways as pickle has
+            text = " ".join(str(cause).split())[:200]
+            raise ValueError(f"{op}: {directory / PICKLED} must be a whole file of tensors, got {text}") from cause
+        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise ValueError(f"{op}: {directory / PICKLED} must hold tensors by name")
+    else:
+        raise FileNotFoundError(f"{op}: directory must hold {ADAPTER_WEIGHTS} or .bin, got '{directory}'")
+    check_numbers(tensors, op, lambda name: ".lora_" in name)
+    return tensors

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from ardlora_ext.json_file import non_finite
+
 Form = Literal["portable", "compact"]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -110,6 +112,20 @@ def peft_files(
         "alpha_pattern": patterns,
     }
     return config, tensors, Exported(rank, ranks, errors)
+
+
+def check_json(op: str, state: Any) -> None:
+    """Check that a state can be written.
+
+    Raises:
+        ValueError: a number in it is NaN or Inf.
+    """
+    where = non_finite(state)
+    if where is not None:
+        raise ValueError(
+            f"{op}: numbers of the state must be finite, got NaN or Inf in {where}: a gradient was too large for its "
+            "type; clip gradients, and go on from an earlier checkpoint"
+        )
 
 
 def to_json(value: Any) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from ardlora_ext.checkpoint.peft_write import (
 )
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import config_from_dict
+from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.file_set import write_set
+from ardlora_ext.json_file import checksums, parse_json
 from ardlora_ext.layers.linear import fold
 from ardlora_ext.native.units import UnitLayout
 
@@ -48,36 +49,36 @@ def reexport(
     Raises:
         FileNotFoundError: `source` holds no such checkpoint.
         ValueError: its files are corrupt or foreign, or an option is out of range; nothing is written then.
-        OSError: the directory cannot be written.
+        OSError: the directory cannot be written; what is there stays (the message tells).
     """
     check_form("reexport", form, compress)
     source = Path(source)
-    state, tensors = read_state(source)
-    config = config_from_dict(state["config"])
-    folded = {name: stored_factors(name, entry, config, tensors) for name, entry in state["modules"].items()}
+    state, tensors, old = read_state(source, (ADAPTER_CONFIG,))
+    with written_by_strangers(f"reexport: {STATE} must be one that save_pretrained wrote"):
+        config = config_from_dict(state["config"])
+        folded = {name: stored_factors(name, entry, config, tensors) for name, entry in state["modules"].items()}
     magnitudes = _of(tensors, "", ".lora_magnitude_vector")
     peft_config, peft_tensors, exported = peft_files(
-        folded, magnitudes, _of(tensors, "saved.", ""), _about(source), form, compress
+        folded, magnitudes, _of(tensors, "saved.", ""), _about(source, old), form, compress
     )
+    state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: old[STATE_WEIGHTS]})  # older ones had none of the state
     files = {
         ADAPTER_WEIGHTS: save_tensors(peft_tensors, {"format": "pt"}),
         ADAPTER_CONFIG: to_json(peft_config),
-        STATE_WEIGHTS: (source / STATE_WEIGHTS).read_bytes(),
+        STATE_WEIGHTS: old[STATE_WEIGHTS],
         STATE: to_json(state),
     }
     write_set(Path(directory), files)
     return exported
 
 
-def _about(source: Path) -> dict[str, Any]:
+def _about(source: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the old adapter_config.json: what it says of the base model stays."""
-    path = source / ADAPTER_CONFIG
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as cause:
-        raise ValueError(f"reexport: {path} must be JSON, got {cause}") from cause
+    if ADAPTER_CONFIG not in files:
+        raise FileNotFoundError(f"reexport: directory must hold {ADAPTER_CONFIG}, got '{source}' without it")
+    about = parse_json(files[ADAPTER_CONFIG], f"reexport: {source / ADAPTER_CONFIG}")
     if not isinstance(about, dict):
-        raise ValueError(f"reexport: {path} must hold an object, got {type(about).__name__}")
+        raise ValueError(f"reexport: {source / ADAPTER_CONFIG} must hold an object, got {type(about).__name__}")
     return about
 
 
@@ -113,9 +114,15 @@ def stored_factors(
     shapes, (a_rows, b_rows) = (a.shape, b.shape), layout.rows(ranks)
     if shapes != ((a_rows, layout.a_width), (b_rows, layout.b_width)):
         raise ValueError(f"factors of '{name}' must fit its ranks {ranks}, got shapes {[list(s) for s in shapes]}")
-    a, b = fold(layout, ranks, a, b, tensors.get(f"{name}.gate"), config.scaling)
+    gate = tensors.get(f"{name}.gate")
+    if gate is not None and gate.numel() != sum(ranks):
+        raise ValueError(f"gate of '{name}' must have {sum(ranks)} entries, got {gate.numel()}")
+    a, b = fold(layout, ranks, a, b, gate, config.scaling)
     if f"{name}.initial_A" in tensors:  # PiSSA trains what is left after its start
         start = [min(config.initial_rank, layout.max_rank)] * layout.units
-        a0, b0 = fold(layout, start, tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"], None, -config.scaling)
+        a0, b0 = (tensors.get(f"{name}.initial_{half}", a) for half in "AB")
+        if (a0.shape, b0.shape) != tuple(zip(layout.rows(start), (layout.a_width, layout.b_width), strict=True)):
+            raise ValueError(f"initial_A and initial_B of '{name}' must have rank {start}, got {list(a0.shape)}")
+        a0, b0 = fold(layout, start, a0, b0, None, -config.scaling)
         a, b = torch.cat([a, a0]), torch.cat([b, b0], dim=1)
     return a, b

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ from ardlora_ext.checkpoint.peft_write import (
     Exported,
     Form,
     check_form,
+    check_json,
     peft_files,
     to_json,
 )
 from ardlora_ext.config import ArdConfig, DoraConfig
 from ardlora_ext.config.registry import config_to_dict
 from ardlora_ext.file_set import write_set
+from ardlora_ext.json_file import checksums
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.record import adapters, home, injection
 
@@ -78,9 +79,19 @@ def save_pretrained(
         The ranks written, and the relative error of each module that `compress` cut.
 
     Raises:
-        ValueError: the model is not wrapped, an adapter holds NaN or Inf, an option is out of range.
-        OSError: the directory cannot be written.
+        ValueError: the model is not wrapped, an adapter or its controller's state holds NaN or Inf, an option is out of
+            range.
+        OSError: the directory cannot be written; the previous checkpoint is still there (the message tells).
     """
+    files, exported = adapter_files(model, form, compress)
+    write_set(Path(directory), files)
+    return exported
+
+
+def adapter_files(
+    model: nn.Module, form: Form = "portable", compress: int | None = None
+) -> tuple[dict[str, bytes], Exported]:
+    """Return the files that `save_pretrained` writes, the one they are committed by last; raises as it does."""
     check_form("save_pretrained", form, compress)
     model = home(model)
     record = injection(model)
@@ -92,7 +103,7 @@ def save_pretrained(
     if isinstance(record.config, ArdConfig) and record.controller is None and not record.controller_state:
         warnings.warn(
             "save_pretrained: ardlora_ext.attach(model, optimizer) was never called, so ranks did not change",
-            stacklevel=2,
+            stacklevel=3,
         )
     config, tensors, exported = _peft_files(model, layers, form, compress)
     weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
@@ -103,13 +114,13 @@ def save_pretrained(
         "modules_to_save": list(record.modules_to_save),
         "modules": {name: layer_state(layer) for name, layer in layers.items()},
         "controller": controller,
-        "sha256": {STATE_WEIGHTS: hashlib.sha256(raw_weights).hexdigest()},
     }
+    check_json("save_pretrained", state)
+    state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: raw_weights})
     files = {
         ADAPTER_WEIGHTS: weights,
         ADAPTER_CONFIG: to_json(config),
         STATE_WEIGHTS: raw_weights,
         STATE: to_json(state),
     }
-    write_set(Path(directory), files)
-    return exported
+    return files, exported

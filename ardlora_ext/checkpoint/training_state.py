@@ -7,24 +7,27 @@ written leaves the old pair or the new one. Several processes write one pair, wh
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ardlora_ext import processes
+from ardlora_ext.checkpoint.adapter_state import parse_tensors
 from ardlora_ext.config.registry import config_to_dict
-from ardlora_ext.file_set import recover, write_set
+from ardlora_ext.errors import written_by_strangers
+from ardlora_ext.file_set import read_set, write_set
+from ardlora_ext.json_file import check_checksums, checksums, parse_json
 from ardlora_ext.layers.linear import LoraLinear, fit_rows
 from ardlora_ext.model.record import injection, uncompiled
 from ardlora_ext.ranks import eight_bit
@@ -60,7 +63,7 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
 
     Raises:
         ValueError: the model is not wrapped, or a state holds what JSON cannot.
-        OSError: the directory cannot be written; the previous files are still there.
+        OSError: the directory cannot be written; the previous files are still there (the message tells).
 
     Example:
         ard.save_state(model, optimizer, "run/state", scheduler=scheduler)
@@ -82,8 +85,8 @@ def save_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         "optimizer": {"kind": type(unwrapped(optimizer)).__name__, "groups": groups, "numbers": numbers},
         "others": {name: _checked(name, other.state_dict()) for name, other in others.items()},
         "rng": [others for _, others in generators],
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
+    state["sha256"] = checksums(state, RESUME, {RESUME_TENSORS: data})
     write_set(Path(directory), {RESUME_TENSORS: data, RESUME: json.dumps(state).encode()})
     processes.wait()
 
@@ -104,32 +107,91 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
 
     Raises:
         FileNotFoundError: there is no `ardlora_resume.json`.
-        ValueError: the files are corrupt, or of another model, config or optimizer; nothing has changed then.
+        ValueError: the files are corrupt, or of another model, config or optimizer.
+        Whatever is raised, by `others` too, and after Ctrl-C: nothing has changed then.
     """
     model = uncompiled(model)
     record, torch_optimizer = injection(model), unwrapped(optimizer)
     state, tensors = _read(Path(directory))
     values = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-    _check_model(model, state, values)
-    unpacked = _unpack_optimizer(torch_optimizer, state["optimizer"], tensors)
-    if set(others) != set(state["others"]):
-        raise ValueError(f"load_state: others must be {sorted(state['others'])}, got {sorted(others)}")
+    must = f"load_state: {RESUME} must be one that save_state wrote for this run"
+    with written_by_strangers(must):
+        _check_model(model, state, values)
+        unpacked = _unpack_optimizer(torch_optimizer, state["optimizer"], tensors)
+        if set(others) != set(state["others"]):
+            raise ValueError(f"load_state: others must be {sorted(state['others'])}, got {sorted(others)}")
+        generators = _generators(state["rng"], tensors)
 
-    model.load_state_dict(values, strict=False)
-    _fit_moments(torch_optimizer, unpacked["state"])
-    torch_optimizer.load_state_dict(unpacked)
-    record.started = True
-    if record.controller is None:
-        record.controller_state, record.resumed = state["controller"], True
-    elif state["controller"]:
-        record.controller.resume(state["controller"])
-    for name, other in others.items():
-        other.load_state_dict(state["others"][name])
-    number = processes.rank() % len(state["rng"])
-    torch.set_rng_state(tensors[f"rng.torch.{number}"])
-    version, words, gauss = state["rng"][number]["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(state["rng"][number]["numpy"]))
+    with _all_or_nothing(model, torch_optimizer, others), written_by_strangers(must):
+        try:
+            model.load_state_dict(values, strict=False)
+        except RuntimeError as cause:
+            raise ValueError(f"load_state: ranks and factors must fit the model, got {cause}") from cause
+        _fit_moments(torch_optimizer, unpacked["state"])
+        torch_optimizer.load_state_dict(unpacked)
+        record.started = True
+        if record.controller is None:
+            record.controller_state, record.resumed = state["controller"], True
+        elif state["controller"]:
+            record.controller.resume(state["controller"])
+        for name, other in others.items():
+            other.load_state_dict(state["others"][name])
+        _set_generators(generators)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, optimizer: Optimizer, others: Mapping[str, Stateful]) -> Iterator[None]:
+    """Bring everything back to where it is now if what follows fails or is interrupted."""
+    record = injection(model)
+    weights, gradients = moving_state(model), {p: p.grad for p in model.parameters()}
+    state, groups = optimizer.state, optimizer.param_groups  # a load makes new ones
+    entries = {p: dict(entry) for p, entry in state.items()}
+    options = [dict(group) for group in groups]
+    controller, kept = record.controller, (record.started, record.controller_state, record.resumed)
+    parts = {} if controller is None else dict(vars(controller))
+    decided = None if controller is None else copy.deepcopy(controller.state_dict())
+    remembered = {name: copy.deepcopy(other.state_dict()) for name, other in others.items()}
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    except BaseException:
+        model.load_state_dict(weights, strict=False)
+        for p, gradient in gradients.items():
+            p.grad = gradient
+        optimizer.state, optimizer.param_groups = state, groups
+        state.clear()
+        state.update(entries)
+        for group, options_then in zip(groups, options, strict=True):
+            group.clear()
+            group.update(options_then)
+        record.started, record.controller_state, record.resumed = kept
+        if controller is not None:
+            vars(controller).update(parts)
+            controller.load_state_dict(decided)
+        for name, other in others.items():
+            other.load_state_dict(remembered[name])
+        _set_generators(generators)
+        raise
+
+
+def _generators(saved: Any, tensors: Tensors) -> tuple[torch.Tensor, Any, Any]:
+    """Return the states of torch's, Python's and numpy's generators for this process, each one tried out."""
+    number = processes.rank() % len(saved)
+    version, words, gauss = saved[number]["python"]
+    found = tensors[f"rng.torch.{number}"], (version, tuple(words), gauss), tuple(saved[number]["numpy"])
+    try:
+        torch.Generator().set_state(found[0])
+        random.Random().setstate(found[1])
+        np.random.RandomState().set_state(found[2])
+    except (RuntimeError, ValueError, TypeError) as cause:
+        raise ValueError(f"load_state: rng in {RESUME} must be states of generators, got {cause}") from cause
+    return found
+
+
+def _set_generators(states: tuple[torch.Tensor, Any, Any]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
 
 
 def moving_state(model: nn.Module) -> Tensors:
@@ -238,22 +300,23 @@ def _numpy_state() -> list[Any]:
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], Tensors]:
-    if directory.is_dir():
-        recover(directory, RESUME)
-    path, weights = directory / RESUME, directory / RESUME_TENSORS
-    if not path.is_file():
+    files = read_set(directory, (RESUME, RESUME_TENSORS), RESUME)
+    if RESUME not in files:
         raise FileNotFoundError(f"load_state: directory must hold {RESUME}, got '{directory}' without it")
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        version, digest = state["format"], state["sha256"]
-    except (ValueError, KeyError, TypeError) as cause:
-        raise ValueError(f"load_state: {RESUME} must be one that save_state wrote, got {cause!r}") from cause
-    if version != _FORMAT:
-        raise ValueError(f"load_state: format of {RESUME} must be {_FORMAT}, got {version}")
-    data = weights.read_bytes() if weights.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise ValueError(f"load_state: {RESUME_TENSORS} must match its checksum in {RESUME}; the file is corrupt")
-    return state, load_tensors(data)
+    must = f"load_state: {RESUME} must be one that save_state wrote"
+    with written_by_strangers(must):
+        try:
+            state: dict[str, Any] = parse_json(files[RESUME], RESUME)
+        except ValueError as cause:
+            raise ValueError(f"{must}, got {cause}") from cause
+        version, _ = state["format"], state["sha256"]
+        if version != _FORMAT:
+            raise ValueError(f"load_state: format of {RESUME} must be {_FORMAT}, got {version}")
+        try:
+            check_checksums(state, RESUME, {RESUME_TENSORS: files.get(RESUME_TENSORS, b"")})
+        except ValueError as cause:
+            raise ValueError(f"load_state: {cause}") from cause
+    return state, parse_tensors(files[RESUME_TENSORS], f"load_state: {RESUME_TENSORS}")
 
 
 def _check_model(model: nn.Module, state: Mapping[str, Any], values: Tensors) -> None:
@@ -275,3 +338,5 @@ def _check_model(model: nn.Module, state: Mapping[str, Any], values: Tensors) ->
         mine = own[name].shape
         if (value.shape[1:] if rows else value.shape) != (mine[1:] if rows else mine):
             raise ValueError(f"load_state: '{name}' must have shape {list(value.shape)}, got {list(mine)}")
+        if value.is_floating_point() != own[name].is_floating_point():
+            raise ValueError(f"load_state: '{name}' must be {own[name].dtype} as in the model, got {value.dtype}")

@@ -7,6 +7,8 @@ Trainer resumes from, `model.safetensors` with all that training changes; the fr
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from ardlora_ext.checkpoint.save_pretrained import save_pretrained
 from ardlora_ext.checkpoint.training_state import moving_state
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
-from ardlora_ext.model.inject import RESIZE, SAVE, inject, part_to_wrap
-from ardlora_ext.model.record import Model, adapters
+from ardlora_ext.model.inject import RESIZE, SAVE, inject, part_to_wrap, rest
+from ardlora_ext.model.record import ATTRIBUTE, Model, adapters
 
 WEIGHTS = "model.safetensors"  # transformers' SAFE_WEIGHTS_NAME
 
@@ -46,6 +48,26 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
     if hasattr(part, SAVE):
         save_adapters(part)
     return model
+
+
+@contextmanager
+def wrapped(model: nn.Module, config: AdapterConfig) -> Iterator[None]:
+    """Wrap a model and let it be filled; if that fails, or is interrupted, the model is as it was before."""
+    before, own = getattr(model, ATTRIBUTE, None), {key: vars(model).get(key) for key in (SAVE, RESIZE)}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        wrap(model, config)
+        yield
+    except BaseException:
+        if getattr(model, ATTRIBUTE, None) is not before:
+            rest(model)  # gives `modules_to_save` their values back, too
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for key, value in own.items():
+            vars(model).pop(key, None)
+            if value is not None:
+                vars(model)[key] = value
+        raise
 
 
 def save_adapters(model: Any) -> None:

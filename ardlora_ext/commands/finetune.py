@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ardlora_ext.config.registry import METHODS
 from ardlora_ext.subcommands import add_config, add_units, fail
-from ardlora_ext.train.finetune import DivergenceError
+from ardlora_ext.train.finetune import DivergenceError, SavedElsewhere
 from ardlora_ext.train.settings import Settings
 
 _DESCRIPTION = "Fine-tune a model with low-rank adapters whose ranks are learned, and report where the rank went."
@@ -21,7 +21,7 @@ examples:
   python -m ardlora_ext finetune --out run --config run.yaml --seed 1
   python -m ardlora_ext finetune --out run --model llama/ --data notes.jsonl --dry-run
 
-exit code: 0, 1 when the loss stops being a number, 2 for bad input
+exit code: 0, 1 when the loss stops being a number or the run is saved elsewhere for want of room, 2 for bad input
 """
 
 
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         return 0
     try:
         print_summary(finetune.run(settings), settings.out)
-    except DivergenceError as error:
+    except (DivergenceError, SavedElsewhere) as error:
         return fail(error, 1)
     return 0
 

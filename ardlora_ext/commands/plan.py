@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import METHODS, config_for
-from ardlora_ext.errors import InputError
+from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.subcommands import add_config, add_units
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     import transformers
 
     from ardlora_ext.plan import make_plan, skeleton
+    from ardlora_ext.plan.skeleton import BUILT_IN
     from ardlora_ext.train.base_model import held_length
 
     transformers.logging.set_verbosity_error()
@@ -84,8 +85,14 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         raise InputError(f"plan: --length must be <= {length}, the positions of {name}, got {arguments.length}")
     try:
         plan = make_plan(name, model, _config(arguments), arguments.batch_size, length)
+    except InputError:
+        raise
     except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"plan: {error}") from error
+        raise InputError(f"plan: {error}") from error
+    except Exception as error:
+        if arguments.model.lower() in BUILT_IN:
+            raise
+        raise InputError(f"plan: {name} must have a config.json that can be run, got {first_line(error)}") from error
     if arguments.json is None:
         from ardlora_ext.plan.cluster import GPUS
         from ardlora_ext.plan.show import show

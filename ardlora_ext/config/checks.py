@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from numbers import Integral, Real
@@ -61,16 +60,3 @@ def _converted(what: str, kind: str, value: Any) -> Any:
         require(right, f"{what} must be names of modules, got {value!r:.80}")
         return tuple(sorted(names)) if isinstance(value, AbstractSet) else names
     return value
-
-
-def check_pattern(what: str, pattern: object) -> None:
-    """Raise ValueError unless `pattern`, if it is one string, is a regular expression."""
-    if not isinstance(pattern, str):
-        return
-    try:
-        re.compile(pattern)
-    except re.error as cause:
-        hint = f"; for a glob write {'.' + pattern!r}" if pattern.startswith("*") else ""
-        raise ValueError(
-            f"{what} must be a list of names or one regular expression, got {pattern!r}: {cause}{hint}"
-        ) from cause

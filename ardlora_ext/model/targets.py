@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig
-from ardlora_ext.config.checks import check_pattern
+from ardlora_ext.config.patterns import check_expression
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.heads import unit_layout
 from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
@@ -31,7 +31,7 @@ def plan_targets(
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ValueError("wrap: model must not be wrapped already; call ardlora_ext.unwrap(model) first")
     for option in ("target_modules", "exclude_modules"):
-        check_pattern(f"wrap: {option}", getattr(config, option))
+        check_expression(f"wrap: {option}", getattr(config, option))
     saved = _modules_to_save(model, config)
     chosen = _select(model, config, saved)
     _check_tensors(chosen)

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ardlora_ext.errors import InputError
+from ardlora_ext.errors import InputError, first_line
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int) -> LlamaConfig:
@@ -106,8 +106,10 @@ def empty_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
         try:
             model: nn.Module = kind.from_config(config, dtype=dtype)
             model.tie_weights()  # type: ignore[operator]
-        except (ValueError, KeyError, ImportError, AttributeError) as error:
-            raise InputError(f"plan: transformers cannot build a {config.model_type} model: {error}") from error
+        except Exception as error:  # its classes check a config in their own ways, and not all of it
+            raise InputError(
+                f"plan: transformers cannot build a {config.model_type} model: {first_line(error)}"
+            ) from error
     return model
 
 
@@ -136,8 +138,10 @@ def _read(folder: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"plan: {folder / 'config.json'} must be a transformers config: {error}") from error
+    except Exception as error:  # a wrong type in it has an error class of its own in each version
+        raise InputError(
+            f"plan: {folder / 'config.json'} must be a transformers config: {first_line(error)}"
+        ) from error
 
 
 def auto_class(config: Any) -> Any:

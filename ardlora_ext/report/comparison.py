@@ -11,8 +11,8 @@ from pathlib import Path
 from ardlora_ext.errors import InputError
 from ardlora_ext.report import plots
 from ardlora_ext.report.numbers import format_metric
-from ardlora_ext.report.page import Figure, environment
-from ardlora_ext.report.run_files import METRICS_FILE, Json, load_run, write_atomic
+from ardlora_ext.report.page import Figure, environment, render_of
+from ardlora_ext.report.run_files import Json, load_run, write_page
 
 COMPARISON_FILE = "comparison.html"
 _COMPARED = ("method", "model", "data", "seed", "steps", "batch_size", "params_budget")
@@ -65,13 +65,9 @@ def write_comparison(folders: Sequence[Path], target: Path | None = None) -> Pat
     for name, folder in zip(names, folders, strict=True):
         metrics, records = load_run(folder)
         runs.append(Run(name, metrics, len(records)))
-    try:
-        html = render(runs)
-    except (KeyError, TypeError, IndexError) as error:
-        files = ", ".join(str(folder / METRICS_FILE) for folder in folders)
-        raise InputError(f"report: {files} must be complete, got none or an unfit {error}") from error
+    html = render_of(folders, lambda: render(runs))
     target = target or Path(COMPARISON_FILE)
-    write_atomic(target, html)
+    write_page(target, html)
     return target
 
 

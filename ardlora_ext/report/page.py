@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,13 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ardlora_ext.errors import InputError
 from ardlora_ext.report import plots
 from ardlora_ext.report.numbers import format_amount, format_count, format_duration, format_metric
-from ardlora_ext.report.run_files import METRICS_FILE, REPORT_FILE, Json, load_run, write_atomic
+from ardlora_ext.report.run_files import METRICS_FILE, REPORT_FILE, Json, load_run, write_page
 
 _ROWS_OPEN = 12
 _ROWS_MOST = 2000
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 # --- report.html ------------------------------------------------------------------------------------------------------
@@ -46,13 +43,24 @@ class Figure:
 def write_report(folder: Path, target: Path | None = None) -> Path:
     """Draw the page of the run that saved its files in `folder`; `target` is report.html in it by default."""
     metrics, records = load_run(folder)
-    try:
-        html = render(metrics, records)
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"report: {folder / METRICS_FILE} must be complete, got none or an unfit {error}") from error
+    html = render_of([folder], lambda: render(metrics, records))
     target = target or folder / REPORT_FILE
-    write_atomic(target, html)
+    write_page(target, html)
     return target
+
+
+def render_of(folders: Sequence[Path], page: Callable[[], str]) -> str:
+    """Return a page drawn from what these folders hold.
+
+    Raises:
+        InputError: it cannot be drawn: what a file holds may fail anywhere in the drawing.
+    """
+    try:
+        return page()
+    except Exception as error:
+        files = ", ".join(str(folder / METRICS_FILE) for folder in folders)
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"report: {files} must be complete, got none or an unfit {text}") from error
 
 
 def environment() -> Environment:

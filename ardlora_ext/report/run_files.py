@@ -1,48 +1,43 @@
 """The files of a run: metrics.json, records.jsonl, report.html.
 
-They are written to a temporary name and renamed, so a reader finds the old content or the new, never half of it.
+A reader finds the old content or the new, never half of it, nor the metrics of one run with the records of another.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ardlora_ext.errors import InputError
+from ardlora_ext.file_set import read_set, write_set
+from ardlora_ext.json_file import parse_json
 
 Json = Mapping[str, Any]
 METRICS_FILE, RECORDS_FILE, REPORT_FILE = "metrics.json", "records.jsonl", "report.html"
+RUN_COMMIT = "ardlora_state.json"  # a run writes these files together with its adapter, whose last file that is
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    temporary = Path(name)
+def write_page(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        write_set(path.parent, {path.name: text.encode("utf-8", "replace")})
+    except OSError as error:
+        raise InputError(f"report: {path} must be a file that can be written: {error}") from error
 
 
-def write_records(folder: Path, records: Iterable[Json]) -> None:
-    """Write records.jsonl, one rank decision in a line."""
-    write_atomic(folder / RECORDS_FILE, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_metrics(folder: Path, metrics: Json) -> None:
-    """Write metrics.json, one key in a line: short, and still readable."""
+def run_files(metrics: Json, records: Iterable[Json]) -> dict[str, bytes]:
+    """Return records.jsonl, one rank decision in a line, and metrics.json, one key in a line: short, still readable."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in metrics.items()]
-    write_atomic(folder / METRICS_FILE, "{\n" + ",\n".join(lines) + "\n}\n")
+    return {
+        RECORDS_FILE: "".join(json.dumps(record) + "\n" for record in records).encode(),
+        METRICS_FILE: ("{\n" + ",\n".join(lines) + "\n}\n").encode(),
+    }
 
 
 def load_run(folder: Path) -> tuple[Json, list[Json]]:
@@ -52,13 +47,19 @@ def load_run(folder: Path) -> tuple[Json, list[Json]]:
         InputError: A file is missing or is not what a run writes.
     """
     try:
-        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-        lines = (folder / RECORDS_FILE).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
+        files = read_set(folder, (METRICS_FILE, RECORDS_FILE), RUN_COMMIT)
     except OSError as error:
         raise InputError(f"report: {folder} must hold {METRICS_FILE} and {RECORDS_FILE} of a run: {error}") from error
-    except ValueError as error:
-        raise InputError(f"report: {METRICS_FILE} and {RECORDS_FILE} in {folder} must be JSON: {error}") from error
+    missing = [name for name in (METRICS_FILE, RECORDS_FILE) if name not in files]
+    if missing:
+        raise InputError(f"report: {folder} must hold {METRICS_FILE} and {RECORDS_FILE} of a run, got no {missing[0]}")
+    metrics = parse_json(files[METRICS_FILE], f"report: {folder / METRICS_FILE}")
+    records = []
+    for number, line in enumerate(files[RECORDS_FILE].splitlines(), start=1):
+        if line.strip():
+            records.append(parse_json(line, f"report: line {number} of {folder / RECORDS_FILE}"))
+            if not isinstance(records[-1], dict):
+                raise InputError(f"report: line {number} of {folder / RECORDS_FILE} must be a JSON object")
     if not isinstance(metrics, dict) or not metrics.get("ranks") or not metrics.get("rank_history"):
         raise InputError(f"report: {folder / METRICS_FILE} must hold the ranks of a run, got none")
     return metrics, records

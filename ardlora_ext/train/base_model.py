@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ardlora_ext.errors import InputError
+from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.train.data import Corpus
 
 
@@ -18,8 +18,8 @@ def load_tokenizer(folder: Path) -> Any:
     _check_model_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_source(folder))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"load_tokenizer: {folder} must hold a tokenizer: {_first_line(error)}") from error
+    except Exception as error:  # transformers has an error class for each way in which a file can be broken
+        raise InputError(f"load_tokenizer: {folder} must hold a tokenizer: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -50,10 +50,10 @@ def load_model(folder: Path, corpus: Corpus, tokenizer: Any) -> torch.nn.Module:
                 label2id={name: index for index, name in names.items()},
                 **source,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"load_model: {folder} cannot be loaded for {corpus.task}: {_first_line(error)}") from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"load_model: {folder} cannot be loaded for {corpus.task}: {first_line(error)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     return _plain(model) if "gguf_file" in source else model.float()
 
@@ -112,7 +112,3 @@ def _plain(model: Any) -> torch.nn.Module:
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     return plain  # type: ignore[no-any-return]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

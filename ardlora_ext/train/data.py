@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import os
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from ardlora_ext.errors import InputError
+from ardlora_ext.json_file import parse_json
 
 Task = Literal["classification", "lm"]
 
@@ -255,7 +255,9 @@ def _read_rows(path: Path) -> list[dict[str, object]]:
         rows = list(readers[path.suffix.lower()](path))
     except FileNotFoundError as error:
         raise InputError(f"load_corpus: --data must be an existing file, got {path}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"load_corpus: cannot read {path}: {error}") from error
     if not rows:
         raise InputError(f"load_corpus: --data must hold at least one row, got an empty {path}")
@@ -267,10 +269,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, object]]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: line {number} must be a JSON object: {error}") from error
+            row = parse_json(line, f"{path}: line {number}")
             if not isinstance(row, dict):
                 raise InputError(f"{path}: line {number} must be a JSON object, got {line.strip()[:60]}")
             yield row
@@ -327,26 +326,34 @@ def _plain_text(path: Path, rows: list[dict[str, object]]) -> Corpus:
 def _text(path: Path, number: int, row: dict[str, object]) -> str:
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{path}: row {number}: text must be a non-empty string, got {text!r}")
-    return text
+        raise InputError(f"{path}: row {number}: text must be a non-empty string, got {text!r:.60}")
+    return _encodable(path, number, "text", text)
 
 
 def _text_pair(path: Path, number: int, row: dict[str, object]) -> str | None:
     pair = row.get("text_pair")
     if pair is not None and not isinstance(pair, str):
-        raise InputError(f"{path}: row {number}: text_pair must be a string, got {pair!r}")
-    return pair
+        raise InputError(f"{path}: row {number}: text_pair must be a string, got {pair!r:.60}")
+    return None if pair is None else _encodable(path, number, "text_pair", pair)
 
 
 def _label(path: Path, number: int, value: object) -> str:
     if isinstance(value, (int, str)) and str(value).strip():
-        return str(value).strip()
-    raise InputError(f"{path}: row {number}: label must be an integer or a string, got {value!r}")
+        return _encodable(path, number, "label", str(value).strip())
+    raise InputError(f"{path}: row {number}: label must be an integer or a string, got {value!r:.60}")
+
+
+def _encodable(path: Path, number: int, column: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: row {number}: {column} must be Unicode, got half a character: {error}") from error
+    return text
 
 
 def _label_order(name: str) -> tuple[bool, int, str]:
     """Sort numbers by value, before words."""
-    number = name.removeprefix("-").isdecimal()
+    number = name.removeprefix("-").isdecimal() and len(name) < 1000  # Python converts no number of any length
     return (not number, int(name) if number else 0, name)
 
 

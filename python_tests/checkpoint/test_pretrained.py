@@ -25,6 +25,7 @@ from ardlora_ext.ranks.controllers.ard.controller import ArdController
 from helpers.adapters import fingerprint, scramble, set_ranks
 from helpers.logits import assert_same_logits, logits
 from helpers.models import ARCHITECTURES, Attention, Batch, bert, llama, trainable
+from helpers.sealing import edit_json
 
 Architecture = tuple[nn.Module, Batch]
 
@@ -324,9 +325,7 @@ def test_a_key_that_is_missing(checkpoint: Path, tmp_path: Path, key: str) -> No
 def test_a_state_that_does_not_fit(checkpoint: Path, tmp_path: Path, spoil: Spoil, message: str) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "ardlora_state.json"
-    state = json.loads(path.read_text())
-    spoil(state)
-    path.write_text(json.dumps(state))
+    edit_json(path, spoil)
     assert_refused(Attention(), tmp_path, message)
 
 

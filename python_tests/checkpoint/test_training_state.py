@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR
 
 import ardlora_ext as ard
 from ardlora_ext.checkpoint.training_state import RESUME, RESUME_TENSORS
-from ardlora_ext.file_set import recover
+from ardlora_ext.file_set import read_set
 
 from helpers.adapters import fingerprint
 from helpers.models import Attention, trainable
@@ -205,9 +205,7 @@ def main(folder: Path) -> None:
             shutil.copytree(folder / str(step - 1), work)
             if not in_a_process(partial(one_life, work, step, dying)):
                 break  # a save has no more calls than these
-            shutil.copytree(work, left := folder / f"{step} {dying} left")
-            recover(left, RESUME)
-            at = json.loads((left / RESUME).read_text())["controller"]["step"]
+            at = json.loads(read_set(work, [RESUME], RESUME)[RESUME])["controller"]["step"]
             in_a_process(partial(one_life, work, step + 1, None))
             same = all(
                 (work / name).read_bytes() == (folder / str(step + 1) / name).read_bytes()

@@ -58,9 +58,7 @@ def test_what_cannot_be_is_named(kind: Any, given: dict[str, Any], message: str)
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
 def test_broken_patterns_name_their_option(option: str) -> None:
     model = Attention()
-    with pytest.raises(
-        ValueError, match=rf"wrap: {option} must be .* expression, got '\*_proj': .*'\.\*_proj'"
-    ):
+    with pytest.raises(ValueError, match=rf"wrap: {option} must be .* expression, got '\*_proj': .*'\.\*_proj'"):
         ard.wrap(model, ard.LoraConfig(**{option: "*_proj"}))
     assert ard.adapters(model) == {}
 

@@ -11,9 +11,10 @@ import pytest
 
 from ardlora_ext.commands import cli
 from ardlora_ext.errors import InputError
+from ardlora_ext.file_set import write_set
 from ardlora_ext.report import comparison
 from ardlora_ext.report.page import write_report
-from ardlora_ext.report.run_files import write_metrics, write_records
+from ardlora_ext.report.run_files import run_files
 
 from helpers.run_files import metrics_of, ranks_of, record
 
@@ -36,8 +37,7 @@ def runs(tmp_path: Path) -> list[Path]:
     folders = [tmp_path / "ard", tmp_path / "lora"]
     for folder, metrics, records in zip(folders, (metrics_of(), lora), ([record(10), record(20)], []), strict=True):
         folder.mkdir()
-        write_metrics(folder, metrics)
-        write_records(folder, records)
+        write_set(folder, run_files(metrics, records))
     return folders
 
 

@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 from ardlora_ext.errors import InputError
+from ardlora_ext.file_set import write_set
 from ardlora_ext.report import plots
 from ardlora_ext.report.numbers import format_duration
 from ardlora_ext.report.page import render, write_report
-from ardlora_ext.report.run_files import write_atomic, write_metrics, write_records
+from ardlora_ext.report.run_files import run_files, write_page
 from ardlora_ext.report.summary import print_summary
 
 from helpers.run_files import metrics_of, ranks_of, record
@@ -28,8 +29,8 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_metrics(tmp_path, metrics_of())
-    write_records(tmp_path, [record(10), record(20, event="prune", **{"from": 5, "to": 1})])
+    records = [record(10), record(20, event="prune", **{"from": 5, "to": 1})]
+    write_set(tmp_path, run_files(metrics_of(), records))
     return tmp_path
 
 
@@ -124,14 +125,14 @@ def test_unusable_run_is_refused_and_the_old_report_stays(
 
 def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
-    write_atomic(path, "old")
+    write_page(path, "old")
 
     def crash(_: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
-        write_atomic(path, "new")
+        write_page(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
