@@ -27,3 +27,7 @@ def first_line(error: BaseException) -> str:
     """Return what an error of another library says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__
+
+
+class SavedElsewhere(RuntimeError):  # noqa: N818 - says what happened
+    """The folder of a run could not be written; the message names it, and the one that has the run."""

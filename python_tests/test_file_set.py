@@ -7,6 +7,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,10 @@ def test_an_error_of_the_disk_says_what_is_there(tmp_path: Path, times: float) -
             try:
                 write_set(directory, NEW)
             except OSError as error:
-                assert error.errno == errno.ENOSPC
                 message = str(error)
             else:
                 message = ""
+        assert "[Errno 28] No space left on device" in message or not message
         assert read(directory) == (OLD if "no file was replaced" in message else NEW), message
         if times == 1:
             assert held(directory) in (OLD, NEW), "nothing staged is left on a full disk"
@@ -146,10 +147,8 @@ def test_an_interrupt_leaves_nothing_staged(tmp_path: Path, limit: int) -> None:
     put(tmp_path, OLD)
     with pytest.MonkeyPatch.context() as patch:
         Machine(patch, limit, 1, KeyboardInterrupt)
-        try:
+        with suppress(KeyboardInterrupt):
             write_set(tmp_path, NEW)
-        except KeyboardInterrupt:
-            pass
     assert read(tmp_path) in (OLD, NEW)
     write_set(tmp_path, NEW)
     assert held(tmp_path) == NEW
@@ -232,7 +231,7 @@ def test_other_files_stay(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="no file was replaced: .*file"):
+    with pytest.raises(OSError, match=r"no file was replaced: .*file"):
         write_set(tmp_path / "file", NEW)
     assert held(tmp_path) == {"file": b"in the way"}
 

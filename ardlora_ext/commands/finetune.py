@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 
 from ardlora_ext.config.registry import METHODS
+from ardlora_ext.errors import SavedElsewhere
 from ardlora_ext.subcommands import add_config, add_units, fail
-from ardlora_ext.train.finetune import DivergenceError, SavedElsewhere
+from ardlora_ext.train.finetune import DivergenceError
 from ardlora_ext.train.settings import Settings
 
 _DESCRIPTION = "Fine-tune a model with low-rank adapters whose ranks are learned, and report where the rank went."

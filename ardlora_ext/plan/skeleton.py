@@ -107,9 +107,8 @@ def empty_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
             model: nn.Module = kind.from_config(config, dtype=dtype)
             model.tie_weights()  # type: ignore[operator]
         except Exception as error:  # its classes check a config in their own ways, and not all of it
-            raise InputError(
-                f"plan: transformers cannot build a {config.model_type} model: {first_line(error)}"
-            ) from error
+            text = f"plan: transformers cannot build a {config.model_type} model: {first_line(error)}"
+            raise InputError(text) from error
     return model
 
 
@@ -139,9 +138,8 @@ def _read(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a wrong type in it has an error class of its own in each version
-        raise InputError(
-            f"plan: {folder / 'config.json'} must be a transformers config: {first_line(error)}"
-        ) from error
+        text = f"plan: {folder / 'config.json'} must be a transformers config: {first_line(error)}"
+        raise InputError(text) from error
 
 
 def auto_class(config: Any) -> Any:

@@ -1,6 +1,6 @@
 """One fine-tuning run: data in, adapter and records out. A raw PyTorch loop; the ranks move by themselves.
 
-    corpus -> tokens -> wrap(model) -> attach(optimizer) -> train, evaluate -> save_pretrained, records, metrics, report
+    corpus -> tokens -> wrap(model) -> attach(optimizer) -> train, evaluate -> adapter, records, metrics, report
 
 Nothing in the run depends on an evaluation: the test set is only looked at.
 """
@@ -12,10 +12,8 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -26,11 +24,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ardlora_ext.checkpoint.save_pretrained import adapter_files
 from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
-from ardlora_ext.file_set import write_set
 from ardlora_ext.model.parameters import parameters_report
 from ardlora_ext.native.dispatch import best_device
 from ardlora_ext.ranks.attach import attach
@@ -50,10 +46,6 @@ _CLIP_NORM = 1.0
 
 class DivergenceError(RuntimeError):
     """The loss is no longer a number."""
-
-
-class SavedElsewhere(RuntimeError):  # noqa: N818 - says what happened
-    """The folder of the run could not be written; the message names both it and the one that has the run."""
 
 
 @dataclass
@@ -136,8 +128,11 @@ def run(settings: Settings) -> Json:
         SavedElsewhere: `settings.out` could not be written at the end.
     """
 
+    # Draws with matplotlib, an extra: better to fail before the training than after it.
+    from ardlora_ext.train.run_folder import prepare_folder, save_run
+
     started = time.perf_counter()
-    _prepare_folder(settings.out)
+    prepare_folder(settings.out)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -155,41 +150,8 @@ def run(settings: Settings) -> Json:
     trace.note_eval(job.steps, after.first(len(job.probe)))
 
     metrics = _metrics(job, corpus, trace, before, after, time.perf_counter() - started)
-    save(job, metrics, settings.out)
+    save_run(job.model, job.controller.records, metrics, settings.out)
     return metrics
-
-
-def save(job: Job, metrics: Json, out: Path) -> None:
-    """Write the adapter, the records, the metrics and their page as one set: no file of an earlier run is left.
-
-    Raises:
-        SavedElsewhere: `out` cannot be written; the run is in another folder.
-        OSError: nor can any of those that were tried.
-    """
-    from ardlora_ext.report.page import render
-    from ardlora_ext.report.run_files import REPORT_FILE, run_files
-
-    records = job.controller.records
-    page = {REPORT_FILE: render(metrics, records).encode()}
-    files = {**page, **run_files(metrics, records), **adapter_files(job.model)[0]}
-    try:
-        write_set(out, files)
-    except OSError as error:
-        raise SavedElsewhere(f"finetune: {error}; the run is saved in {_save_elsewhere(files)}") from error
-
-
-def _save_elsewhere(files: Mapping[str, bytes]) -> Path:
-    """Write a run where there is room for it: a trained model is not lost to a full disk."""
-    for parent in (Path(tempfile.gettempdir()), Path.home(), Path.cwd()):
-        with suppress(OSError):
-            folder = Path(tempfile.mkdtemp(prefix="ardlora-run-", dir=parent))
-            try:
-                write_set(folder, files)
-            except OSError:
-                folder.rmdir()
-                continue
-            return folder
-    raise OSError(None, "no folder for temporary files, home nor the working folder has room for the run")
 
 
 def prepare(settings: Settings, corpus: Corpus) -> Job:
@@ -323,17 +285,6 @@ def _postfix(loss: float, trace: Trace) -> dict[str, str]:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
-
-
-def _prepare_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"finetune: --out must be a folder that can be written, got {out}: {error.strerror}"
-        ) from error
 
 
 def _parameter_groups(model: torch.nn.Module, heads: tuple[str, ...], settings: Settings) -> list[Json]:

@@ -230,7 +230,7 @@ def test_labels_are_ignored_when_language_modelling_is_asked_for(tmp_path: Path)
         ("a.parquet", "x", "auto", r"--data must be a \.jsonl, \.csv, \.txt file, got .*a\.parquet"),
         ("a.jsonl", None, "auto", r"--data must be an existing file, got .*a\.jsonl"),
         ("a.jsonl", "", "auto", r"--data must hold at least one row, got an empty .*a\.jsonl"),
-        ("a.jsonl", '{"text": "a"}\n{oops\n', "auto", r"line 2 must be a JSON object: "),
+        ("a.jsonl", '{"text": "a"}\n{oops\n', "auto", r"line 2 must be JSON, got Expecting"),
         ("a.jsonl", '["text"]\n', "auto", r'line 1 must be a JSON object, got \["text"\]'),
         ("a.csv", "sentence,label\na,1\n", "auto", r"rows must have a text column, got sentence, label"),
         ("a.csv", "text,labels\na,1\n", "auto", r"columns must be text, text_pair and label .* got text, labels"),
