@@ -24,6 +24,7 @@ COMMANDS = (
     Command("scaling", "ardlora_ext.bench.speed.scaling", "time rank control over units, ranks and tokens"),
     Command("quality", "ardlora_ext.bench.quality.command", "compare rank-allocation methods at equal parameters"),
     Command("prune", "ardlora_ext.bench.quality.prune", "compare dropping components with recompressing them"),
+    Command("trust", "ardlora_ext.bench.trust.command", "hunt for kills, faults and broken files that do harm"),
     Command(
         "cuda-static", "ardlora_ext.bench.speed.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"
     ),

@@ -88,7 +88,8 @@ class _Trained:
     def __init__(self, files: Mapping[str, bytes]) -> None:
         state = parse_state(files, "check_adapter")
         self.modules = state["modules"]
-        self.config = config_from_dict(state["config"])
+        with written_by_strangers(f"check_adapter: {STATE} must be one that save_pretrained wrote"):
+            self.config = config_from_dict(state["config"])
         self.tensors = parse_tensors(files[STATE_WEIGHTS], f"check_adapter: {STATE_WEIGHTS}")
         check_numbers(self.tensors, "check_adapter", lambda name: not name.startswith("saved."))
 

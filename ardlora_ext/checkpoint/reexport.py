@@ -57,10 +57,10 @@ def reexport(
     with written_by_strangers(f"reexport: {STATE} must be one that save_pretrained wrote"):
         config = config_from_dict(state["config"])
         folded = {name: stored_factors(name, entry, config, tensors) for name, entry in state["modules"].items()}
-    magnitudes = _of(tensors, "", ".lora_magnitude_vector")
-    peft_config, peft_tensors, exported = peft_files(
-        folded, magnitudes, _of(tensors, "saved.", ""), _about(source, old), form, compress
-    )
+        magnitudes = _of(tensors, "", ".lora_magnitude_vector")
+        peft_config, peft_tensors, exported = peft_files(
+            folded, magnitudes, _of(tensors, "saved.", ""), _about(source, old), form, compress
+        )
     state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: old[STATE_WEIGHTS]})  # older ones had none of the state
     files = {
         ADAPTER_WEIGHTS: save_tensors(peft_tensors, {"format": "pt"}),
