@@ -66,7 +66,7 @@ def _fill(model: nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tens
         for name, layer in layers.items()
         if (want := state["modules"][name]["ranks"]) != layer.ranks
     }
-    apply(part, RankUpdate(modules))
+    apply(model, RankUpdate(modules))
     for name, layer in layers.items():
         for factor in ("lora_A", "lora_B"):
             value = tensors[f"{name}.{factor}"]
