@@ -57,7 +57,19 @@ def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
     method = fields.pop("method", None)
     if method not in _CONFIGS:
         raise ValueError(f"config: method must be one of {', '.join(_CONFIGS)}, got {method!r}")
+    for entry in dataclasses.fields(_CONFIGS[method]):
+        _check_kind(entry, fields.get(entry.name, entry.default))
     try:
         return _CONFIGS[method](**fields)
     except TypeError as cause:
         raise ValueError(f"config: fields must be those of {_CONFIGS[method].__name__} ({cause})") from cause
+
+
+def _check_kind(entry: dataclasses.Field[Any], value: object) -> None:
+    """Check that a number from a file is one where the field's default is; ValueError otherwise."""
+    kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(type(entry.default))
+    if kinds is None or value is None:
+        return
+    number = isinstance(value, kinds) and (isinstance(value, bool) == (kinds == (bool,)))
+    if not number or not -(2**63) <= value < 2**63:  # type: ignore[operator]
+        raise ValueError(f"config: {entry.name} must be of type {type(entry.default).__name__}, got {value!r:.60}")
