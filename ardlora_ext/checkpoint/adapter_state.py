@@ -119,7 +119,7 @@ def parse_tensors(data: bytes, name: str) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = load_tensors(data)
     except (SafetensorError, ValueError, LookupError, TypeError, OverflowError, RuntimeError) as cause:
         raise ValueError(f"{name} must be a whole safetensors file, got {cause}") from cause
-    return tensors
+    return dict(sorted(tensors.items()))
 
 
 def check_numbers(tensors: Mapping[str, torch.Tensor], op: str, of_adapter: Callable[[str], bool]) -> None:
