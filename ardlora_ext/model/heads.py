@@ -33,28 +33,55 @@ def head_cut(name: str) -> Cut | None:
     return None
 
 
-def config_head_dims(model: nn.Module, name: str = "") -> list[int]:
-    """Return the head widths that transformers configs state for the module `name`, the nearest config first.
+# What attention modules of transformers call the width of a head; MLA has one for q and another for v and the output.
+_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "attention_head_dim")
+_OWN_WIDTHS = {"o_proj": "v_head_dim", "q_proj": "qk_head_dim"}
+_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+_SIZES = ("embed_dim", "hidden_size", "d_model", "all_head_size")
 
-    Text and vision parts have configs, and head widths, of their own.
+
+def _number(owner: Any, *names: str) -> int | None:
+    """Return the first of these attributes that is one positive number; a config may raise, or hold one per layer."""
+    for name in names:
+        try:
+            value = getattr(owner, name, None)
+        except Exception:
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _width(owner: Any, leaf: str = "") -> int | None:
+    """Return the head width that a module or a config states."""
+    own = (_OWN_WIDTHS[leaf],) if leaf in _OWN_WIDTHS else ()
+    if (stated := _number(owner, *own, *_WIDTHS, "d_kv")) is not None:
+        return stated
+    count, size = _number(owner, *_COUNTS), _number(owner, *_SIZES)
+    return size // count if count and size and size % count == 0 else None
+
+
+def head_dims(model: nn.Module, name: str = "") -> list[int]:
+    """Return the head widths that are stated for the matrix `name`, the nearest first.
+
+    By the attention module it is in, which may differ from layer to layer, then by the configs of transformers: text and
+    vision parts have configs, and head widths, of their own.
     """
-    configs = []
-    scope: Any = model
-    for part in ["", *name.split(".")]:
-        scope = getattr(scope, part, None) if part else scope
-        configs.append(getattr(scope, "config", None))
-    configs.reverse()
+    owners: list[Any] = [model]
+    for part in name.split(".") if name else []:
+        owners.append(getattr(owners[-1], part, None))
+    owners.reverse()
+    configs = [getattr(owner, "config", None) for owner in owners]
     configs += [getattr(configs[-1], part, None) for part in ("text_config", "vision_config")]
-    dims: list[int] = []
-    for config in configs:
-        heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
-        hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
-        dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-        if dim is None and isinstance(heads, int) and isinstance(hidden, int) and hidden % heads == 0:
-            dim = hidden // heads
-        if isinstance(dim, int):
-            dims.append(dim)
-    return dims
+    widths = [_width(owner, name.rpartition(".")[2]) for owner in owners[1:3]] + [_width(c) for c in configs]
+    return list(dict.fromkeys(width for width in widths if width is not None))
+
+
+def uncut(model: nn.Module, layouts: Mapping[str, UnitLayout], config: AdapterConfig) -> list[str]:
+    """Return the attention matrices of a model with a config that stay whole though heads were asked for."""
+    if config.granularity != "head" or config.head_dim is not None or getattr(model, "config", None) is None:
+        return []
+    return [name for name, layout in layouts.items() if layout.kind == "matrix" and head_cut(name) is not None]
 
 
 def _explicit(name: str, head_dim: int | Mapping[str, int | tuple[str, int]] | None) -> tuple[Cut, int] | None:
@@ -76,7 +103,7 @@ def unit_layout(model: nn.Module, name: str, in_features: int, out_features: int
     """Return how the matrix `name` [out_features, in_features] is cut into units.
 
     Raises:
-        ValueError: the head width, given or read from the config, does not divide the features it cuts.
+        ValueError: the head width of `config.head_dim` does not divide the features it cuts.
     """
     whole = UnitLayout("matrix", config.factoring, 1, in_features, out_features)
     if config.granularity != "head":
@@ -84,11 +111,11 @@ def unit_layout(model: nn.Module, name: str, in_features: int, out_features: int
     found = _explicit(name, config.head_dim)
     if found is None and config.head_dim is None:
         cut = head_cut(name)
-        dims = config_head_dims(model, name)
-        if cut is None or not dims:
-            return whole
         features = out_features if cut == "out" else in_features
-        found = cut, next((d for d in dims if features % d == 0), dims[0])
+        fitting = [d for d in head_dims(model, name) if features % d == 0] if cut is not None else []
+        if cut is None or not fitting:
+            return whole
+        found = cut, fitting[0]
     if found is None:
         return whole
     cut, dim = found

@@ -13,7 +13,7 @@ from torch import nn
 from ardlora_ext.config import AdapterConfig, ArdConfig
 from ardlora_ext.config.patterns import check_expression
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
-from ardlora_ext.model.heads import unit_layout
+from ardlora_ext.model.heads import uncut, unit_layout
 from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.dispatch import device_rule
@@ -42,6 +42,12 @@ def plan_targets(
         layouts[name] = unit_layout(model, name, *sizes, config)
     _check_head_dim(config, layouts)
     _check_budget(config, layouts)
+    if whole := uncut(model, layouts, config):
+        warnings.warn(
+            f"wrap: no head width is stated that divides {listed(whole)}: adapted as whole matrices; pass "
+            "head_dim={name: width} to cut them",
+            stacklevel=4,
+        )
     return chosen, layouts, saved
 
 
@@ -89,6 +95,11 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]
             )
         saved += found
     return with_tied(model, saved)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names and how many more there are."""
+    return ", ".join(f"'{n}'" for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
