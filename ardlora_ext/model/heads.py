@@ -45,7 +45,7 @@ def _number(owner: Any, *names: str) -> int | None:
     for name in names:
         try:
             value = getattr(owner, name, None)
-        except Exception:
+        except Exception:  # a stranger's property: whatever it raises, it states no one number
             continue
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
@@ -64,8 +64,8 @@ def _width(owner: Any, leaf: str = "") -> int | None:
 def head_dims(model: nn.Module, name: str = "") -> list[int]:
     """Return the head widths that are stated for the matrix `name`, the nearest first.
 
-    By the attention module it is in, which may differ from layer to layer, then by the configs of transformers: text and
-    vision parts have configs, and head widths, of their own.
+    By the attention module it is in, which may differ from layer to layer, then by the configs of transformers: text
+    and vision parts have configs, and head widths, of their own.
     """
     owners: list[Any] = [model]
     for part in name.split(".") if name else []:

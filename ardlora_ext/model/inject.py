@@ -18,6 +18,7 @@ from ardlora_ext.layers.svd_start import start_svd
 from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, home, injection, uncompiled
 from ardlora_ext.model.saved_modules import inside
 from ardlora_ext.model.targets import plan_targets
+from ardlora_ext.model.unheard import close_fast_paths, open_fast_paths
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.units import UnitLayout
 
@@ -82,6 +83,7 @@ def activate(model: nn.Module, record: Injection) -> None:
         layer.train(layer.base_layer.training)
         _follow(layer)
     replace_modules(model, {id(layer.base_layer): layer for layer in record.layers})
+    close_fast_paths(model)
     setattr(model, ATTRIBUTE, record)
     _tell_transformers(model, True)
 
@@ -190,6 +192,7 @@ def _take_out(model: nn.Module) -> None:
     record = injection(model)
     replace_modules(model, {id(layer): layer.base_layer for layer in record.layers})
     record.trains = _flags(model)
+    open_fast_paths(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, True))
     delattr(model, ATTRIBUTE)

@@ -19,6 +19,8 @@ from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.dispatch import device_rule
 from ardlora_ext.native.units import UnitLayout
 
+_EXPERTS = "; the model's experts are fused 3-D parameters, which cannot be adapted"
+
 
 def plan_targets(
     model: nn.Module, config: AdapterConfig
@@ -30,6 +32,7 @@ def plan_targets(
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ValueError("wrap: model must not be wrapped already; call ardlora_ext.unwrap(model) first")
+    _check_foreign(model)
     for option in ("target_modules", "exclude_modules"):
         check_expression(f"wrap: {option}", getattr(config, option))
     saved = _modules_to_save(model, config)
@@ -48,6 +51,7 @@ def plan_targets(
             "head_dim={name: width} to cut them",
             stacklevel=4,
         )
+    _say_experts(model)
     return chosen, layouts, saved
 
 
@@ -97,6 +101,37 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]
     return with_tied(model, saved)
 
 
+def _check_foreign(model: nn.Module) -> None:
+    """Refuse adapters on PEFT's: they would adapt its factors, and freeze them."""
+    if any(type(module).__module__.startswith("peft.tuners.") for module in model.modules()):
+        raise ValueError(
+            f"wrap: model must not have PEFT adapters, got {type(model).__name__}; continue a saved one with "
+            "ardlora_ext.load_peft(base_model, directory), or call model.merge_and_unload() first; with TRL, leave out "
+            "peft_config"
+        )
+
+
+def fused_experts(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the experts that are one 3-D parameter for all of them, [experts, ., .], with no layer to adapt."""
+    return [
+        (f"{name}.{key}", parameter)
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
+    ]
+
+
+def _say_experts(model: nn.Module) -> None:
+    experts = fused_experts(model)
+    if experts:
+        share = sum(p.numel() for _, p in experts) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"wrap: experts that are 3-D parameters stay frozen, {100 * share:.0f} % of the model's weights: "
+            f"{listed([name for name, _ in experts])}; adapters reach the other layers only",
+            stacklevel=4,
+        )
+
+
 def listed(names: Sequence[str]) -> str:
     """Return the first names and how many more there are."""
     return ", ".join(f"'{n}'" for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -133,7 +168,7 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
             names = ", ".join(sorted({n.split(".")[-1] for n in linears}))
             raise ValueError(
                 f"wrap: target_modules must match linear layers, got no match for {', '.join(map(repr, unmatched))}"
-                f"{near}; linear layers are named: {names}"
+                f"{near}; linear layers are named: {names}{_EXPERTS if fused_experts(model) else ''}"
             )
     excluded = config.exclude_modules
     for pattern in [excluded] if isinstance(excluded, str) else excluded:

@@ -17,6 +17,7 @@ from ardlora_ext import processes
 from ardlora_ext.config import LoraConfig
 from ardlora_ext.distributed.placement import bare, check_placement, check_running
 from ardlora_ext.model.record import Injection, adapters, check_unmerged, injection, is_active
+from ardlora_ext.model.unheard import warn_unheard
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.controllers import make_controller
 from ardlora_ext.ranks.controllers.base import Controller
@@ -173,6 +174,8 @@ class _Follower:
         check_running(self.wrapper)
         self.skipped = settle_loss_scale(optimizer)
         if not self.skipped:
+            if self.controller.step == 0:
+                warn_unheard(self.model)
             self.controller.observe()
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
