@@ -28,7 +28,8 @@ from ardlora_ext.config.registry import config_to_dict
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.file_set import read_set, write_set
 from ardlora_ext.json_file import check_checksums, checksums, parse_json
-from ardlora_ext.layers.linear import LoraLinear, fit_rows
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.rows import fit_rows
 from ardlora_ext.model.record import injection, uncompiled
 from ardlora_ext.ranks import eight_bit
 from ardlora_ext.ranks.optimizer import unwrapped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeGuard
 
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ardlora_ext import processes
 from ardlora_ext.layers import spectra
+from ardlora_ext.layers.rows import HOST, capacity_of, fit_rows, initial_rows
 from ardlora_ext.native import ops, reference
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.packing import Readers
@@ -30,20 +30,12 @@ __all__ = [
     "Conv1D",
     "Gate",
     "LoraLinear",
-    "capacity_of",
-    "fit_rows",
-    "initial_rows",
     "is_dense",
     "is_plain",
 ]
 
 Capacity = Literal["elastic", "fixed"]
 Gate = Literal["none", "controlled", "trained"]
-
-HOST: Any = {"dtype": torch.float32, "device": "cpu"}  # of what starts there, whatever torch's defaults are
-
-_CLASS = 8  # rows of a capacity class
-_SMALL_CLASS = 4  # below one class
 
 
 def is_plain(weight: torch.Tensor) -> bool:
@@ -57,12 +49,6 @@ def is_plain(weight: torch.Tensor) -> bool:
 def is_dense(weight: object) -> TypeGuard[torch.Tensor]:
     """Tell whether `weight` holds plain floating-point numbers: not quantised, not sharded."""
     return isinstance(weight, torch.Tensor) and is_plain(weight) and weight.is_floating_point()
-
-
-def capacity_of(rows: int) -> int:
-    """Return the rows to allocate for `rows` live ones: whole classes, whatever the ranks were before."""
-    step = _SMALL_CLASS if rows <= _SMALL_CLASS else _CLASS
-    return max(step, math.ceil(rows / step) * step)
 
 
 class LoraLinear(nn.Module):
@@ -368,13 +354,6 @@ class LoraLinear(nn.Module):
         return f"in_features={lay.in_features}, out_features={lay.out_features}, kind={lay.kind}, ranks={ranks}"
 
 
-def fit_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return `tensor` cut to `rows` rows, or with rows of zeros up to there."""
-    if len(tensor) >= rows:
-        return tensor[:rows]
-    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
-
-
 def fold(
     layout: UnitLayout,
     ranks: Sequence[int],
@@ -395,9 +374,3 @@ def fold(
         b[h, out_cols] = scaling * on_b * lora_B[b_rows].float()
         own += r
     return a, b.T.contiguous()
-
-
-def initial_rows(rows: int, width: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Return `rows` new rows of lora_A: uniform with bound 1/sqrt(width), the Kaiming start of LoRA."""
-    drawn = torch.rand(rows, width, generator=generator, **HOST)
-    return drawn.mul_(2.0).sub_(1.0).div_(math.sqrt(width))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ardlora_ext.layers.linear import HOST, LoraLinear
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.rows import HOST
 from ardlora_ext.native import reference
 from ardlora_ext.native.units import UnitLayout
 

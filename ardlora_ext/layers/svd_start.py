@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ardlora_ext.layers.linear import HOST, LoraLinear
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.rows import HOST
 from ardlora_ext.native.compiled import core, threads
 
 # How new components start. `zero`: a row of lora_A, lora_B zero. The others fill both rows: Gram-Schmidt against the

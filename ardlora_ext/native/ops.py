@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext.native import reference
 from ardlora_ext.native.compiled import DTYPE_CODES, NO_MATRIX, core, matrix
 from ardlora_ext.native.dispatch import check_device, hidden_dtype, lora_call
 from ardlora_ext.native.packing import GradientSum
-from ardlora_ext.native.units import UnitLayout, native_table
+from ardlora_ext.native.second_derivative import backward_with_graph
+from ardlora_ext.native.units import native_table
 
 Dropout = tuple[float, torch.Tensor | None]  # probability, seed: int64 scalar on the CPU
 NO_DROPOUT: Dropout = (0.0, None)
@@ -62,6 +62,10 @@ def _check(op: str, *tensors: torch.Tensor) -> None:
 def can_decode(weight: torch.Tensor) -> bool:
     """Tell whether a weight is quantised by a tensor subclass with a `dequantize` of its own."""
     return type(weight).dequantize is not torch.Tensor.dequantize
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    return weight.dequantize() if can_decode(weight) else weight
 
 
 def _address(t: torch.Tensor | None) -> int:
@@ -188,8 +192,7 @@ def _backward_kernel(
     part is accumulated into it in place."""
     dy2, x2 = _rows(dy), _rows(x)
     if need_dx and weight is not None:
-        plain = weight.dequantize() if can_decode(weight) else weight
-        dx = dy2 @ plain if so_far is None else so_far.view(x2.shape).addmm_(dy2, plain)
+        dx = dy2 @ _plain(weight) if so_far is None else so_far.view(x2.shape).addmm_(dy2, _plain(weight))
     else:
         dx = dy2.new_zeros(x2.shape if need_dx else 0)
     d_h = torch.empty_like(h)
@@ -284,7 +287,7 @@ def _backward(
         return None, None, None, None
     x, h, lora_A, lora_B, gate, rank_table, seed, weight = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-        return _backward_with_graph(ctx, dy, need_dx, need_dgate)
+        return backward_with_graph(ctx, dy, None if weight is None else _plain(weight), need_dx, need_dgate)
     adapter = lora_A, lora_B, gate, rank_table, ctx.scaling, ctx.p, seed
     rest = x, h, *adapter, weight, need_dx, need_dgate
     so_far = None if total is None else total.value
@@ -295,30 +298,6 @@ def _backward(
     if need_dx and total is not None:
         total.add(dx)
     return dx if need_dx and total is None else None, d_a, d_b, d_gate if need_dgate else None
-
-
-def _backward_with_graph(
-    ctx: Any, dy: torch.Tensor, need_dx: bool, need_dgate: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The same from torch's own operations, which have derivatives in turn.
-
-    Raises:
-        NotImplementedError: the adapter has dropout, whose mask the kernels never write down.
-    """
-    x, _, lora_A, lora_B, gate, rank_table, seed, weight = ctx.saved_tensors
-    if seed is not None:
-        raise NotImplementedError(
-            "lora_backward: a second derivative must be taken without lora_dropout; call model.eval() or set it to 0"
-        )
-    wanted = [t for t, needed in ((x, need_dx), (lora_A, True), (lora_B, True), (gate, need_dgate)) if needed]
-    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    factors = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
-    y = reference.lora_linear(*UnitLayout.decode(rank_table), x2, *factors, gate, ctx.scaling)
-    if weight is not None and need_dx:
-        y = y + x2 @ (weight.dequantize() if can_decode(weight) else weight).t()
-    found = iter(torch.autograd.grad(y, wanted, dy2, create_graph=True, allow_unused=True))
-    dx, d_a, d_b = next(found) if need_dx else None, next(found), next(found)
-    return dx, d_a, d_b, next(found) if need_dgate else None
 
 
 def _hidden_shape(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:

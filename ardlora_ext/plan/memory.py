@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
-from ardlora_ext.layers.linear import capacity_of
+from ardlora_ext.layers.rows import capacity_of
 from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.plan.trace import Trace, trace

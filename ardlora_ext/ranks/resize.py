@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext.layers.linear import LoraLinear, initial_rows
+from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.orthogonal_start import ROW_NORM
+from ardlora_ext.layers.rows import initial_rows
 from ardlora_ext.layers.svd_start import Fresh, NewRows, orthogonal_rows, start_components
 from ardlora_ext.model.record import adapters, check_unmerged
 from ardlora_ext.native.dispatch import rank_resize

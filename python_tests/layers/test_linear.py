@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ardlora_ext.layers import spectra
-from ardlora_ext.layers.linear import Capacity, Gate, LoraLinear, capacity_of
+from ardlora_ext.layers.linear import Capacity, Gate, LoraLinear
+from ardlora_ext.layers.rows import capacity_of
 from ardlora_ext.native import reference
 from ardlora_ext.native.units import UnitLayout
 

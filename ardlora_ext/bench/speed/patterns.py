@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ardlora_ext.layers.linear import capacity_of, initial_rows
+from ardlora_ext.layers.rows import capacity_of, initial_rows
 from ardlora_ext.native.units import Factoring, UnitLayout
 
 HEAD_DIM = 64

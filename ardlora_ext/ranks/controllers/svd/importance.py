@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ardlora_ext.layers.linear import HOST, LoraLinear
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.rows import HOST
 from ardlora_ext.native import dispatch
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.ranks.controllers.base import kinds, present
