@@ -15,7 +15,7 @@ except ImportError as cause:
         f"from the project's root ({cause})"
     ) from cause
 
-__all__ = ["DTYPE_CODES", "NO_MATRIX", "VERSION", "Matrix", "core", "matrix", "threads"]
+__all__ = ["DTYPE_CODES", "NO_MATRIX", "VERSION", "Matrix", "as_rows", "core", "matrix", "threads"]
 
 Matrix = tuple[int, int, int, int, int]
 
@@ -34,6 +34,16 @@ def matrix(t: torch.Tensor) -> Matrix:
     """Describe a 2-D tensor [rows, cols] whose rows are contiguous."""
     rows, cols = t.shape
     return (t.data_ptr(), rows, cols, t.stride(0), DTYPE_CODES[t.dtype])
+
+
+def as_rows(t: torch.Tensor) -> torch.Tensor:
+    """View [..., features] as [M, features] with contiguous rows; copies only when the layout allows no view."""
+    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    if flat.is_contiguous():
+        return flat
+    row, column = flat.stride()
+    rows_fit = column == 1 and (flat.shape[0] <= 1 or row >= flat.shape[1])
+    return flat if rows_fit else flat.clone(memory_format=torch.contiguous_format)
 
 
 def threads() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext.native.compiled import DTYPE_CODES, NO_MATRIX, core, matrix
+from ardlora_ext.native.compiled import DTYPE_CODES, NO_MATRIX, as_rows, core, matrix
 from ardlora_ext.native.dispatch import check_device, hidden_dtype, lora_call
 from ardlora_ext.native.packing import GradientSum
 from ardlora_ext.native.second_derivative import backward_with_graph
@@ -34,16 +34,6 @@ _library.define(
 _ops: Any = torch.ops.ardlora_ext
 _ADAPTER_INPUTS = _ADAPTER.count(",") + 1
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """View [..., features] as [M, features] with contiguous rows; copies only when the layout allows no view."""
-    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-    if flat.is_contiguous():
-        return flat
-    row, column = flat.stride()
-    rows_fit = column == 1 and (flat.shape[0] <= 1 or row >= flat.shape[1])
-    return flat if rows_fit else flat.clone(memory_format=torch.contiguous_format)
 
 
 def _hidden_rows(lora_A: torch.Tensor, lora_B: torch.Tensor) -> int:
@@ -136,7 +126,7 @@ def _linear_kernel(
         raise ValueError(f"lora_linear: x must have the dtype of weight ({weight.dtype}), got {x.dtype}")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lora_linear: x must be [..., K] = [..., {weight.shape[1]}], got {list(x.shape)}")
-    x2 = _rows(x)
+    x2 = as_rows(x)
     y = _base(x, x2, weight, bias)
     h = _adapter_forward("lora_linear", x2, y.view(-1, y.shape[-1]), *adapter)
     return y, h
@@ -144,22 +134,8 @@ def _linear_kernel(
 
 def _base(x: torch.Tensor, x2: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + bias in the shape of x, as no view: what follows may change it in place (ReLU(inplace=True))."""
-    if x.dim() == 2 or can_decode(weight):
-        y = F.linear(x2, weight, bias)
-        return (
-            y
-            if x.dim() == 2
-            else torch.empty((*x.shape[:-1], y.shape[-1]), dtype=y.dtype, device=y.device).copy_(
-                y.view(*x.shape[:-1], y.shape[-1])
-            )
-        )
-    y = x2.new_empty(*x.shape[:-1], weight.shape[0])
-    rows = y.view(-1, weight.shape[0])
-    if bias is None:
-        torch.mm(x2, weight.t(), out=rows)
-    else:
-        torch.addmm(bias, x2, weight.t(), out=rows)
-    return y
+    y = F.linear(x2, weight, bias)
+    return y if x.dim() == 2 else y.resize_(*x.shape[:-1], y.shape[-1])  # the same memory; view() would be a view
 
 
 def _accumulate_kernel(y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +144,7 @@ def _accumulate_kernel(y: torch.Tensor, x: torch.Tensor, *adapter: Any) -> tuple
         raise ValueError(f"lora_accumulate: x must have the dtype of y ({y.dtype}), got {x.dtype}")
     # A copy: the base, its hooks or its backward may still need what it returned.
     out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
-    h = _adapter_forward("lora_accumulate", _rows(x), out.view(-1, out.shape[-1]), *adapter)
+    h = _adapter_forward("lora_accumulate", as_rows(x), out.view(-1, out.shape[-1]), *adapter)
     return out, h
 
 
@@ -190,7 +166,7 @@ def _backward_kernel(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx starts as dy W (zeros without a weight), or that is added to the dx `so_far` of other layers; the adapter's
     part is accumulated into it in place."""
-    dy2, x2 = _rows(dy), _rows(x)
+    dy2, x2 = as_rows(dy), as_rows(x)
     if need_dx and weight is not None:
         dx = dy2 @ _plain(weight) if so_far is None else so_far.view(x2.shape).addmm_(dy2, _plain(weight))
     else:

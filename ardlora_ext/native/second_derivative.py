@@ -30,12 +30,14 @@ def backward_with_graph(
         raise NotImplementedError(
             "lora_backward: a second derivative must be taken without lora_dropout; call model.eval() or set it to 0"
         )
-    wanted = [t for t, needed in ((x, need_dx), (lora_A, True), (lora_B, True), (gate, need_dgate)) if needed]
+    adapter = {"x": x, "A": lora_A, "B": lora_B, "gate": gate}
+    needed = {"x": need_dx, "A": lora_A.requires_grad, "B": lora_B.requires_grad, "gate": need_dgate}
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     factors = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
     y = reference.lora_linear(*UnitLayout.decode(rank_table), x2, *factors, gate, ctx.scaling)
     if weight is not None and need_dx:
         y = y + x2 @ weight.t()
-    found = iter(torch.autograd.grad(y, wanted, dy2, create_graph=True, allow_unused=True))
-    dx, d_a, d_b = next(found) if need_dx else None, next(found), next(found)
-    return dx, d_a, d_b, next(found) if need_dgate else None
+    names = [name for name, wanted in needed.items() if wanted]
+    grads = torch.autograd.grad(y, [adapter[name] for name in names], dy2, create_graph=True, allow_unused=True)
+    found = dict(zip(names, grads, strict=True))
+    return found.get("x"), found.get("A"), found.get("B"), found.get("gate")

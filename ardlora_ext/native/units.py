@@ -111,5 +111,11 @@ def _table(words: bytes) -> core.UnitTable:
 
 
 def native_table(encoded: torch.Tensor) -> core.UnitTable:
-    """Return the native table of what `UnitLayout.encode` made; tables are immutable and equal ones are shared."""
+    """Return the native table of what `UnitLayout.encode` made; tables are immutable and equal ones are shared.
+
+    Raises:
+        ValueError: it is of another dtype.
+    """
+    if encoded.dtype != torch.int64:
+        raise ValueError(f"rank table must be int64, got {encoded.dtype}")
     return _table(encoded.numpy().tobytes())

@@ -62,3 +62,15 @@ def test_a_second_derivative_with_dropout_is_refused() -> None:
     x = torch.randn(3, 8, requires_grad=True)
     with pytest.raises(NotImplementedError, match="without lora_dropout"):
         torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_second_derivatives_with_a_frozen_factor(frozen: str) -> None:
+    layer = make_layer(LAYOUTS[0], "plain")
+    layer.get_parameter(frozen).requires_grad_(False)
+    x = torch.randn(3, K, requires_grad=True)
+    (slope,) = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    other = layer.lora_B if frozen == "lora_A" else layer.lora_A
+    assert other.grad is not None
+    assert layer.get_parameter(frozen).grad is None
