@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import checksums
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.record import adapters, home, injection
+from ardlora_ext.model.saved_modules import inside
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -46,17 +48,35 @@ def _peft_files(
     dora = isinstance(record.config, DoraConfig)
     folded = {name: layer.fold() for name, layer in layers.items()}
     magnitudes = {name: layers[name].extras["lora_magnitude_vector"].detach().clone() for name in layers if dora}
-    kind = type(model).__name__
     base = getattr(model, "config", None)
     live = [layer for name, layer in layers.items() if dora or len(folded[name][0])]
     about: dict[str, Any] = {
-        "task_type": next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None),
+        "task_type": _task_type(model),
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "lora_dropout": record.config.lora_dropout,
         "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live),
         "modules_to_save": list(record.modules_to_save) or None,
     }
     return peft_files(folded, magnitudes, saved_modules(model), about, form, limit)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """Return PEFT's task type, whose wrapper expects the inputs of text: none for Whisper or BLIP."""
+    kind = type(model).__name__
+    text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return next((task for suffix, task in _TASKS.items() if text and kind.endswith(suffix)), None)
+
+
+def _say_what_is_not_saved(model: nn.Module, saved: Sequence[str]) -> None:
+    """Warn of what a user unfroze beside the adapters: it trains, and no adapter file holds it."""
+    own = {id(p) for layer in adapters(model).values() for p in layer.parameters()}
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own and not inside(n, saved)]
+    if lost:
+        warnings.warn(
+            f"save_pretrained: '{lost[0]}' trains and is not saved ({len(lost)} such parameters); name its module in "
+            "modules_to_save",
+            stacklevel=4,
+        )
 
 
 def save_pretrained(
@@ -105,6 +125,7 @@ def adapter_files(
             "save_pretrained: ardlora_ext.attach(model, optimizer) was never called, so ranks did not change",
             stacklevel=3,
         )
+    _say_what_is_not_saved(model, record.modules_to_save)
     config, tensors, exported = _peft_files(model, layers, form, compress)
     weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
     controller = record.controller.state_dict() if record.controller is not None else record.controller_state

@@ -137,6 +137,16 @@ class LoraLinear(nn.Module):
         return bias
 
     @property
+    def in_features(self) -> int:
+        """Of the matrix, as nn.Linear's."""
+        return self.layout.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Of the matrix, as nn.Linear's."""
+        return self.layout.out_features
+
+    @property
     def table(self) -> core.UnitTable:
         """The native table of the live ranks."""
         return native_table(self.rank_table)

@@ -370,6 +370,7 @@ def test_a_checkpoint_of_another_model(checkpoint: Path, make: Callable[[], nn.M
 def test_other_heads_in_the_same_matrices(tmp_path: Path) -> None:
     model = llama()[0]
     save(tuned(model, ard.ArdConfig(r0=2)), tmp_path)
-    other = llama()[0]
-    other.config.num_attention_heads, other.config.head_dim = 2, 16
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 16
+    other = type(model)(config)
     assert_refused(other, tmp_path, r"'model\.layers\.0\.self_attn\.q_proj'")

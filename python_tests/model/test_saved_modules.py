@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -211,3 +212,26 @@ def test_a_wrapped_part_stands_for_the_whole(tmp_path: Path) -> None:
     assert ard.parameters_report(whole).trainable == ard.parameters_report(whole.part).live + 66
     ard.unwrap(whole)
     assert ard.adapters(whole) == {}
+
+
+def test_what_trains_and_is_not_saved_is_named(tmp_path: Path) -> None:
+    model = ard.wrap(bert()[0], ard.LoraConfig(r=2))
+    ard.save_pretrained(model, tmp_path)
+    model.bert.embeddings.LayerNorm.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'bert.embeddings.LayerNorm.weight' trains and is not saved \(2 such"):
+        ard.save_pretrained(model, tmp_path)
+
+
+def test_the_task_type_is_one_whose_inputs_are_text(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, **BART}
+    audio = transformers.WhisperConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_source_positions=8)
+    text = transformers.BartConfig(**sizes)
+    for config, task in ((audio, None), (text, "SEQ_2_SEQ_LM")):
+        kind = getattr(transformers, type(config).__name__.replace("Config", "ForConditionalGeneration"))
+        ard.save_pretrained(ard.wrap(kind(config), ard.LoraConfig(r=2)), tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
+
+
+def test_an_adapted_layer_tells_its_sizes() -> None:
+    layer = ard.adapters(ard.wrap(Attention(), ard.LoraConfig(r=2)))["up"]
+    assert (layer.in_features, layer.out_features) == (32, 64)
