@@ -117,6 +117,18 @@ def test_orders_equal_the_transcription(factoring: Any) -> None:
     assert len(expected) > 2
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("name", ["1.q_proj", "1.o_proj", "1.up"])
+def test_nan_in_either_factor_is_named(factor: str, name: str) -> None:
+    model = ard.wrap(nn.Sequential(Attention(), Attention()), fast(r0=5, r_max=5))
+    scramble(model)
+    layers = ard.adapters(model)
+    layers[name].factors[factor].data[1, 2] = float("nan")
+    units = Units(layers)
+    with pytest.raises(ValueError, match=f"must be finite, got NaN or Inf in '{name}'"):
+        component_orders(units, np.full(len(units), 3.0))
+
+
 # Phases.
 
 

@@ -29,19 +29,21 @@ def component_orders(units: Units, rho: Floats) -> dict[int, list[int]]:
     with_themselves = row_dots(units, [p.detach() for p in units.gated], [p.detach() for p in units.ungated])
     own, common = (np.sqrt(dots.astype(np.float64)) for dots in with_themselves)
     module = np.repeat(units.module_of, live)
-    broken = ~np.isfinite(own)
-    if broken.any():
-        name = units.names[module[broken.argmax()]]
-        raise ValueError(
-            f"rank change: adapters must be finite, got NaN or Inf in '{name}'; a loss or gradient was not finite at "
-            "an earlier step"
-        )
+    rows = units.rows()
+    for dots, count in ((own, rows[:, 0]), (common, rows[:, 1])):
+        broken = ~np.isfinite(dots)
+        if broken.any():
+            name = units.names[np.repeat(np.arange(modules), count)[broken.argmax()]]
+            raise ValueError(
+                f"rank change: adapters must be finite, got NaN or Inf in '{name}'; a loss or gradient was not finite "
+                "at an earlier step"
+            )
     component = np.arange(len(own)) - np.repeat(first, live)
     moving = component < still[module]
     place = module[moving] * len(column) + component[moving]
     useful = np.bincount(place, own[moving], minlength=modules * len(column)).reshape(modules, -1)
-    rows = units.rows()[:, 1]
-    useful = useful * common[np.minimum((np.cumsum(rows) - rows)[:, None] + column, len(common) - 1)]
+    others = rows[:, 1]
+    useful = useful * common[np.minimum((np.cumsum(others) - others)[:, None] + column, len(common) - 1)]
     useful[column >= still[:, None]] = -np.inf
     order = np.argsort(-useful, axis=1, kind="stable")
     most = np.maximum.reduceat(live, units.first[:-1])
