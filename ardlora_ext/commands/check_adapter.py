@@ -44,4 +44,5 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         print(f"{loader}: " + (f"* {count} of {len(modules)} modules get a wrong scale" if count else "right"))
     if refused:
         print(f"vLLM does not load adapters with {' or '.join(refused)}")
+        print(f"llama.cpp's converter rejects adapters with {' or '.join(refused)}")
     return int(any(wrong.values()))

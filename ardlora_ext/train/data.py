@@ -265,7 +265,7 @@ def _read_rows(path: Path) -> list[dict[str, object]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, object]]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -282,7 +282,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def _txt_rows(path: Path) -> Iterator[dict[str, object]]:
-    if text := path.read_text(encoding="utf-8"):
+    if text := path.read_text(encoding="utf-8-sig"):
         yield {"text": text}
 
 

@@ -172,11 +172,13 @@ def test_a_wrong_export_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "vLLM: * 1 of 14 modules" in printed
 
 
-def test_what_vllm_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_servers_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained_by_peft(tmp_path, "bert", modules_to_save=["classifier"], bias="all")
     assert refusals(tmp_path) == ["modules_to_save", "bias"]
     assert main(["check-adapter", str(tmp_path)]) == 0
-    assert "vLLM does not load adapters with modules_to_save or bias" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "vLLM does not load adapters with modules_to_save or bias" in printed
+    assert "llama.cpp's converter rejects adapters with modules_to_save or bias" in printed
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,11 @@ def assert_near(ours: Run, exact: Run, bound: float = 2e-6) -> None:
             assert error <= bound * scale, f"{key}: {error / scale:.3g} > {bound:.3g}"
 
 
+def test_sizes_are_called_as_in_nn_linear() -> None:
+    layer = make_layer(LAYOUTS[0])
+    assert (layer.in_features, layer.out_features) == (K, N)
+
+
 @every_layout
 @pytest.mark.parametrize("path", ["plain", "hooked", "subclass", "conv1d", "trainable"])
 @pytest.mark.parametrize("gate", ["none", "controlled", "trained"])

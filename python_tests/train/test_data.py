@@ -181,6 +181,13 @@ def test_split_depends_on_the_text_alone(tmp_path: Path) -> None:
     assert len({e.text for e in forward.train + forward.test}) == 200
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.jsonl", labelled_rows(40))
+    marked = tmp_path / "b.jsonl"
+    marked.write_text("\ufeff" + rows.read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_corpus(marked).train == load_corpus(rows).train
+
+
 def test_repeated_texts_are_counted_once(tmp_path: Path) -> None:
     corpus = load_corpus(write_rows(tmp_path / "a.jsonl", labelled_rows(30) * 3))
     assert len(corpus.train) + len(corpus.test) == 30
