@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,22 @@ def _task_type(model: nn.Module) -> str | None:
     return next((task for suffix, task in _TASKS.items() if text and kind.endswith(suffix)), None)
 
 
+def _say_what_peft_takes_for_experts(model: nn.Module, layers: Iterable[str]) -> None:
+    """Warn of dense layers that PEFT, by their last name alone, takes for the fused experts of such a model."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as fused
+    except ImportError:  # transformers before 5 has no fused experts
+        return
+    taken = [name for name in layers if name.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj", "gate")]
+    if taken and fused.get(kind, kind) in ("qwen2_moe", "mixtral"):
+        warnings.warn(
+            f"save_pretrained: PEFT will compute something else, for it takes '{taken[0]}' for an expert of {kind}; "
+            "load with ardlora_ext.load_pretrained, or adapt attention layers only",
+            stacklevel=4,
+        )
+
+
 def _say_what_is_not_saved(model: nn.Module, saved: Sequence[str]) -> None:
     """Warn of what a user unfroze beside the adapters: it trains, and no adapter file holds it."""
     own = {id(p) for layer in adapters(model).values() for p in layer.parameters()}
@@ -126,6 +142,7 @@ def adapter_files(
             stacklevel=3,
         )
     _say_what_is_not_saved(model, record.modules_to_save)
+    _say_what_peft_takes_for_experts(model, layers)
     config, tensors, exported = _peft_files(model, layers, form, compress)
     weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
     controller = record.controller.state_dict() if record.controller is not None else record.controller_state

@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import ardlora_ext as ard
 from ardlora_ext.layers.linear import Conv1D
@@ -374,3 +375,17 @@ def test_other_heads_in_the_same_matrices(tmp_path: Path) -> None:
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 16
     other = type(model)(config)
     assert_refused(other, tmp_path, r"'model\.layers\.0\.self_attn\.q_proj'")
+
+
+@pytest.mark.filterwarnings("ignore:wrap. .*experts")
+def test_dense_layers_that_peft_takes_for_experts_are_named(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    more = {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 4, "num_key_value_heads": 2}
+    for targets, said in (("all-linear", True), (["q_proj", "v_proj"], False)):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **more, mlp_only_layers=[0]))
+        ard.wrap(model, ard.LoraConfig(r=2, target_modules=targets))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            ard.save_pretrained(model, tmp_path)
+        texts = [str(w.message) for w in found]
+        assert any("PEFT will compute something else" in text for text in texts) == said
