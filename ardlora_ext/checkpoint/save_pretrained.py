@@ -129,8 +129,8 @@ def adapter_files(
 ) -> tuple[dict[str, bytes], Exported]:
     """Return the files that `save_pretrained` writes, the one they are committed by last; raises as it does."""
     check_form("save_pretrained", form, compress)
-    model = home(model)
     record = injection(model)
+    model = home(model)
     layers = adapters(model)
     raw = raw_tensors(model, layers)
     broken = [name for name, value in raw.items() if not torch.isfinite(value).all()]
