@@ -21,7 +21,8 @@ from ardlora_ext.model.unheard import warn_unheard
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.controllers import make_controller
 from ardlora_ext.ranks.controllers.base import Controller
-from ardlora_ext.ranks.optimizer import check_optimizer, settle_loss_scale, unwrapped
+from ardlora_ext.ranks.optimizer import check_optimizer, outermost, settle_loss_scale, unwrapped
+from ardlora_ext.ranks.rehearsal import rehearse
 
 
 def attach(
@@ -40,8 +41,10 @@ def attach(
         model: a model that `wrap` or `load_pretrained` prepared, also inside DistributedDataParallel, or after
             `fully_shard` or `replicate`. With several processes each of them attaches, and every rank change is
             compared before it is made.
-        optimizer: a torch optimizer that holds all adapter parameters: Adam, AdamW, SGD or another with one moment per
-            weight. None: the first one that takes a step on an adapter, whoever makes it; it is checked then.
+        optimizer: a torch optimizer that holds all adapter parameters and whose state can follow their rows, which is
+            tried on a copy: AdamW, SGD, Adafactor, CAME, Prodigy, Lion, Muon and many more. Of one inside another (SAM)
+            the inner one's steps are followed. None: the first one that takes a step on an adapter, whoever makes it;
+            it is checked then.
         total_steps: optimizer steps of the run, when the config does not say; ARD freezes ranks in the last part.
         holdout: returns the loss of a held-out batch; ARD then learns alpha on those (bilevel, first order) at the
             price of one more forward and backward per step, instead of on the training batch.
@@ -71,7 +74,7 @@ def attach(
     for name, layer in adapters(model).items():
         check_unmerged("attach", name, layer)
     if torch_optimizer is not None:
-        _check(model, torch_optimizer)
+        _check(model, record, outermost(optimizer))
 
     controller = make_controller(model, record.config, total_steps, holdout)
     _take_up(controller, record, total_steps)
@@ -126,8 +129,14 @@ def _take_up(controller: Controller[Any], record: Injection, total_steps: int | 
     controller.begin_anew()
 
 
-def _check(model: nn.Module, optimizer: Optimizer) -> None:
-    """Check that the optimizer can follow rank changes; raises as `attach` does."""
+def _check(model: nn.Module, record: Injection, optimizer: Optimizer) -> None:
+    """Check that the outermost optimizer trains the adapters and can follow rank changes; raises as `attach` does."""
+    _check_state(model, unwrapped(optimizer))
+    if not isinstance(record.config, LoraConfig):
+        rehearse(optimizer, adapters(model))
+
+
+def _check_state(model: nn.Module, optimizer: Optimizer) -> None:
     check_optimizer(optimizer, [(f"{n}.{f}", p) for n, g in adapters(model).items() for f, p in g.trained.items()])
 
 
@@ -193,8 +202,10 @@ class _Follower:
 
         return ((args[0], observed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": observed})
 
-    def after(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if self.active:
+            if self.controller.step == 0 and not isinstance(self.record.config, LoraConfig):
+                _check_state(self.model, optimizer)  # of an optimizer that a copy could not stand for
             self.apply(None if self.skipped else self.controller.propose())
 
 
@@ -211,7 +222,7 @@ def _wait(follower: _Follower) -> Any:
             return
         own = {id(p) for layer in adapters(found.model).values() for p in layer.trained.values()}
         if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            _check(found.model, optimizer)
-            found.follow(optimizer)
+            _check(found.model, found.record, optimizer)
+            found.follow(unwrapped(optimizer))
 
     return register_optimizer_step_pre_hook(look)

@@ -1,8 +1,9 @@
 """Optimizer state that follows a parameter whose rows change.
 
-A moment is any state tensor with the parameter's shape; scalars such as `step` stay as they are. That covers torch's
-Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop and SGD with momentum, single, foreach and fused alike, and
-the 8-bit optimizers of bitsandbytes and torchao (`eight_bit`).
+What has one entry per weight, flat or not, or one per row, moves with the rows; what has one per column, and scalars
+such as `step`, stay as they are. That covers torch's Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop, Muon and SGD
+with momentum, single, foreach and fused alike, and Lion, Prodigy, SM3 and many more. Moments in 8 bit (`eight_bit`) and
+second moments as two vectors (`factored`) have rules of their own; `rehearsal` tells before training who follows.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ardlora_ext.model.record import adapters, injection
-from ardlora_ext.ranks import eight_bit
+from ardlora_ext.ranks import eight_bit, factored
 from ardlora_ext.ranks.eight_bit import EightBit
+from ardlora_ext.ranks.factored import Factored
 
 State = MutableMapping[str, Any]
+Moment = torch.Tensor | EightBit | Factored
 
-# Their state is not one row per component: factored (Adafactor), flat over all parameters (LBFGS), sparse; two values
-# in a code or no map (torchao), two first moments in one (bitsandbytes), elsewhere (CPUOffloadOptimizer).
-_REFUSED = {"Adafactor", "LBFGS", "SparseAdam", "Adam4bit", "AdamW4bit", "AdamFp8", "AdamWFp8", "AdEMAMix"}
-_REFUSED |= {"CPUOffloadOptimizer"}
+FOLLOW = "AdamW, Adam, SGD, Adafactor, CAME, Prodigy, Lion, Muon or an 8-bit AdamW"  # some that do, for messages
+_COPIES = "_ardlora_copies"
 
 # They step on parts or copies of the parameters, or let processes differ.
 _DISTRIBUTED = {
@@ -32,11 +33,12 @@ _DISTRIBUTED = {
     "PostLocalSGDOptimizer": "it lets the processes differ between averages, and so would their ranks",
     "DeepSpeedOptimizer": "it (ZeRO-1, 2 and 3) steps on flat partitions of the parameters; use "
     "DistributedDataParallel, or ardlora_ext.fully_shard(model) (FSDP2)",
+    "CPUOffloadOptimizer": f"it steps on copies of the parameters elsewhere; use {FOLLOW}",
 }
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside wrappers such as Accelerate's.
+def outermost(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer that a loop steps, without wrappers that are none themselves, such as Accelerate's.
 
     Raises:
         TypeError: there is none.
@@ -55,35 +57,86 @@ def unwrapped(optimizer: Any) -> Optimizer:
             raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
-def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor | EightBit]:
-    """Return what of the state of `parameter` has its rows, by key.
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer that updates the parameters: of one inside another (SAM, Lookahead), the inner one.
+
+    Raises as `outermost` does.
+    """
+    seen = outermost(optimizer)
+    while True:
+        inner = [value for value in vars(seen).values() if isinstance(value, Optimizer) and value is not seen]
+        if len(inner) != 1:
+            return seen
+        seen = inner[0]
+
+
+def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Moment]:
+    """Return what of the state of `parameter` [rows, width] moves with its rows, by key; tensors as [rows, any].
 
     Raises:
-        ValueError: some state is neither a scalar nor shaped like the parameter, so it cannot follow a rank change.
+        ValueError: some state has no place for a row, so it cannot follow a rank change.
     """
     state = optimizer.state.get(parameter, {})
-    found: dict[str, torch.Tensor | EightBit] = dict(eight_bit.find(state))
-    coded = {part for key in found for part in eight_bit.parts(key)}
-    shape = parameter.shape
+    rows, width = parameter.shape
+    found: dict[str, Moment] = {**eight_bit.find(state), **factored.find(state, rows, width)}
+    done = {part for key in found for part in eight_bit.parts(key)}
+    done |= {moment.column_key for moment in found.values() if isinstance(moment, Factored)}
     for key, value in state.items():
-        if key in coded:
+        if key in done or value is None or isinstance(value, (int, float, bool)):
             continue
-        if not isinstance(value, torch.Tensor) or (value.numel() <= 1 and value.shape != shape):
-            if value is None or isinstance(value, (int, float, bool, torch.Tensor)):
-                continue
-            raise ValueError(f"rank change: optimizer state '{key}' must be a tensor or a number, got {type(value)}")
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must be a tensor or a number, got "
+                f"{type(value).__name__}"
+            )
         if is_traceable_wrapper_subclass(value):
             raise ValueError(
                 f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must be plain or 8-bit, got "
                 f"{type(value).__name__}"
             )
-        if value.shape != shape or not value.is_contiguous():
+        shape = tuple(value.shape)
+        of_row, of_column = shape in ((rows, 1), (rows,)), shape in ((1, width), (width,))
+        if of_row and of_column:
+            of_row, of_column = _elsewhere(optimizer, key)
+        if (of_row or shape in ((rows, width), (rows * width,))) and value.is_contiguous():
+            found[key] = value.view(rows, -1)
+        elif value.numel() > 1 and not of_column:
             raise ValueError(
-                f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must have the parameter's shape "
-                f"{list(shape)}, got {list(value.shape)}; use an optimizer with one moment per weight"
+                f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must have an entry per weight, "
+                f"row or column of {[rows, width]}, got {list(shape)}; use {FOLLOW}"
             )
-        found[key] = value
     return found
+
+
+def _elsewhere(optimizer: Optimizer, key: str) -> tuple[bool, bool]:
+    """Tell whether a vector of a square parameter has an entry per row, or per column: as in one that is not square."""
+    for parameter, state in optimizer.state.items():
+        if parameter.dim() == 2 and key in state and parameter.shape[0] != parameter.shape[1]:
+            return state[key].numel() == parameter.shape[0], state[key].numel() == parameter.shape[1]
+    return False, False
+
+
+def store(optimizer: Optimizer, parameter: torch.nn.Parameter, key: str, moment: Moment) -> None:
+    """Put what `moments` returned, with other rows, where it was."""
+    state = optimizer.state[parameter]
+    if isinstance(moment, EightBit):
+        eight_bit.store(state, key, moment)
+    elif isinstance(moment, Factored):
+        factored.store(state, key, moment)
+    else:
+        state[key] = moment.view(-1) if state[key].dim() == 1 else moment
+
+
+def remember_copies(optimizer: Optimizer, keys: set[str]) -> None:
+    """Note which state is a copy of the weights (Prodigy's `p0`, a schedule-free `z`): new rows begin as theirs do."""
+    setattr(optimizer, _COPIES, keys)
+
+
+def copies(optimizer: Optimizer, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """Return the state of `parameter` that is a copy of it, [rows, width] each."""
+    state = optimizer.state.get(parameter, {})
+    found = [state[key] for key in getattr(optimizer, _COPIES, ()) if key in state]
+    return [value.view(parameter.shape) for value in found if value.numel() == parameter.numel()]
 
 
 def restart(optimizer: Optimizer) -> None:
@@ -136,14 +189,11 @@ def pin_lr(optimizer: Optimizer) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-    """Check that `optimizer` trains every adapter parameter and that its state can follow rank changes.
+    """Check that `optimizer` trains every adapter parameter and that the state it has can follow rank changes.
 
     Raises:
         ValueError: it holds none or only some of them, or keeps state that cannot be remapped.
     """
-    name = type(optimizer).__name__
-    if any(kind.__name__ in _REFUSED for kind in type(optimizer).__mro__):
-        raise ValueError(f"attach: optimizer state must be one moment per weight, got {name}; use Adam, AdamW or SGD")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = list(parameters)
     missing = [n for n, p in named if id(p) not in held]
@@ -155,7 +205,8 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[tuple[str, torch.
             "build it after ardlora_ext.wrap(model, ...)"
         )
     for _, parameter in named:
-        moments(optimizer, parameter)
+        if parameter.dim() == 2:  # magnitudes have no rows
+            moments(optimizer, parameter)
 
 
 def loraplus_param_groups(

@@ -23,9 +23,9 @@ from ardlora_ext.layers.svd_start import Fresh, NewRows, orthogonal_rows, start_
 from ardlora_ext.model.record import adapters, check_unmerged
 from ardlora_ext.native.dispatch import rank_resize
 from ardlora_ext.native.units import UnitLayout
-from ardlora_ext.ranks import eight_bit
 from ardlora_ext.ranks.eight_bit import EightBit
-from ardlora_ext.ranks.optimizer import moments, pin_lr, restart
+from ardlora_ext.ranks.factored import Factored
+from ardlora_ext.ranks.optimizer import copies, moments, pin_lr, restart, store
 
 ZERO = -1  # plan entry of a new row
 
@@ -134,7 +134,7 @@ class _Factor:
     plan: int  # 0: rows of lora_A, 1: rows of lora_B
     old: dict[str, torch.Tensor]
     new: dict[str, torch.Tensor]  # the same tensors where rows move in place
-    coded: dict[str, EightBit]  # 8-bit moments, moved already
+    coded: dict[str, EightBit | Factored]  # moments in a form of their own, moved already
 
 
 @dataclass
@@ -151,13 +151,15 @@ def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimi
     _check(name, layer, units)
     check_unmerged("rank change", name, layer)
     plan_a, plan_b = row_plans(layer.layout, layer.ranks, units)
-    caps = layer.capacities(len(plan_a), len(plan_b))
+    live = len(plan_a), len(plan_b)
+    caps = layer.capacities(*live)
     plans = plan_a + [ZERO] * (caps[0] - len(plan_a)), plan_b + [ZERO] * (caps[1] - len(plan_b))
     places = {"lora_A": 0, "lora_B": 1, "lora_E": 0 if layer.layout.gate_on_a else 1}
     factors = []
     for factor, parameter in layer.factors.items():
         place = places[factor]
-        old, coded = {"": parameter.data}, {}
+        old = {"": parameter.data}
+        coded: dict[str, EightBit | Factored] = {}
         if parameter.grad is not None:
             old["grad"] = parameter.grad
         if layer.lora_gate is not None and parameter is layer.gated:
@@ -165,6 +167,8 @@ def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimi
         for key, moment in ({} if optimizer is None else moments(optimizer, parameter)).items():
             if isinstance(moment, EightBit):
                 coded[key] = moment.gather(plans[place])
+            elif isinstance(moment, Factored):
+                coded[key] = moment.gather(plans[place], live[place])
             else:
                 old[key] = moment
         for value in old.values():
@@ -200,7 +204,7 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
         parameter = factor.parameter
         if optimizer is not None:
             for key, moment in factor.coded.items():
-                eight_bit.store(optimizer.state[parameter], key, moment)
+                store(optimizer, parameter, key, moment)
         if factor.new is factor.old:
             continue
         parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
@@ -209,7 +213,8 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
         if "lora_gate" in factor.new:
             change.layer.lora_gate = factor.new.pop("lora_gate")
         if optimizer is not None:
-            optimizer.state[parameter].update(factor.new)
+            for key, value in factor.new.items():
+                store(optimizer, parameter, key, value)
     change.layer.set_ranks([u.rank for u in change.units])
 
 
@@ -235,13 +240,21 @@ def _start_rows(change: _Change, seed: int) -> list[Fresh]:
     return [Fresh(rows, fresh, ROW_NORM)] if room else []
 
 
+def _start_copies(change: _Change, optimizer: Optimizer) -> None:
+    """Let new rows of what an optimizer keeps as a copy of the weights begin as the weights do."""
+    for factor in change.factors:
+        fresh = [row for row, source in enumerate(change.plans[factor.plan]) if source == ZERO]
+        for value in copies(optimizer, factor.parameter):
+            value[fresh] = factor.parameter.data[fresh].to(value.dtype)
+
+
 @torch.no_grad()
 def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = None) -> None:
     """Change ranks as `update` says, in the model and in the optimizer.
 
     Kept rows and their moments are bitwise unchanged (8-bit moments whose rows are not whole blocks are encoded again),
-    new rows' moments are zero, `step` stays. Call it between steps, when no graph is alive. The
-    function of the model changes only by the components that are dropped.
+    new rows' moments are zero (`factored` ones: the mean), `step` stays. Call it between steps, when no graph is alive.
+    The function of the model changes only by the components that are dropped.
 
     Args:
         model: a wrapped model.
@@ -277,5 +290,9 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
         else:
             fresh += start_components(change.layer, [len(u.keep) for u in change.units], update.init, seed)
     orthogonal_rows(fresh)
-    if optimizer is not None and update.optimizer == "restarted":
+    if optimizer is None:
+        return
+    for change in changes:
+        _start_copies(change, optimizer)
+    if update.optimizer == "restarted":
         restart(optimizer)

@@ -42,9 +42,10 @@ def _tensors(layer: LoraLinear, optimizer: Optimizer | None) -> dict[tuple[str, 
         if parameter.grad is not None:
             found[factor, "grad"] = parameter.grad
         for key, value in ({} if optimizer is None else moments(optimizer, parameter)).items():
-            if isinstance(value, EightBit):
+            if not isinstance(value, torch.Tensor):
+                form = "in 8 bit" if isinstance(value, EightBit) else "as two vectors"
                 raise ValueError(
-                    f"svd_prune: optimizer state must be in floating point, got {type(optimizer).__name__} in 8 bit"
+                    f"svd_prune: optimizer state must be in floating point, got {type(optimizer).__name__} {form}"
                 )
             if key not in _POWER or not value.is_floating_point():
                 raise ValueError(

@@ -63,8 +63,8 @@ def assert_followed(
                 assert not value[live:].any(), "rows past the live ones are zero"
 
 
-class RowMeans(Optimizer):
-    """One number per row, as factored optimizers keep."""
+class RowProducts(Optimizer):
+    """Products of rows with rows, as preconditioners keep."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__(params, {})
@@ -73,4 +73,4 @@ class RowMeans(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["row"] = p.grad.mean(dim=1)
+                self.state[p]["gram"] = p.grad @ p.grad.T

@@ -246,9 +246,24 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     assert all(map(torch.equal, *ends))
 
 
-@pytest.mark.parametrize("name", ["AdamW4bit", "AdamWFp8", "AdEMAMix", "CPUOffloadOptimizer"])
-def test_formats_that_cannot_follow_are_refused_by_name(name: str) -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("package", "name", "message"),
+    [
+        ("torchao.optim", "AdamW4bit", "optimizer state 'exp_avg' of AdamW4bit must be plain or 8-bit"),
+        ("torchao.optim", "AdamWFp8", "optimizer state 'exp_avg' of AdamWFp8 must be plain or 8-bit"),
+        ("bitsandbytes.optim", "AdEMAMix8bit", "8-bit optimizer state 'state1' must be"),
+    ],
+)
+def test_formats_that_cannot_follow_are_refused_by_name(package: str, name: str, message: str) -> None:
+    model = wrapped(1024)
+    optimizer = getattr(_quietly(package), name)(trainable(model), lr=0.01)
+    with pytest.raises(ValueError, match=f"must follow rank changes, got {name}: {message}"):
+        ard.attach(model, optimizer)
+
+
+def test_state_elsewhere_is_refused_by_name() -> None:
     model = wrapped(64)
-    optimizer = type(name, (torch.optim.AdamW,), {})(trainable(model))
-    with pytest.raises(ValueError, match=f"optimizer state must be one moment per weight, got {name}"):
+    optimizer = type("CPUOffloadOptimizer", (torch.optim.AdamW,), {})(trainable(model))
+    with pytest.raises(ValueError, match="must not be CPUOffloadOptimizer: it steps on copies of the parameters"):
         ard.attach(model, optimizer)

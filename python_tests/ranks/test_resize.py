@@ -24,7 +24,7 @@ from ardlora_ext.ranks import resize
 
 from helpers.adapters import every_layout, fingerprint, make_layer, set_ranks
 from helpers.models import Attention, trainable
-from helpers.resizing import RowMeans, assert_followed, components, step
+from helpers.resizing import RowProducts, assert_followed, components, step
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adamw-single": lambda p: AdamW(p, lr=1e-2, foreach=False),
@@ -242,10 +242,10 @@ def test_an_update_that_does_not_fit_changes_nothing(name: str, units: Any, mess
 
 def test_optimizer_state_that_cannot_follow_is_refused_before_anything_changes() -> None:
     model = wrapped()
-    optimizer = RowMeans(trainable(model))
+    optimizer = RowProducts(trainable(model))
     step(model, optimizer, 0)
     before, state = fingerprint(model), str(optimizer.state_dict())
-    with pytest.raises(ValueError, match="state 'row' of RowMeans must have the parameter's shape"):
+    with pytest.raises(ValueError, match="state 'gram' of RowProducts must have an entry per"):
         resize.apply(model, random_update(model, random.Random(0)), optimizer)
     assert fingerprint(model) == before
     assert str(optimizer.state_dict()) == state
