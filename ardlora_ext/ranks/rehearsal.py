@@ -65,7 +65,7 @@ def rehearse(optimizer: Optimizer, layers: Mapping[str, LoraLinear]) -> None:
 def _eager() -> AbstractContextManager[None]:
     """Let no optimizer compile its step for a trial; torch before 2.6 cannot."""
     stance = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if stance is None else stance("force_eager")  # type: ignore[no-any-return]
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 def _refusal(optimizer: Optimizer, why: str) -> str:
