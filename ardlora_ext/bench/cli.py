@@ -25,6 +25,7 @@ COMMANDS = (
     Command("quality", "ardlora_ext.bench.quality.command", "compare rank-allocation methods at equal parameters"),
     Command("prune", "ardlora_ext.bench.quality.prune", "compare dropping components with recompressing them"),
     Command("trust", "ardlora_ext.bench.trust.command", "hunt for kills, faults and broken files that do harm"),
+    Command("zoo", "ardlora_ext.bench.zoo.command", "take every architecture of transformers from wrap to merge"),
     Command(
         "cuda-static", "ardlora_ext.bench.speed.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"
     ),

@@ -79,6 +79,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     number: Callable[[float], str] = "{:.3g}".format
     draw: Callable[[Path, Result], None] | None = None  # a picture of another kind than the panels
+    shown: list[Json] | None = None  # the rows of the table, where they are not all
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, check: str | None = None) -> None:
@@ -100,10 +101,11 @@ def publish(arguments: argparse.Namespace, command: str, result: Result) -> None
     """Print the table and the notes; write JSON and PNG where asked for."""
     console = make_console()
     table = Table(title=result.title, title_justify="left")
+    shown = result.rows if result.shown is None else result.shown
     for column in result.columns:
-        numeric = any(isinstance(row[column.key], (int, float)) for row in result.rows)
+        numeric = any(isinstance(row[column.key], (int, float)) for row in shown)
         table.add_column(column.heading, justify="right" if numeric else "left", no_wrap=True)
-    for row in result.rows:
+    for row in shown:
         table.add_row(*(column.cell(row) for column in result.columns))
     console.print(headline(machine()), highlight=False)
     console.print(command, highlight=False, soft_wrap=True)
