@@ -171,7 +171,7 @@ def _check_layers(model: nn.Module, adapter: PeftAdapter, config: AdapterConfig)
                 f"load_peft: lora_magnitude_vector of '{name}' must have {lay.out_features} entries, got "
                 f"{magnitude.numel()}"
             )
-        limit = min(config.max_rank, lay.max_rank)
+        limit = min(config.limit(name), lay.max_rank)
         if len(a) > limit:
             cure = "granularity='matrix'" if limit == lay.max_rank else "a config with a larger rank limit"
             raise ValueError(f"load_peft: rank of '{name}' must be at most {limit} per unit, got {len(a)}; use {cure}")

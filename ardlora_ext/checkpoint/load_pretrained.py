@@ -50,6 +50,9 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
         config = replace(config_from_dict(state["config"]), modules_to_save=tuple(state["modules_to_save"]))
         if isinstance(config.target_modules, str):
             check_pattern(config.target_modules, f"load_pretrained: target_modules in {STATE}")
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, option) or ():
+                check_pattern(pattern, f"load_pretrained: {option} in {STATE}")
         _check_model(part, config, state, tensors)
     with wrapped(part, config):
         saved = _fill(part, state, tensors)
@@ -105,7 +108,7 @@ def _check_model(
         raise ValueError("load_pretrained: the model's targets must be those of the checkpoint")
     for name, layout in layouts.items():
         entry = state["modules"][name]
-        _check_layout(name, layout, entry, min(config.max_rank, layout.max_rank))
+        _check_layout(name, layout, entry, min(config.limit(name), layout.max_rank))
         shapes = zip(("lora_A", "lora_B"), layout.rows(entry["ranks"]), (layout.a_width, layout.b_width), strict=True)
         for factor, rows, width in shapes:
             value = tensors.get(f"{name}.{factor}")

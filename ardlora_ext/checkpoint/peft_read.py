@@ -14,7 +14,7 @@ import torch
 
 from ardlora_ext.checkpoint.adapter_state import STATE, check_numbers, parse_tensors
 from ardlora_ext.checkpoint.peft_write import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ardlora_ext.config.patterns import check_pattern
+from ardlora_ext.config.patterns import check_pattern, pattern_key
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.file_set import read_set
 from ardlora_ext.json_file import parse_json
@@ -42,12 +42,16 @@ class PeftAdapter:
 
     def rank(self, name: str) -> int:
         """Return the rank that PEFT gives a module; its tensors must have it."""
-        return int(pattern_value(self.config.get("rank_pattern"), name, self.config["r"]))
+        return int(self._value("rank_pattern", name, self.config["r"]))
 
     def scale(self, name: str) -> float:
         """Return what PEFT multiplies B A of a module by."""
-        alpha = pattern_value(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
-        return self._scale(alpha, self.rank(name))
+        return self._scale(self._value("alpha_pattern", name, self.config["lora_alpha"]), self.rank(name))
+
+    def _value(self, option: str, name: str, default: float) -> float:
+        patterns = self.config.get(option) or {}
+        key = pattern_key(patterns, name)
+        return default if key is None else patterns[key]
 
     @property
     def global_scale(self) -> float:
@@ -56,14 +60,6 @@ class PeftAdapter:
 
     def _scale(self, alpha: float, rank: float) -> float:
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
-
-
-def pattern_value(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """Return the value of the first pattern that covers `name` from its start or a dot to its end, as in PEFT."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
 
 
 def read_peft(directory: Path, op: str) -> PeftAdapter:

@@ -117,12 +117,13 @@ def stored_factors(
     gate = tensors.get(f"{name}.gate")
     if gate is not None and gate.numel() != sum(ranks):
         raise ValueError(f"gate of '{name}' must have {sum(ranks)} entries, got {gate.numel()}")
-    a, b = fold(layout, ranks, a, b, gate, config.scaling)
+    scaling = config.scaling(name)
+    a, b = fold(layout, ranks, a, b, gate, scaling)
     if f"{name}.initial_A" in tensors:  # PiSSA trains what is left after its start
-        start = [min(config.initial_rank, layout.max_rank)] * layout.units
+        start = [min(config.start_rank(name), layout.max_rank)] * layout.units
         a0, b0 = (tensors.get(f"{name}.initial_{half}", a) for half in "AB")
         if (a0.shape, b0.shape) != tuple(zip(layout.rows(start), (layout.a_width, layout.b_width), strict=True)):
             raise ValueError(f"initial_A and initial_B of '{name}' must have rank {start}, got {list(a0.shape)}")
-        a0, b0 = fold(layout, start, a0, b0, None, -config.scaling)
+        a0, b0 = fold(layout, start, a0, b0, None, -scaling)
         a, b = torch.cat([a, a0]), torch.cat([b, b0], dim=1)
     return a, b

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ardlora_ext.config.checks import choice, normalise, require
+from ardlora_ext.config.patterns import check_expression, pattern_key
 
 Granularity = Literal["head", "matrix", "layer"]
 
@@ -22,6 +23,12 @@ class AdapterConfig:
         exclude_modules: names, suffixes or a regular expression to leave out again.
         modules_to_save: modules (names or suffixes) that stay trainable and are saved whole, e.g. a classification
             head. `None`: the head of a transformers classification model, as PEFT does for its `task_type`.
+        layers_to_transform: as in PEFT: adapt only layers of these numbers, among those that `target_modules` names; a
+            full name is taken whatever its number. Not with a regular expression; `"all-linear"` may be narrowed so.
+        layers_pattern: as in PEFT: what the lists of these layers are called, where a model has several.
+        rank_pattern: as in PEFT: ranks to start with, by regular expression for the end of a name; the first that fits
+            counts. Not for ElaLoRA and AdaLoRA, which share out ranks from one start.
+        alpha_pattern: as in PEFT: the same for `lora_alpha`.
         lora_alpha: the update is multiplied by `scaling = lora_alpha / r` with the initial rank, and that constant
             never changes when ranks do. Default as in PEFT.
         use_rslora: `scaling = lora_alpha / sqrt(r)` (arXiv:2312.03732).
@@ -49,6 +56,10 @@ class AdapterConfig:
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
     modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
     lora_alpha: float = 8.0
     use_rslora: bool = False
     lora_dropout: float = 0.0
@@ -75,6 +86,19 @@ class AdapterConfig:
         )
         require(0 <= self.lora_dropout < 1, f"{owner}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
         require(len(self.target_modules) > 0, f"{owner}: target_modules must name something, got nothing")
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option) or ():
+                check_expression(f"{owner}: {option}", pattern)
+        require(
+            self.layers_to_transform is not None or not self.layers_pattern,
+            f"{owner}: layers_pattern must come with layers_to_transform",
+        )
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        require(
+            self.layers_to_transform is None or not expression,
+            f"{owner}: layers_to_transform must come with names as target_modules, got the regular expression "
+            f"{self.target_modules!r}, which can say numbers itself",
+        )
 
     @property
     def initial_rank(self) -> int:
@@ -86,8 +110,17 @@ class AdapterConfig:
         """Largest rank a unit may reach."""
         return self.initial_rank
 
-    @property
-    def scaling(self) -> float:
-        """Constant in front of the update: lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
-        r = self.initial_rank
-        return self.lora_alpha / (math.sqrt(r) if self.use_rslora else r)
+    def start_rank(self, name: str) -> int:
+        """Return the rank that the units of a module start with."""
+        key = pattern_key(self.rank_pattern, name)
+        return self.initial_rank if key is None or self.rank_pattern is None else self.rank_pattern[key]
+
+    def limit(self, name: str) -> int:
+        """Return the largest rank that a unit of a module may reach."""
+        return self.max_rank
+
+    def scaling(self, name: str) -> float:
+        """Return the constant in front of a module's update: lora_alpha / r, lora_alpha / sqrt(r) with `use_rslora`."""
+        key, r = pattern_key(self.alpha_pattern, name), self.start_rank(name)
+        alpha = self.lora_alpha if key is None or self.alpha_pattern is None else self.alpha_pattern[key]
+        return alpha / (math.sqrt(r) if self.use_rslora else r)

@@ -93,6 +93,11 @@ class ArdConfig(AdapterConfig):
         require(self.gate_width > 0, f"ArdConfig: gate_width must be > 0, got {self.gate_width}")
         require(self.r0 >= 1, f"ArdConfig: r0 must be >= 1, got {self.r0}")
         require(self.r_max is None or self.r_max >= self.r0, f"ArdConfig: r_max must be >= r0, got {self.r_max}")
+        for pattern, r in (self.rank_pattern or {}).items():
+            require(
+                r <= self.max_rank,
+                f"ArdConfig: rank_pattern must be at most r_max = {self.max_rank}, got {r} for {pattern!r}",
+            )
         require(self.budget is None or self.l1 is None, "ArdConfig: budget and l1 must not both be given")
         require(self.budget is None or self.budget >= 1, f"ArdConfig: budget must be >= 1, got {self.budget}")
         require(self.l1 is None or self.l1 >= 0, f"ArdConfig: l1 must be >= 0, got {self.l1}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from numbers import Integral, Real
@@ -41,6 +42,14 @@ def normalise(config: Any) -> None:
 
 def _converted(what: str, kind: str, value: Any) -> Any:
     first = kind.partition(" | ")[0]
+    if first.startswith("Mapping[str, "):
+        return _pattern_values(what, value, whole="int" in first)
+    if "Sequence[int]" in kind:
+        numbers = value if isinstance(value, Integral) else tuple(value) if isinstance(value, Iterable) else (value,)
+        all_of = numbers if isinstance(numbers, tuple) else (numbers,)
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in all_of)
+        require(whole, f"{what} must be whole numbers >= 0, got {value!r:.80}")
+        return tuple(map(int, numbers)) if isinstance(numbers, tuple) else int(numbers)
     if first == "int" and not isinstance(value, Mapping):
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         require(whole, f"{what} must be a whole number, got {value!r}")
@@ -60,3 +69,18 @@ def _converted(what: str, kind: str, value: Any) -> Any:
         require(right, f"{what} must be names of modules, got {value!r:.80}")
         return tuple(sorted(names)) if isinstance(value, AbstractSet) else names
     return value
+
+
+def _pattern_values(what: str, value: Any, whole: bool) -> dict[str, Any]:
+    """Return a mapping from patterns to numbers; pairs are how JSON keeps their order."""
+    rule = f"{what} must map names to {'whole numbers >= 1' if whole else 'numbers > 0'}"
+    pairs = value.items() if isinstance(value, Mapping) else value
+    try:
+        found = {str(pattern): number for pattern, number in pairs}
+    except (TypeError, ValueError) as cause:
+        raise ValueError(f"{rule}, got {value!r:.80}") from cause
+    for pattern, number in found.items():
+        kind = Integral if whole else Real
+        right = isinstance(number, kind) and not isinstance(number, bool) and 0 < number < math.inf
+        require(right, f"{rule}, got {number!r:.60} for {pattern!r:.60}")
+    return {pattern: int(number) if whole else float(number) for pattern, number in found.items()}

@@ -28,3 +28,6 @@ class LoraConfig(AdapterConfig):
     @property
     def initial_rank(self) -> int:
         return self.r
+
+    def limit(self, name: str) -> int:
+        return self.start_rank(name)

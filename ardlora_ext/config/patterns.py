@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ardlora_ext.config.checks import require
@@ -13,6 +14,26 @@ except ImportError:  # Python 3.10
     import sre_parse as regex_parser
 
 _MOST_REPEATS = 6
+
+
+def pattern_key(patterns: Mapping[str, float] | None, name: str) -> str | None:
+    """Return the first pattern that covers `name` from its start or a dot to its end, as in PEFT."""
+    return next((pattern for pattern in patterns or () if re.match(rf"(.*\.)?({pattern})$", name)), None)
+
+
+def in_layers(name: str, layers: int | Sequence[int] | None, lists: Sequence[str] | None) -> bool:
+    """Tell whether PEFT's rule for layers_to_transform takes a module.
+
+    Args:
+        name: of the module.
+        layers: numbers of layers; None or empty: any.
+        lists: what the lists of layers are called; None or empty: the first number in a name after two parts counts.
+    """
+    if layers is None or (not isinstance(layers, int) and len(layers) == 0):
+        return True
+    rules = [rf"(?:^|.*?\.){part}\.(?P<number>\d+)\." for part in lists or ()]
+    found = next((m for rule in rules or (r".*?\.[^.]*\.(?P<number>\d+)\.",) if (m := re.match(rule, name))), None)
+    return found is not None and int(found["number"]) in ((layers,) if isinstance(layers, int) else layers)
 
 
 def check_expression(what: str, pattern: object) -> None:

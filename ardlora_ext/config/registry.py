@@ -48,7 +48,10 @@ def config_for(method: Method, r: int, options: Mapping[str, Any]) -> AdapterCon
 def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
     """Return the JSON form of a config: its fields and `method`."""
     method = next(name for name, cls in _CONFIGS.items() if cls is type(config))
-    return {"method": method, **dataclasses.asdict(config)}
+    values = dataclasses.asdict(config)
+    for option in ("rank_pattern", "alpha_pattern"):  # the first that fits counts, and objects in JSON have no order
+        values[option] = None if values[option] is None else [list(pair) for pair in values[option].items()]
+    return {"method": method, **values}
 
 
 def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:

@@ -58,6 +58,11 @@ class SvdConfig(AdapterConfig):
             f"{owner}: granularity must be 'matrix', or 'head' with factoring='independent' (a unit must own rows), "
             f"got {self.granularity!r} with {self.factoring!r}",
         )
+        require(
+            not self.rank_pattern,
+            f"{owner}: rank_pattern must be empty, because ranks are shared out from one start, got "
+            f"{self.rank_pattern}; exclude_modules leaves layers out",
+        )
         choice(owner, "orth", self.orth, (None, "squared", "norm"))
         choice(owner, "start", self.start, ("gaussian", "orthonormal"))
         for name in ("deltaT", "orth_interval"):

@@ -55,7 +55,7 @@ def inject(model: Model, config: AdapterConfig, adapter_name: str = "default") -
     chosen, layouts, saved = plan_targets(model, config)
     capacity = _capacity(config)
     generator = torch.Generator().manual_seed(config.seed)
-    layers = [_adapter(module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
+    layers = [_adapter(name, module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
     if config.packed:
         _pack(dict(zip(chosen, layers, strict=True)))
     record = Injection(config, {}, {}, saved, layers, {})
@@ -141,7 +141,12 @@ def _capacity(config: AdapterConfig) -> Capacity:
 
 
 def _adapter(
-    module: nn.Module, layout: UnitLayout, config: AdapterConfig, capacity: Capacity, generator: torch.Generator
+    name: str,
+    module: nn.Module,
+    layout: UnitLayout,
+    config: AdapterConfig,
+    capacity: Capacity,
+    generator: torch.Generator,
 ) -> LoraLinear:
     weight = getattr(module, "weight", None)
     auto = config.adapter_dtype == "auto" and isinstance(weight, torch.Tensor) and weight.is_floating_point()
@@ -149,9 +154,9 @@ def _adapter(
     layer = kind(
         module,
         layout,
-        config.initial_rank,
-        config.scaling,
-        max_rank=config.max_rank,
+        config.start_rank(name),
+        config.scaling(name),
+        max_rank=config.limit(name),
         capacity=capacity,
         lora_dropout=config.lora_dropout,
         gate="controlled" if isinstance(config, ArdConfig) else "trained" if isinstance(config, SvdConfig) else "none",

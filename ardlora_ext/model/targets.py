@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig
-from ardlora_ext.config.patterns import check_expression
+from ardlora_ext.config.patterns import check_expression, in_layers, pattern_key
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.heads import uncut, unit_layout
 from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.dispatch import device_rule
 from ardlora_ext.native.units import UnitLayout
+
+# PEFT refuses these by their last name: fused kernels of Mamba read the weight itself.
+_REFUSED = ("out_proj", "conv1d")
+_REFUSING = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 _EXPERTS = "; the model's experts are fused 3-D parameters, which cannot be adapted"
 
@@ -60,6 +64,15 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith("." + p) for p in patterns)
+
+
+def _taken(name: str, config: AdapterConfig) -> bool:
+    """Tell whether PEFT's rule for layers_to_transform takes `name`, which `target_modules` has named."""
+    targets = config.target_modules
+    patterns = config.layers_pattern
+    lists = [patterns] if isinstance(patterns, str) else patterns
+    exact = targets != "all-linear" and name in targets
+    return exact or in_layers(name, config.layers_to_transform, lists)
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -137,10 +150,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(f"'{n}'" for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _near(pattern: str, names: Sequence[str]) -> str:
+def _near(patterns: str | Sequence[str], names: Sequence[str]) -> str:
     leaves = sorted({n.split(".")[-1] for n in names} | set(names))
-    close = difflib.get_close_matches(pattern.split(".")[-1], leaves, n=5, cutoff=0.5)
-    return f"; near misses: {', '.join(close)}" if close else ""
+    asked = [patterns] if isinstance(patterns, str) else patterns
+    close = [near for p in asked for near in difflib.get_close_matches(p.split(".")[-1], leaves, n=5, cutoff=0.5)]
+    return f"; near misses: {', '.join(dict.fromkeys(close))}" if close else ""
 
 
 def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> dict[str, nn.Module]:
@@ -152,24 +166,13 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
     linears = dict(_linears(model))
     if not linears:
         raise ValueError(f"wrap: model must have linear layers, got {type(model).__name__} without any")
-    if config.target_modules == "all-linear":
-        head = _output_head(model)
-        chosen = {n: m for n, m in linears.items() if m is not head and n.split(".")[-1] not in ("lm_head", *HEADS)}
-        if not chosen:  # a model that is nothing but its head
-            chosen = linears
-    else:
-        chosen = {n: m for n, m in linears.items() if matches(n, config.target_modules)}
-        patterns = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
-        unmatched = [
-            p for p in patterns if isinstance(config.target_modules, str) or not any(matches(n, [p]) for n in linears)
-        ]
-        if not chosen or (unmatched and not isinstance(config.target_modules, str)):
-            near = "".join(_near(p, list(linears)) for p in unmatched)
-            names = ", ".join(sorted({n.split(".")[-1] for n in linears}))
-            raise ValueError(
-                f"wrap: target_modules must match linear layers, got no match for {', '.join(map(repr, unmatched))}"
-                f"{near}; linear layers are named: {names}{_EXPERTS if fused_experts(model) else ''}"
-            )
+    named = _all_linear(model, linears) if config.target_modules == "all-linear" else _by_name(model, linears, config)
+    chosen = {n: m for n, m in named.items() if _taken(n, config)}
+    if not chosen:
+        raise ValueError(
+            f"wrap: layers_to_transform must be numbers of layers, got {config.layers_to_transform} and no layer; "
+            f"target_modules takes {listed(list(named))}"
+        )
     excluded = config.exclude_modules
     for pattern in [excluded] if isinstance(excluded, str) else excluded:
         if not any(matches(n, pattern if isinstance(excluded, str) else [pattern]) for n in linears):
@@ -180,7 +183,67 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
     chosen = {n: m for n, m in chosen.items() if not inside(n, saved) and not (excluded and matches(n, excluded))}
     if not chosen:
         raise ValueError("wrap: target_modules must leave something to adapt after exclude_modules and modules_to_save")
+    _check_chosen(model, config, list(chosen))
     return chosen
+
+
+def _all_linear(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    head, left_out = _output_head(model), ("lm_head", *HEADS, *_refused(model))
+    chosen = {n: m for n, m in linears.items() if m is not head and n.rpartition(".")[2] not in left_out}
+    return chosen or linears  # a model that is nothing but its head
+
+
+def _by_name(model: nn.Module, linears: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
+    targets = config.target_modules
+    patterns: list[str | list[str]] = [targets] if isinstance(targets, str) else [[name] for name in targets]
+    unmatched = [p for p in patterns if not any(matches(n, p) for n in linears)]
+    if unmatched:
+        asked = [p if isinstance(p, str) else p[0] for p in unmatched]
+        names = ", ".join(sorted({n.split(".")[-1] for n in linears}))
+        raise ValueError(
+            f"wrap: target_modules must match linear layers, got no match for {', '.join(map(repr, asked))}"
+            f"{_other_kinds(model, unmatched) or _near(asked, list(linears))}; linear layers are named: {names}"
+            f"{_EXPERTS if fused_experts(model) else ''}"
+        )
+    return {n: m for n, m in linears.items() if matches(n, targets)}
+
+
+def _other_kinds(model: nn.Module, patterns: Sequence[str | list[str]]) -> str:
+    """Return what a user wants who names embeddings or convolutions, or nothing."""
+    for name, module in model.named_modules():
+        if not any(matches(name, pattern) for pattern in patterns):
+            continue
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding):
+            return (
+                f": '{name}' is an embedding, which gets no low-rank adapter; train some of its rows by "
+                f"trainable_token_indices={{'{leaf}': [...]}}, or all of it by modules_to_save=['{leaf}']"
+            )
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return (
+                f": '{name}' is a convolution, which gets no low-rank adapter; train it whole by "
+                f"modules_to_save=['{leaf}']"
+            )
+    return ""
+
+
+def _check_chosen(model: nn.Module, config: AdapterConfig, chosen: Sequence[str]) -> None:
+    """Check names that PEFT does not adapt, and patterns for the ranks and scales of what is adapted."""
+    if refused := [n for n in chosen if n.rpartition(".")[2] in _refused(model)]:
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        raise ValueError(
+            f"wrap: target_modules must not take '{refused[0]}' of a {kind} model, whose kernels read its weight "
+            'themselves, and which PEFT would not load; "all-linear" leaves it out'
+        )
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option) or ():
+            if not any(pattern_key({pattern: 1.0}, n) for n in chosen):
+                raise ValueError(f"wrap: {option} must match a layer, got {pattern!r}{_near(pattern, chosen)}")
+
+
+def _refused(model: nn.Module) -> tuple[str, ...]:
+    """Return the last names that PEFT does not adapt in this model."""
+    return _REFUSED if getattr(getattr(model, "config", None), "model_type", None) in _REFUSING else ()
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

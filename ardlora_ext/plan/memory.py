@@ -246,6 +246,8 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
     Raises:
         ValueError: as `wrap`.
     """
+    if config.rank_pattern:
+        raise ValueError(f"plan: rank_pattern must be empty, a plan has one start rank, got {config.rank_pattern}")
     _, layouts, saved = plan_targets(model, config)
     traced = trace(model, config, batch, length)
     unique = {id(p): p for p in model.parameters()}.values()

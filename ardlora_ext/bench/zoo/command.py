@@ -20,8 +20,9 @@ examples:
   python -m ardlora_ext.bench zoo
   python -m ardlora_ext.bench zoo --types llama t5 vit whisper --all
 
-Every model type of the installed transformers, made tiny: wrap with ArdConfig(), two steps of training, save_pretrained;
-PEFT's and our own load, and the merged model, must compute what the trained one does. The table has what did not pass.
+Every model type of the installed transformers, made tiny: wrap with ArdConfig(), two steps of training,
+save_pretrained; PEFT's load, our own and the merged model must compute what the trained one does. The table has what
+did not pass.
 
   refused     one sentence of ours says what cannot be, and what can
   not built   no tiny config or no inputs were found for it: nothing is known

@@ -96,7 +96,7 @@ def _special(config: PreTrainedConfig) -> set[int]:
 def _with_image_tokens(model: PreTrainedModel, other: Inputs, text: Inputs) -> Iterator[Inputs]:
     """Yield text in which as many image tokens stand as the model makes of an image, which it says; then text alone."""
     token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-    counts: set[int] = set()
+    counts = {1}
     if isinstance(token, int) and "pixel_values" in other:
         try:
             with torch.no_grad():
@@ -104,10 +104,13 @@ def _with_image_tokens(model: PreTrainedModel, other: Inputs, text: Inputs) -> I
         except Exception as cause:  # transformers: "tokens: 2, features: 128"
             said = re.search(r"features:?\D{0,12}(\d+)", str(cause))
             width = _number(model.config, "hidden_size") or 1
-            counts = set() if said is None else {int(said[1]) // 2, int(said[1]) // width // 2}
-    for count in sorted(counts - {0}):
+            counts = {1} if said is None else {int(said[1]) // 2, int(said[1]) // width // 2}
+    for count in sorted(counts - {0}) if isinstance(token, int) and "pixel_values" in other else ():
         if count < _MOST_TOKENS:
-            yield _placed(text, token, count)
+            placed = _placed(text, token, count)
+            if "image_grid_thw" in other:
+                placed["mm_token_type_ids"] = (placed["input_ids"] == token).long()
+            yield placed
     yield text
 
 
@@ -124,7 +127,10 @@ def _images(model: PreTrainedModel, names: set[str], generator: torch.Generator)
     side = _number(model.config, "image_size", "img_size", "input_size", "crop_size") or 32
     frames = _number(model.config, "num_frames", "frames_per_clip") or 2
     sides = dict.fromkeys((side, 64, 224))
-    shapes = [(2, channels, s, s) for s in sides] + [(2, frames, channels, side, side), (2, channels, frames, side, side)]
+    shapes = [(2, channels, s, s) for s in sides] + [
+        (2, frames, channels, side, side),
+        (2, channels, frames, side, side),
+    ]
     found = [{name: torch.rand(shape, generator=generator)} for shape in shapes]
     extra: list[Inputs] = []
     if "image_grid_thw" in names:  # patches of both images in one row

@@ -53,7 +53,11 @@ class ArdController(Controller[ArdConfig]):
         groups = int(self.group.max()) + 1
         self.limit = np.zeros(groups)
         np.maximum.at(self.limit, self.group, units.limit)
-        self.alpha: Floats = np.minimum(np.ones(groups), self.limit / config.r0)
+        starts = np.array([config.start_rank(name) for name in units.names], dtype=np.int64)[units.module_of]
+        self._starts: Ints = np.minimum(starts, units.limit)
+        start = np.zeros(groups)
+        np.maximum.at(start, self.group, self._starts)
+        self.alpha: Floats = start / config.r0
         self.grad_square = 0.0
         self.gain: Floats = np.zeros(groups)  # EMA of -dL/dalpha, normalised
         self.gates = Gates(units, config)
@@ -92,7 +96,7 @@ class ArdController(Controller[ArdConfig]):
             return None
         if self.config.budget is not None:
             return float(self.config.budget)
-        return self.units.costs.parameters(np.minimum(self.config.r0, self.units.limit))
+        return self.units.costs.parameters(self._starts)
 
     # Phases.
 
