@@ -10,10 +10,11 @@ from ardlora_ext.checkpoint.load_peft import load_peft
 from ardlora_ext.checkpoint.load_pretrained import load_pretrained
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.model.named import add_resting
+from ardlora_ext.model.peft.convert import PeftLoraConfig
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, adapter_name: str, config: AdapterConfig | None = None
+    model: nn.Module, directory: str | Path, adapter_name: str, config: AdapterConfig | PeftLoraConfig | None = None
 ) -> None:
     """Add an adapter from a checkpoint; it rests until `set_adapter`.
 

@@ -17,6 +17,7 @@ from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.layers.dora import DoraLinear
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.inject import part_to_wrap
+from ardlora_ext.model.peft.convert import PeftLoraConfig, own_config
 from ardlora_ext.model.record import Model, adapters, injection
 from ardlora_ext.model.targets import matches, plan_targets
 from ardlora_ext.native import reference
@@ -41,7 +42,7 @@ _UNKNOWN = (
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these starts subtract something from the base weights
 
 
-def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Model:
+def load_peft(model: Model, directory: str | Path, config: AdapterConfig | PeftLoraConfig) -> Model:
     """Wrap a base model with the adapter of a PEFT LoRA checkpoint, in place, to go on training it by any method.
 
     The function is PEFT's: scales (patterns, rsLoRA) are folded into lora_B, every unit of a module starts with the
@@ -65,6 +66,7 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig) -> Mod
         model = ard.load_peft(base, "peft-adapter/", ard.ArdConfig(r0=8))
     """
     part = part_to_wrap(model)
+    config = own_config("load_peft", config, part)
     adapter = read_peft(Path(directory), "load_peft")
     with written_by_strangers("load_peft: adapter_config.json must be one of PEFT's LoRA"):
         _check_options(adapter, config)

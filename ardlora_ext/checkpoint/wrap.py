@@ -20,18 +20,19 @@ from ardlora_ext.checkpoint.training_state import moving_state
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
 from ardlora_ext.model.inject import RESIZE, SAVE, inject, part_to_wrap, rest
+from ardlora_ext.model.peft.convert import PeftLoraConfig
 from ardlora_ext.model.record import ATTRIBUTE, Model, adapters
 
 WEIGHTS = "model.safetensors"  # transformers' SAFE_WEIGHTS_NAME
 
 
-def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> Model:
+def wrap(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: str = "default") -> Model:
     """Freeze the model and put an adapter on every target, in place.
 
     Args:
         model: any module with linear layers; a transformers model tells its heads itself. On the CPU or, where the
             build has CUDA kernels, on a CUDA device: adapters are put where their layer is.
-        config: of any method.
+        config: of any method, or a `peft.LoraConfig`, which becomes `LoraConfig` or `DoraConfig`.
         adapter_name: for models that get several, see `add_adapter`.
 
     Returns:
@@ -40,7 +41,8 @@ def wrap(model: Model, config: AdapterConfig, adapter_name: str = "default") -> 
 
     Raises:
         ValueError: nothing matches (near misses are listed), the model is already wrapped, heads do not divide,
-            `head_dim` matches no layer, a budget is out of range, the build has no kernels for the parameters' device.
+            `head_dim` matches no layer, a budget is out of range, an option of PEFT's config has no counterpart, the
+            build has no kernels for the parameters' device.
             The model is unchanged then.
     """
     part = part_to_wrap(model)

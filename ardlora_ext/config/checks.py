@@ -47,7 +47,7 @@ def _converted(what: str, kind: str, value: Any) -> Any:
     if "Sequence[int]" in kind:
         numbers = value if isinstance(value, Integral) else tuple(value) if isinstance(value, Iterable) else (value,)
         all_of = numbers if isinstance(numbers, tuple) else (numbers,)
-        whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in all_of)
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in all_of)
         require(whole, f"{what} must be whole numbers >= 0, got {value!r:.80}")
         return tuple(map(int, numbers)) if isinstance(numbers, tuple) else int(numbers)
     if first == "int" and not isinstance(value, Mapping):
@@ -81,6 +81,6 @@ def _pattern_values(what: str, value: Any, whole: bool) -> dict[str, Any]:
         raise ValueError(f"{rule}, got {value!r:.80}") from cause
     for pattern, number in found.items():
         kind = Integral if whole else Real
-        right = isinstance(number, kind) and not isinstance(number, bool) and 0 < number < math.inf
+        right = isinstance(number, kind) and not isinstance(number, bool) and 0 < float(number) < math.inf
         require(right, f"{rule}, got {number!r:.60} for {pattern!r:.60}")
     return {pattern: int(number) if whole else float(number) for pattern, number in found.items()}

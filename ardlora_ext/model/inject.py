@@ -15,6 +15,8 @@ from ardlora_ext.layers.linear import Capacity, LoraLinear
 from ardlora_ext.layers.orthogonal_start import start_orthogonal
 from ardlora_ext.layers.pissa import PissaLinear
 from ardlora_ext.layers.svd_start import start_svd
+from ardlora_ext.model.peft.convert import PeftLoraConfig, own_config
+from ardlora_ext.model.peft.guard import guard_from_peft
 from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, home, injection, uncompiled
 from ardlora_ext.model.saved_modules import inside
 from ardlora_ext.model.targets import plan_targets
@@ -46,12 +48,14 @@ def _is_pretrained(module: nn.Module) -> bool:
     return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
 
 
-def inject(model: Model, config: AdapterConfig, adapter_name: str = "default") -> Model:
+def inject(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: str = "default") -> Model:
     """Freeze the model and put an adapter on every target, in place: `wrap` but for the model's own `save_pretrained`.
 
     Raises:
         ValueError: as `wrap` does. The model is unchanged then.
     """
+    config = own_config("wrap", config, model)
+    guard_from_peft()
     chosen, layouts, saved = plan_targets(model, config)
     capacity = _capacity(config)
     generator = torch.Generator().manual_seed(config.seed)

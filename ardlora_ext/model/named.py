@@ -15,6 +15,7 @@ from torch import nn
 
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.model.inject import activate, detach, inject, rest
+from ardlora_ext.model.peft.convert import PeftLoraConfig
 from ardlora_ext.model.record import home, injection
 
 _DISABLED = "_ardlora_disabled"  # marks a model whose adapter rests for a while
@@ -31,7 +32,7 @@ def active_adapter(model: nn.Module) -> str:
     return next(name for name, other in record.named.items() if other is record)
 
 
-def add_adapter(model: nn.Module, adapter_name: str, config: AdapterConfig) -> None:
+def add_adapter(model: nn.Module, adapter_name: str, config: AdapterConfig | PeftLoraConfig) -> None:
     """Add an adapter that rests until `set_adapter`, in place.
 
     Args:

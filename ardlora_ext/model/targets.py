@@ -14,6 +14,7 @@ from ardlora_ext.config import AdapterConfig, ArdConfig
 from ardlora_ext.config.patterns import check_expression, in_layers, pattern_key
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.heads import uncut, unit_layout
+from ardlora_ext.model.peft.guard import check_foreign
 from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.dispatch import device_rule
@@ -36,7 +37,7 @@ def plan_targets(
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ValueError("wrap: model must not be wrapped already; call ardlora_ext.unwrap(model) first")
-    _check_foreign(model)
+    check_foreign(model)
     for option in ("target_modules", "exclude_modules"):
         check_expression(f"wrap: {option}", getattr(config, option))
     saved = _modules_to_save(model, config)
@@ -112,16 +113,6 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]
             )
         saved += found
     return with_tied(model, saved)
-
-
-def _check_foreign(model: nn.Module) -> None:
-    """Refuse adapters on PEFT's: they would adapt its factors, and freeze them."""
-    if any(type(module).__module__.startswith("peft.tuners.") for module in model.modules()):
-        raise ValueError(
-            f"wrap: model must not have PEFT adapters, got {type(model).__name__}; continue a saved one with "
-            "ardlora_ext.load_peft(base_model, directory), or call model.merge_and_unload() first; with TRL, leave out "
-            "peft_config"
-        )
 
 
 def fused_experts(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ from ardlora_ext.checkpoint.save_pretrained import save_pretrained
 from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
+from ardlora_ext.model.peft.convert import PeftLoraConfig
 from ardlora_ext.model.record import Injection, adapters, home, injection
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.controllers.base import Controller
@@ -47,7 +48,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         controller: what `attach` returned, from the beginning of training on.
     """
 
-    def __init__(self, config: AdapterConfig | None = None) -> None:
+    def __init__(self, config: AdapterConfig | PeftLoraConfig | None = None) -> None:
         self.config = config
         self.controller: Controller[Any] | None = None
         self.restored: dict[str, Any] | None = None  # set by Trainer when it restores callbacks itself

@@ -109,7 +109,7 @@ def _with_image_tokens(model: PreTrainedModel, other: Inputs, text: Inputs) -> I
         if count < _MOST_TOKENS:
             placed = _placed(text, token, count)
             if "image_grid_thw" in other:
-                placed["mm_token_type_ids"] = (placed["input_ids"] == token).long()
+                placed["mm_token_type_ids"] = placed["input_ids"].eq(token).long()
             yield placed
     yield text
 
@@ -131,7 +131,7 @@ def _images(model: PreTrainedModel, names: set[str], generator: torch.Generator)
         (2, frames, channels, side, side),
         (2, channels, frames, side, side),
     ]
-    found = [{name: torch.rand(shape, generator=generator)} for shape in shapes]
+    found: list[Inputs] = [{name: torch.rand(shape, generator=generator)} for shape in shapes]
     extra: list[Inputs] = []
     if "image_grid_thw" in names:  # patches of both images in one row
         patch, temporal = _number(model.config, "patch_size") or 14, _number(model.config, "temporal_patch_size") or 1

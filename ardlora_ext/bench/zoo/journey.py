@@ -98,7 +98,7 @@ def train(model: nn.Module, inputs: Inputs) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         loss = torch.stack([value.float().square().mean() for value in outputs(model(**inputs))]).sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,0 +1,111 @@
+"""PEFT's LoraConfig where one of ours is expected: what it says, said our way, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from torch import nn
+
+from ardlora_ext.config import AdapterConfig, DoraConfig, LoraConfig
+
+# Options that are ours under the same name.
+_SHARED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+_ELSEWHERE = (
+    *("target_modules", "exclude_modules", "use_dora", "init_lora_weights", "task_type"),  # read below
+    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),  # about files
+    *("fan_in_fan_out", "runtime_config", "qalora_group_size", "megatron_core"),  # read from the model, or of no effect
+)
+_HEADED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose head PEFT saves beside `modules_to_save`
+
+
+class PeftLoraConfig(Protocol):
+    """A `peft.LoraConfig`, which need not be installed."""
+
+    peft_type: Any
+    use_dora: bool
+
+
+def own_config(op: str, config: AdapterConfig | PeftLoraConfig, model: nn.Module) -> AdapterConfig:
+    """Return `config`, or what it is in our words if it is PEFT's.
+
+    Args:
+        op: who asks, for messages.
+        config: of any method, or a `peft.LoraConfig`, which becomes `LoraConfig` or, with `use_dora`, `DoraConfig`.
+        model: tells PEFT's default targets and which heads it has.
+
+    Raises:
+        ValueError: it is something else, or has an option without counterpart; the message says what to write.
+    """
+    if isinstance(config, AdapterConfig):
+        return config
+    kind = type(config)
+    if kind.__name__ != "LoraConfig" or not kind.__module__.startswith("peft."):
+        counterpart = {"AdaLoraConfig": "ardlora_ext.AdaConfig(init_r=..., target_r=...)"}.get(kind.__name__)
+        raise ValueError(
+            f"{op}: config must be one of ardlora_ext's (ArdConfig, ElaConfig, AdaConfig, LoraConfig, DoraConfig) or a "
+            f"peft.LoraConfig, got {kind.__name__}{f'; write {counterpart}' if counterpart else ''}"
+        )
+    said = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}  # type: ignore[arg-type]
+    _check_rest(op, config, said)
+    values = {name: said[name] for name in _SHARED if said[name] not in (None, {}, [])}
+    values["modules_to_save"] = _saved(said, model)
+    values["target_modules"] = _targets(op, said["target_modules"], model)
+    excluded = said["exclude_modules"]
+    values["exclude_modules"] = excluded if isinstance(excluded, str) else sorted(excluded or ())
+    values["init"] = _start(op, said["init_lora_weights"])
+    return (DoraConfig if said["use_dora"] else LoraConfig)(**values)
+
+
+def _check_rest(op: str, config: PeftLoraConfig, said: dict[str, Any]) -> None:
+    """Check that every option without counterpart is as PEFT has it by default."""
+    for entry in dataclasses.fields(config):  # type: ignore[arg-type]
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        value = said[entry.name]
+        if entry.name in (*_SHARED, *_ELSEWHERE) or value == default or value in (None, False, "none", {}, []):
+            continue
+        raise ValueError(f"{op}: peft.LoraConfig must leave {entry.name} at {default!r}, got {value!r:.60}")
+
+
+def _start(op: str, start: Any) -> str:
+    found = {"True": "default", "pissa": "pissa"}.get(str(start))
+    if found is None:
+        raise ValueError(
+            f"{op}: init_lora_weights of peft.LoraConfig must be True or 'pissa', got {start!r}; LoraConfig(init=...) "
+            "has 'orthogonal' and 'gradient'"
+        )
+    return found
+
+
+def _saved(said: dict[str, Any], model: nn.Module) -> list[str] | None:
+    """Return `modules_to_save`; for classification PEFT adds the head, which None stands for here."""
+    if not said["modules_to_save"]:
+        return None
+    task = getattr(said["task_type"], "value", said["task_type"])
+    names = {name for name, _ in model.named_children()}
+    added = [head for head in ("classifier", "score") if task in _HEADED and head in names]
+    return list(dict.fromkeys([*said["modules_to_save"], *added]))
+
+
+def _targets(op: str, targets: Any, model: nn.Module) -> Any:
+    """Return target_modules; None stands for PEFT's own choice for the model's type."""
+    if isinstance(targets, str):
+        return "all-linear" if targets.lower() == "all-linear" else targets
+    if targets is None:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
+
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in CHOICE:
+            raise ValueError(f'{op}: target_modules must name layers, or be "all-linear", got None for {kind}')
+        targets = CHOICE[kind]
+    return targets if isinstance(targets, str) else sorted(targets)
