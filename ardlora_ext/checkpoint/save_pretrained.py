@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,10 @@ from ardlora_ext.config.registry import config_to_dict
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import checksums
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
+from ardlora_ext.model.peft.loads import peft_saved, say_what_peft_takes_for_experts, task_type
 from ardlora_ext.model.record import adapters, home, injection
 from ardlora_ext.model.saved_modules import inside
-
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
+from ardlora_ext.model.targets import fused_experts
 
 
 def _peft_files(
@@ -49,38 +42,15 @@ def _peft_files(
     folded = {name: layer.fold() for name, layer in layers.items()}
     magnitudes = {name: layers[name].extras["lora_magnitude_vector"].detach().clone() for name in layers if dora}
     base = getattr(model, "config", None)
-    live = [layer for name, layer in layers.items() if dora or len(folded[name][0])]
+    live = {name: layer for name, layer in layers.items() if dora or len(folded[name][0])}
     about: dict[str, Any] = {
-        "task_type": _task_type(model),
+        "task_type": task_type(model),
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "lora_dropout": record.config.lora_dropout,
-        "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live),
-        "modules_to_save": list(record.modules_to_save) or None,
+        "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live.values()),
+        "modules_to_save": peft_saved(model, record.modules_to_save, live) or None,
     }
     return peft_files(folded, magnitudes, saved_modules(model), about, form, limit)
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """Return PEFT's task type, whose wrapper expects the inputs of text: none for Whisper or BLIP."""
-    kind = type(model).__name__
-    text = getattr(model, "main_input_name", "input_ids") == "input_ids"
-    return next((task for suffix, task in _TASKS.items() if text and kind.endswith(suffix)), None)
-
-
-def _say_what_peft_takes_for_experts(model: nn.Module, layers: Iterable[str]) -> None:
-    """Warn of dense layers that PEFT, by their last name alone, takes for the fused experts of such a model."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    try:
-        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as fused
-    except ImportError:  # transformers before 5 has no fused experts
-        return
-    taken = [name for name in layers if name.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj", "gate")]
-    if taken and fused.get(kind, kind) in ("qwen2_moe", "mixtral"):
-        warnings.warn(
-            f"save_pretrained: PEFT will compute something else, for it takes '{taken[0]}' for an expert of {kind}; "
-            "load with ardlora_ext.load_pretrained, or adapt attention layers only",
-            stacklevel=4,
-        )
 
 
 def _say_what_is_not_saved(model: nn.Module, saved: Sequence[str]) -> None:
@@ -142,7 +112,7 @@ def adapter_files(
             stacklevel=3,
         )
     _say_what_is_not_saved(model, record.modules_to_save)
-    _say_what_peft_takes_for_experts(model, layers)
+    say_what_peft_takes_for_experts(model, layers, bool(fused_experts(model)))
     config, tensors, exported = _peft_files(model, layers, form, compress)
     weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
     controller = record.controller.state_dict() if record.controller is not None else record.controller_state

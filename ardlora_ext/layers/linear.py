@@ -302,11 +302,11 @@ class LoraLinear(nn.Module):
             x, total = (x, None) if self.readers is None else self.readers.read(x)
             return ops.lora_linear(x, weight, bias, *self._adapter(x.dtype, dropout), total)
         y = self.base_layer(x, *args, **kwargs)
-        if not isinstance(y, torch.Tensor):
-            kind = type(self.base_layer).__name__
+        if not isinstance(y, torch.Tensor) or y.shape[-1] != self.out_features:
+            got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
             raise TypeError(
-                f"LoraLinear: base layer must return one tensor, got {type(y).__name__} from {kind}; leave it out by "
-                "exclude_modules"
+                f"LoraLinear: base layer must return one tensor [..., {self.out_features}], got {got} from "
+                f"{type(self.base_layer).__name__}; leave it out by exclude_modules"
             )
         return ops.lora_accumulate(y, x.to(y.dtype), *self._adapter(y.dtype, dropout))
 

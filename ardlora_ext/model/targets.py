@@ -57,6 +57,7 @@ def plan_targets(
             stacklevel=4,
         )
     _say_experts(model)
+    _say_statistics(model, saved)
     return chosen, layouts, saved
 
 
@@ -82,15 +83,40 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int) and not isinstance(module, LoraLinear):
-        return sizes[0], sizes[1]
+        return (sizes[0], sizes[1]) if min(sizes[0], sizes[1]) > 0 else None
     return None
 
 
+def _acts_otherwise(module: nn.Module, sizes: tuple[int, int]) -> bool:
+    """Tell whether a layer that a model of transformers defines itself gives something else than one [..., out].
+
+    Routers and layers of several groups look like linear ones; what they give is tried out.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("transformers.models.") or kind.forward is nn.Linear.forward:
+        return False
+    weight = next(module.parameters(), None)
+    if weight is None or not weight.is_floating_point():
+        return True
+    try:
+        with torch.no_grad():
+            found = module(weight.new_zeros(1, 2, sizes[0]))
+    except Exception:  # it wants other inputs than a linear layer
+        return True
+    return not isinstance(found, torch.Tensor) or found.shape != (1, 2, sizes[1])
+
+
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    otherwise: dict[type, bool] = {}
     inside_mha = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     for name, module in model.named_modules():
         # nn.MultiheadAttention reads out_proj.weight itself and would never call the adapter.
-        if name and _features(module) is not None and not any(name.startswith(p + ".") or not p for p in inside_mha):
+        sizes = _features(module)
+        if not name or sizes is None or any(name.startswith(p + ".") or not p for p in inside_mha):
+            continue
+        if type(module) not in otherwise:
+            otherwise[type(module)] = _acts_otherwise(module, sizes)
+        if not otherwise[type(module)]:
             yield name, module
 
 
@@ -136,6 +162,24 @@ def _say_experts(model: nn.Module) -> None:
         )
 
 
+def _say_statistics(model: nn.Module, saved: Sequence[str]) -> None:
+    """Warn of normalisations that keep statistics: training moves them, and no adapter file holds them."""
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.running_mean is not None
+        and module.momentum != 0.0
+        and not inside(name, saved)
+    ]
+    if moving:
+        warnings.warn(
+            f"wrap: running statistics of {listed(moving)} move in training and are in no adapter file; set the "
+            "momentum of these layers to 0.0, or name them in modules_to_save",
+            stacklevel=4,
+        )
+
+
 def listed(names: Sequence[str]) -> str:
     """Return the first names and how many more there are."""
     return ", ".join(f"'{n}'" for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -173,14 +217,19 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
             )
     chosen = {n: m for n, m in chosen.items() if not inside(n, saved) and not (excluded and matches(n, excluded))}
     if not chosen:
-        raise ValueError("wrap: target_modules must leave something to adapt after exclude_modules and modules_to_save")
+        raise ValueError(
+            "wrap: target_modules must leave something to adapt after exclude_modules and modules_to_save"
+            f"{f' ({listed(list(saved))})' if saved else ''}; the linear layers are {listed(list(linears))}"
+        )
     _check_chosen(model, config, list(chosen))
     return chosen
 
 
 def _all_linear(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
     head, left_out = _output_head(model), ("lm_head", *HEADS, *_refused(model))
-    chosen = {n: m for n, m in linears.items() if m is not head and n.rpartition(".")[2] not in left_out}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # tied: heads that are not told
+    heads_too = {n for n, m in linears.items() if m is head or id(getattr(m, "weight", None)) in embedded}
+    chosen = {n: m for n, m in linears.items() if n not in heads_too and n.rpartition(".")[2] not in left_out}
     return chosen or linears  # a model that is nothing but its head
 
 
