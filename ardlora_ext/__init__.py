@@ -28,7 +28,9 @@ from ardlora_ext.model.frozen import frozen_copy
 from ardlora_ext.model.gradient_start import init_from_gradients
 from ardlora_ext.model.inject import unwrap
 from ardlora_ext.model.merge import merge, merge_adapter, unmerge_adapter
-from ardlora_ext.model.named import (
+from ardlora_ext.model.parameters import ParametersReport, parameters_report
+from ardlora_ext.model.record import adapters
+from ardlora_ext.model.several.named import (
     active_adapter,
     adapter_names,
     add_adapter,
@@ -36,8 +38,6 @@ from ardlora_ext.model.named import (
     disable_adapter,
     set_adapter,
 )
-from ardlora_ext.model.parameters import ParametersReport, parameters_report
-from ardlora_ext.model.record import adapters
 from ardlora_ext.native.compiled import VERSION as __version__
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.compress import Compression, compress

@@ -16,6 +16,7 @@ from ardlora_ext.file_set import read_set
 from ardlora_ext.json_file import check_checksums, non_finite, parse_json
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import home, injection
+from ardlora_ext.model.token_rows import own_rows
 
 STATE_WEIGHTS = "ardlora_state.safetensors"
 STATE = "ardlora_state.json"
@@ -52,6 +53,8 @@ def raw_tensors(model: nn.Module, layers: dict[str, LoraLinear]) -> dict[str, to
         if layer.gate is not None:
             raw[f"{name}.gate"] = layer.gate.detach()[: sum(layer.ranks)].contiguous()
         raw |= {f"{name}.{key}": value.detach().contiguous() for key, value in layer.extras.items()}
+    for name, rows in own_rows(injection(model).tokens).items():
+        raw[f"{name}.token_rows"] = rows.token_rows.detach().contiguous()
     return raw | {f"saved.{name}": value for name, value in saved_modules(model).items()}
 
 

@@ -78,7 +78,7 @@ def refusals(directory: str | Path) -> list[str]:
     """Return what of a checkpoint vLLM does not load at all."""
     adapter: PeftAdapter = read_peft(Path(directory), "check_adapter")
     config = adapter.config
-    reasons = [option for option in ("use_dora", "modules_to_save") if config.get(option)]
+    reasons = [option for option in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(option)]
     return reasons + (["bias"] if config.get("bias", "none") != "none" else [])
 
 

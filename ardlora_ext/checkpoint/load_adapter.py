@@ -9,8 +9,8 @@ from torch import nn
 from ardlora_ext.checkpoint.load_peft import load_peft
 from ardlora_ext.checkpoint.load_pretrained import load_pretrained
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.model.named import add_resting
 from ardlora_ext.model.peft.convert import PeftLoraConfig
+from ardlora_ext.model.several.named import add_resting
 
 
 def load_adapter(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
+from ardlora_ext.checkpoint.peft_write import PEFT_ROWS
 from ardlora_ext.checkpoint.wrap import wrapped
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.errors import written_by_strangers
@@ -20,6 +21,7 @@ from ardlora_ext.model.inject import part_to_wrap
 from ardlora_ext.model.peft.convert import PeftLoraConfig, own_config
 from ardlora_ext.model.record import Model, adapters, injection
 from ardlora_ext.model.targets import matches, plan_targets
+from ardlora_ext.model.token_rows import own_rows
 from ardlora_ext.native import reference
 from ardlora_ext.ranks.controllers.ard.controller import ArdController
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
@@ -30,7 +32,6 @@ _UNKNOWN = (
     "use_qalora",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
     "use_bdlora",
@@ -72,10 +73,13 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig | PeftL
         _check_options(adapter, config)
         saved = _saved_modules(part, adapter)
         _check_others(part, adapter, saved)
+        rows = _token_rows(adapter, config)
     names = [*(() if config.modules_to_save is None else config.modules_to_save), *saved]
     config = dataclasses.replace(
         config,
         init="default",
+        trainable_token_indices={name: indices for name, (indices, _) in rows.items()}
+        or config.trainable_token_indices,
         target_modules=_targets(adapter.factors, config),
         modules_to_save=tuple(dict.fromkeys(names)) if names else config.modules_to_save,
     )
@@ -83,6 +87,7 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig | PeftL
     values = {key: value for key, value in adapter.others.items() if _inside(key, saved)}
     with wrapped(part, config):
         _take_over(part, adapter)
+        _fill_rows(part, {name: values for name, (_, values) in rows.items()})
         part.load_state_dict(values, strict=False)
     return model
 
@@ -129,7 +134,7 @@ def _check_others(model: nn.Module, adapter: PeftAdapter, saved: list[str]) -> N
             f"load_peft: adapter must be on linear layers only, got the embedding '{embedded[0]}': merge it with PEFT"
         )
     for key, value in adapter.others.items():
-        if key.endswith(".lora_magnitude_vector") and adapter.config.get("use_dora"):
+        if key.endswith(PEFT_ROWS) or (key.endswith(".lora_magnitude_vector") and adapter.config.get("use_dora")):
             continue
         if key not in own or own[key].shape != value.shape:
             raise ValueError(f"load_peft: model must have '{key}' of shape {list(value.shape)}, as the adapter does")
@@ -140,6 +145,39 @@ def _check_others(model: nn.Module, adapter: PeftAdapter, saved: list[str]) -> N
                 f"load_peft: '{key}' of the adapter must be that of the model or in modules_to_save, got other values; "
                 "load them into the base model first"
             )
+
+
+def _token_rows(adapter: PeftAdapter, config: AdapterConfig) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
+    """Return the trained rows of embeddings in the checkpoint, (their numbers, [rows, width]) by name."""
+    asked = adapter.config.get("trainable_token_indices")
+    found: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
+    for key, value in adapter.others.items():
+        if not key.endswith(PEFT_ROWS):
+            continue
+        name = key.removesuffix(PEFT_ROWS)
+        indices = asked
+        if isinstance(asked, dict):
+            indices = next((numbers for end, numbers in asked.items() if name.endswith(end)), None)
+        if not isinstance(indices, list) or value.dim() != 2 or len(value) != len(indices):
+            raise ValueError(
+                f"load_peft: rows of '{name}' must be as many as its trainable_token_indices, got {list(value.shape)} "
+                f"for {indices!r:.60}"
+            )
+        found[name] = tuple(indices), value
+    if asked and not found:
+        raise ValueError("load_peft: adapter must hold the rows of its trainable_token_indices, got none")
+    if found and config.trainable_token_indices is not None:
+        raise ValueError("load_peft: trainable_token_indices must be left to the adapter, which has its own")
+    return found
+
+
+@torch.no_grad()
+def _fill_rows(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    tokens = own_rows(injection(model).tokens)
+    for name, rows in values.items():
+        if name not in tokens or tokens[name].token_rows.shape != rows.shape:
+            raise ValueError(f"load_peft: model must have an embedding '{name}' with rows of {rows.shape[1]}")
+        tokens[name].token_rows.copy_(rows)
 
 
 def _targets(names: Iterable[str], config: AdapterConfig) -> str:

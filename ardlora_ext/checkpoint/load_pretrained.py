@@ -22,6 +22,7 @@ from ardlora_ext.model.inject import part_to_wrap
 from ardlora_ext.model.record import Model, adapters, injection
 from ardlora_ext.model.saved_modules import new_modules
 from ardlora_ext.model.targets import plan_targets
+from ardlora_ext.model.token_rows import own_rows
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 
@@ -64,6 +65,7 @@ def _fill(model: nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tens
     """Give the adapters their ranks and values; return what was in `modules_to_save`."""
     layers = adapters(model)
     _check_rest(layers, state, tensors)
+    _check_tokens(model, tensors)
     modules = {
         name: tuple(UnitUpdate(tuple(range(min(a, b))), max(b - a, 0)) for a, b in zip(layer.ranks, want, strict=True))
         for name, layer in layers.items()
@@ -78,6 +80,8 @@ def _fill(model: nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tens
             layer.gate[: sum(layer.ranks)] = tensors[f"{name}.gate"]
         for key, value in layer.extras.items():
             value.copy_(tensors[f"{name}.{key}"])
+    for name, rows in own_rows(injection(model).tokens).items():
+        rows.token_rows.copy_(tensors[f"{name}.token_rows"])
     saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
     model.load_state_dict(saved, strict=False)
     injection(model).controller_state = state["controller"]
@@ -137,6 +141,15 @@ def _check_rest(layers: dict[str, LoraLinear], state: dict[str, Any], tensors: d
             if value is None or tuple(value.shape) != shape:
                 got = "none" if value is None else list(value.shape)
                 raise ValueError(f"load_pretrained: {key} of '{name}' must be {list(shape)}, got {got}")
+
+
+def _check_tokens(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that the checkpoint has the rows of embeddings that its config trains."""
+    for name, rows in own_rows(injection(model).tokens).items():
+        value, shape = tensors.get(f"{name}.token_rows"), list(rows.token_rows.shape)
+        if value is None or list(value.shape) != shape:
+            got = "none" if value is None else list(value.shape)
+            raise ValueError(f"load_pretrained: token_rows of '{name}' must be {shape}, got {got}")
 
 
 def _check_features(model: nn.Module, state: dict[str, Any]) -> None:

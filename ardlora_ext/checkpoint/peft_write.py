@@ -20,6 +20,7 @@ from ardlora_ext.json_file import non_finite
 Form = Literal["portable", "compact"]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_ROWS = ".token_adapter.trainable_tokens_delta"  # after the name of an embedding: trained rows, not their change
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
 
 
@@ -71,7 +72,7 @@ def peft_files(
     Args:
         folded: plain factors (A [r, in_features], B [out_features, r]) by module, their product the update.
         magnitudes: DoRA's, by module; none for other methods.
-        saved: tensors of `modules_to_save` by full name.
+        saved: tensors of `modules_to_save` and rows of embeddings by full name.
         about: what the config says of the base model.
         form: see `save_pretrained`.
         limit: largest rank of a module, or None.

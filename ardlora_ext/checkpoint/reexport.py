@@ -13,6 +13,7 @@ from ardlora_ext.checkpoint.adapter_state import STATE, STATE_WEIGHTS, read_stat
 from ardlora_ext.checkpoint.peft_write import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    PEFT_ROWS,
     Exported,
     Form,
     check_form,
@@ -58,9 +59,9 @@ def reexport(
         config = config_from_dict(state["config"])
         folded = {name: stored_factors(name, entry, config, tensors) for name, entry in state["modules"].items()}
         magnitudes = _of(tensors, "", ".lora_magnitude_vector")
-        peft_config, peft_tensors, exported = peft_files(
-            folded, magnitudes, _of(tensors, "saved.", ""), _about(source, old), form, compress
-        )
+        whole = _of(tensors, "saved.", "")
+        whole |= {f"{name}{PEFT_ROWS}": rows for name, rows in _of(tensors, "", ".token_rows").items()}
+        peft_config, peft_tensors, exported = peft_files(folded, magnitudes, whole, _about(source, old), form, compress)
     state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: old[STATE_WEIGHTS]})  # older ones had none of the state
     files = {
         ADAPTER_WEIGHTS: save_tensors(peft_tensors, {"format": "pt"}),

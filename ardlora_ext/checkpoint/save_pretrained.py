@@ -15,6 +15,7 @@ from ardlora_ext.checkpoint.adapter_state import FORMAT, STATE, STATE_WEIGHTS, l
 from ardlora_ext.checkpoint.peft_write import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    PEFT_ROWS,
     Exported,
     Form,
     check_form,
@@ -27,10 +28,16 @@ from ardlora_ext.config.registry import config_to_dict
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import checksums
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
-from ardlora_ext.model.peft.loads import peft_saved, say_what_peft_takes_for_experts, task_type
+from ardlora_ext.model.peft.loads import (
+    peft_saved,
+    say_what_peft_leaves_untied,
+    say_what_peft_takes_for_experts,
+    task_type,
+)
 from ardlora_ext.model.record import adapters, home, injection
 from ardlora_ext.model.saved_modules import inside
 from ardlora_ext.model.targets import fused_experts
+from ardlora_ext.model.token_rows import own_rows
 
 
 def _peft_files(
@@ -50,12 +57,17 @@ def _peft_files(
         "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live.values()),
         "modules_to_save": peft_saved(model, record.modules_to_save, live) or None,
     }
-    return peft_files(folded, magnitudes, saved_modules(model), about, form, limit)
+    tokens = own_rows(record.tokens)
+    about["trainable_token_indices"] = {name: rows.indices for name, rows in tokens.items()} or None
+    say_what_peft_leaves_untied(model, record.tokens)
+    whole = saved_modules(model) | {f"{name}{PEFT_ROWS}": rows.token_rows.detach() for name, rows in tokens.items()}
+    return peft_files(folded, magnitudes, whole, about, form, limit)
 
 
 def _say_what_is_not_saved(model: nn.Module, saved: Sequence[str]) -> None:
     """Warn of what a user unfroze beside the adapters: it trains, and no adapter file holds it."""
-    own = {id(p) for layer in adapters(model).values() for p in layer.parameters()}
+    layers = [*adapters(model).values(), *injection(model).tokens.values()]
+    own = {id(p) for layer in layers for p in layer.parameters()}
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own and not inside(n, saved)]
     if lost:
         warnings.warn(

@@ -23,6 +23,8 @@ class AdapterConfig:
         exclude_modules: names, suffixes or a regular expression to leave out again.
         modules_to_save: modules (names or suffixes) that stay trainable and are saved whole, e.g. a classification
             head. `None`: the head of a transformers classification model, as PEFT does for its `task_type`.
+        trainable_token_indices: as in PEFT: rows of the input embeddings that train alone, or by the name of an
+            embedding; the output head goes along where it is tied. For new tokens, at a fraction of `modules_to_save`.
         layers_to_transform: as in PEFT: adapt only layers of these numbers, among those that `target_modules` names; a
             full name is taken whatever its number. Not with a regular expression; `"all-linear"` may be narrowed so.
         layers_pattern: as in PEFT: what the lists of these layers are called, where a model has several.
@@ -56,6 +58,7 @@ class AdapterConfig:
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] = ()
     modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] | None = None

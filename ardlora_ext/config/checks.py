@@ -44,6 +44,10 @@ def _converted(what: str, kind: str, value: Any) -> Any:
     first = kind.partition(" | ")[0]
     if first.startswith("Mapping[str, "):
         return _pattern_values(what, value, whole="int" in first)
+    if isinstance(value, Mapping) and "Mapping[str, Sequence[int]]" in kind:
+        return {str(name): _distinct(f"{what} of '{name}'", indices) for name, indices in value.items()}
+    if kind.startswith("Sequence[int]"):
+        return _distinct(what, value)
     if "Sequence[int]" in kind:
         numbers = value if isinstance(value, Integral) else tuple(value) if isinstance(value, Iterable) else (value,)
         all_of = numbers if isinstance(numbers, tuple) else (numbers,)
@@ -69,6 +73,15 @@ def _converted(what: str, kind: str, value: Any) -> Any:
         require(right, f"{what} must be names of modules, got {value!r:.80}")
         return tuple(sorted(names)) if isinstance(value, AbstractSet) else names
     return value
+
+
+def _distinct(what: str, value: Any) -> tuple[int, ...]:
+    """Return rows of a matrix, by number."""
+    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in numbers)
+    right = whole and 0 < len(numbers) == len(set(numbers))
+    require(right, f"{what} must be whole numbers >= 0, none twice, got {value!r:.80}")
+    return tuple(map(int, numbers))
 
 
 def _pattern_values(what: str, value: Any, whole: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.tokens import TokenRows
 from ardlora_ext.model.inject import replace_modules
 from ardlora_ext.model.record import Model, adapters, check_unmerged, home, injection
 
@@ -46,15 +47,15 @@ def lend_adapter(model: nn.Module, other: nn.Module) -> None:
         ValueError: the other one has adapters, or lacks a layer.
     """
     _check("lend_adapter", model)
-    part, layers = home(model), adapters(model)
+    part, layers, tokens = home(model), adapters(model), injection(model).tokens
     if adapters(other):
         raise ValueError("lend_adapter: the other model must not be wrapped")
-    modules = dict(other.named_modules())
-    missing = [name for name in layers if name not in modules]
+    modules = dict(other.named_modules(remove_duplicate=False))
+    missing = [name for name in (*layers, *tokens) if name not in modules]
     if missing:
         raise ValueError(f"lend_adapter: the other model must have the layers of the first, got no '{missing[0]}'")
-    bases: dict[int, Any] = {id(layer.base_layer): modules[name] for name, layer in layers.items()}
-    copies: dict[str, LoraLinear] = copy.deepcopy(layers, dict(bases))
+    bases: dict[int, Any] = {id(layer.base_layer): modules[name] for name, layer in [*layers.items(), *tokens.items()]}
+    copies: dict[str, LoraLinear | TokenRows] = copy.deepcopy({**layers, **tokens}, dict(bases))
     for layer in copies.values():
         layer.eval().requires_grad_(False)
     replace_modules(other, {id(layer.base_layer): layer for layer in copies.values()})

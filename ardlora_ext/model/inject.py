@@ -15,11 +15,13 @@ from ardlora_ext.layers.linear import Capacity, LoraLinear
 from ardlora_ext.layers.orthogonal_start import start_orthogonal
 from ardlora_ext.layers.pissa import PissaLinear
 from ardlora_ext.layers.svd_start import start_svd
+from ardlora_ext.layers.tokens import TokenRows
 from ardlora_ext.model.peft.convert import PeftLoraConfig, own_config
 from ardlora_ext.model.peft.guard import guard_from_peft
 from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, home, injection, uncompiled
 from ardlora_ext.model.saved_modules import inside
 from ardlora_ext.model.targets import plan_targets
+from ardlora_ext.model.token_rows import plan_tokens, token_layers
 from ardlora_ext.model.unheard import close_fast_paths, open_fast_paths
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.units import UnitLayout
@@ -62,7 +64,8 @@ def inject(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: s
     layers = [_adapter(name, module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
     if config.packed:
         _pack(dict(zip(chosen, layers, strict=True)))
-    record = Injection(config, {}, {}, saved, layers, {})
+    tokens = token_layers(model, plan_tokens(model, config, chosen, saved), config)
+    record = Injection(config, {}, {}, saved, layers, tokens, {})
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record
     activate(model, record)
@@ -85,8 +88,10 @@ def activate(model: nn.Module, record: Injection) -> None:
     _exchange_values(model, record)
     for layer in record.layers:
         layer.train(layer.base_layer.training)
-        _follow(layer)
-    replace_modules(model, {id(layer.base_layer): layer for layer in record.layers})
+        _follow(layer, layer.lora_A)
+    for rows in record.tokens.values():
+        _follow(rows, rows.token_rows)
+    replace_modules(model, {id(layer.base_layer): layer for layer in (*record.layers, *record.tokens.values())})
     close_fast_paths(model)
     setattr(model, ATTRIBUTE, record)
     _tell_transformers(model, True)
@@ -171,15 +176,15 @@ def _adapter(
         start_svd(layer, config.start == "orthonormal", generator)
     if config.init == "orthogonal":
         start_orthogonal(layer, generator)
-    _follow(layer)
+    _follow(layer, layer.lora_A)
     return layer
 
 
-def _follow(layer: LoraLinear) -> None:
+def _follow(layer: LoraLinear | TokenRows, own: torch.Tensor) -> None:
     """Bring an adapter, which may have rested, to the device of its base layer."""
     base = layer.base_layer
-    device = next((t.device for t in (*base.parameters(), *base.buffers())), layer.lora_A.device)
-    if layer.lora_A.device != device:
+    device = next((t.device for t in (*base.parameters(), *base.buffers())), own.device)
+    if own.device != device:
         layer.to(device)
 
 
@@ -199,7 +204,8 @@ def _tell_transformers(model: nn.Module, attached: bool) -> None:
 
 def _take_out(model: nn.Module) -> None:
     record = injection(model)
-    replace_modules(model, {id(layer): layer.base_layer for layer in record.layers})
+    put_in: tuple[LoraLinear | TokenRows, ...] = (*record.layers, *record.tokens.values())
+    replace_modules(model, {id(layer): layer.base_layer for layer in put_in})
     record.trains = _flags(model)
     open_fast_paths(model)
     for name, parameter in model.named_parameters():

@@ -21,8 +21,11 @@ def merge(model: Model) -> Model:
     layers = adapters(model)
     for name, layer in layers.items():  # before anything changes
         _check_merge(model, name, layer)
+    _check_tokens(model)
     for layer in layers.values():
         layer.merge()
+    for rows in injection(model).tokens.values():
+        rows.merge()
     return remove(model)
 
 
@@ -57,6 +60,15 @@ def _check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool = 
             )
 
 
+def _check_tokens(model: nn.Module) -> None:
+    """Check that trained rows can be written into their embeddings; ValueError otherwise."""
+    for name, rows in injection(model).tokens.items():
+        if is_sharded(getattr(rows.base_layer, "weight")):  # noqa: B009
+            raise ValueError(f"merge: '{name}' must have a whole weight, got a shard of it (FSDP2)")
+        if not torch.isfinite(rows.token_rows).all():
+            raise ValueError(f"merge: adapters must be finite, got NaN or Inf in '{name}'")
+
+
 @torch.no_grad()
 def merge_adapter(model: nn.Module, safe_merge: bool = True) -> None:
     """Add every update to its base weight (summed in float32, cast back once), in place and reversibly.
@@ -76,12 +88,15 @@ def merge_adapter(model: nn.Module, safe_merge: bool = True) -> None:
     waiting = {name: layer for name, layer in adapters(model).items() if layer.undo_merge is None}
     for name, layer in waiting.items():
         _check_merge(model, name, layer, finite=safe_merge)
+    _check_tokens(model)
     for layer in waiting.values():
         weight = _weight(layer)
         exact = weight.dtype == torch.float32 and type(layer) is LoraLinear
         undo = layer.fold() if exact else (weight.clone(),)
         weight.copy_(weight + (_update(layer, *undo) if exact else _placed(layer, layer.get_delta_weight())))
         layer.undo_merge = undo
+    for rows in injection(model).tokens.values():
+        rows.merge()
 
 
 @torch.no_grad()
@@ -98,6 +113,8 @@ def unmerge_adapter(model: nn.Module) -> None:
         weight, undo = _weight(layer), layer.undo_merge
         weight.copy_(undo[0] if len(undo) == 1 else weight - _update(layer, *undo))
         layer.undo_merge = None
+    for rows in reversed(injection(model).tokens.values()):  # of tied layers the first knows what was there
+        rows.unmerge()
 
 
 def _weight(layer: LoraLinear) -> torch.Tensor:

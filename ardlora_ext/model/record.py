@@ -14,6 +14,7 @@ from torch import nn
 
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.tokens import TokenRows
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,6 +31,7 @@ class Injection:
     trains: dict[str, bool]  # of the base, while this adapter was last in it: `modules_to_save`, and what the user said
     modules_to_save: tuple[str, ...]
     layers: list[LoraLinear]  # also while they rest
+    tokens: dict[str, TokenRows]  # by the name of the layer they take the place of; also while they rest
     values: dict[str, torch.Tensor]  # of modules_to_save: the base's own while active, the adapter's while at rest
     named: dict[str, Injection] = field(default_factory=dict)  # all adapters of the model, this one included
     controller_state: dict[str, Any] = field(default_factory=dict)  # from a checkpoint, for attach

@@ -16,6 +16,7 @@ from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.heads import uncut, unit_layout
 from ardlora_ext.model.peft.guard import check_foreign
 from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
+from ardlora_ext.model.token_rows import plan_tokens
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.dispatch import device_rule
 from ardlora_ext.native.units import UnitLayout
@@ -42,6 +43,7 @@ def plan_targets(
         check_expression(f"wrap: {option}", getattr(config, option))
     saved = _modules_to_save(model, config)
     chosen = _select(model, config, saved)
+    plan_tokens(model, config, chosen, saved)
     _check_tensors(chosen)
     layouts = {}
     for name, module in chosen.items():

@@ -29,9 +29,12 @@ def find_inputs(model: PreTrainedModel) -> Inputs:
             torch.manual_seed(0)
             with torch.no_grad():
                 found = outputs(model(**inputs))
+                model.train()(**inputs)  # some ask for labels then
         except Exception as cause:
             problems.append(f"{'+'.join(inputs)}: {type(cause).__name__}: {' '.join(str(cause).split())[:160]}")
             continue
+        finally:
+            model.eval()
         if found and all(bool(torch.isfinite(value).all()) for value in found):
             return inputs
         problems.append(f"{'+'.join(inputs)}: no finite output")
@@ -105,11 +108,13 @@ def _with_image_tokens(model: PreTrainedModel, other: Inputs, text: Inputs) -> I
             said = re.search(r"features:?\D{0,12}(\d+)", str(cause))
             width = _number(model.config, "hidden_size") or 1
             counts = {1} if said is None else {int(said[1]) // 2, int(said[1]) // width // 2}
-    for count in sorted(counts - {0}) if isinstance(token, int) and "pixel_values" in other else ():
+    if not isinstance(token, int) or "pixel_values" not in other:
+        counts = set()
+    for count in sorted(counts - {0}):
         if count < _MOST_TOKENS:
-            placed = _placed(text, token, count)
+            placed: Inputs = _placed(text, token, count)
             if "image_grid_thw" in other:
-                placed["mm_token_type_ids"] = placed["input_ids"].eq(token).long()
+                placed["mm_token_type_ids"] = placed["input_ids"].eq(token or 0).to(torch.int64)
             yield placed
     yield text
 

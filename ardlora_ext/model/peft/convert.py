@@ -16,6 +16,7 @@ _SHARED = (
     "lora_dropout",
     "use_rslora",
     "modules_to_save",
+    "trainable_token_indices",
     "layers_to_transform",
     "layers_pattern",
     "rank_pattern",

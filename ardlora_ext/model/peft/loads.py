@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
+
+from ardlora_ext.layers.tokens import TokenRows
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -81,5 +83,18 @@ def say_what_peft_takes_for_experts(model: nn.Module, layers: Iterable[str], exp
         warnings.warn(
             f"save_pretrained: PEFT will compute something else, for it takes '{taken[0]}' for an expert of {kind}; "
             "load with ardlora_ext.load_pretrained, or adapt attention layers only",
+            stacklevel=5,
+        )
+
+
+def say_what_peft_leaves_untied(model: nn.Module, tokens: Mapping[str, TokenRows]) -> None:
+    """Warn of trained rows that PEFT will not give to what is tied to their embedding: it reads that from a config."""
+    rows = [id(layer.token_rows) for layer in tokens.values()]
+    tied = [name for name, layer in tokens.items() if rows.index(id(layer.token_rows)) != list(tokens).index(name)]
+    knows = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    if tied and not (knows and hasattr(model, "_tied_weights_keys")):
+        warnings.warn(
+            f"save_pretrained: PEFT will compute something else, for it does not know that '{tied[0]}' is tied to an "
+            "embedding with trained rows; load with ardlora_ext.load_pretrained",
             stacklevel=5,
         )
