@@ -38,6 +38,7 @@ from ardlora_ext.model.several.named import (
     disable_adapter,
     set_adapter,
 )
+from ardlora_ext.model.several.weighted import add_weighted_adapter
 from ardlora_ext.native.compiled import VERSION as __version__
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.compress import Compression, compress
@@ -74,6 +75,7 @@ __all__ = [
     "adapter_names",
     "adapters",
     "add_adapter",
+    "add_weighted_adapter",
     "attach",
     "compress",
     "delete_adapter",

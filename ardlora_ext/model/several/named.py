@@ -69,6 +69,11 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         ValueError: there is no such adapter, or the active one is merged.
     """
     record = injection(model)
+    if not isinstance(adapter_name, str):
+        raise ValueError(
+            f"set_adapter: adapter_name must be one name, got {adapter_name!r}; add_weighted_adapter(model, names, "
+            'weights, new_name, "cat") makes one adapter that computes the sum of several'
+        )
     if adapter_name not in record.named:
         raise ValueError(f"set_adapter: adapter_name must be one of {list(record.named)}, got {adapter_name!r}")
     if record.named[adapter_name] is not record:
