@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
-from ardlora_ext.checkpoint.peft_write import PEFT_ROWS
+from ardlora_ext.checkpoint.peft_write import PEFT_ROWS, truncated
 from ardlora_ext.checkpoint.wrap import wrapped
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.errors import written_by_strangers
@@ -212,7 +212,7 @@ def _check_layers(model: nn.Module, adapter: PeftAdapter, config: AdapterConfig)
                 f"{magnitude.numel()}"
             )
         limit = min(config.limit(name), lay.max_rank)
-        if len(a) > limit:
+        if min(len(a), lay.max_rank if lay.units == 1 else len(a)) > limit:  # a small matrix has no more than its size
             cure = "granularity='matrix'" if limit == lay.max_rank else "a config with a larger rank limit"
             raise ValueError(f"load_peft: rank of '{name}' must be at most {limit} per unit, got {len(a)}; use {cure}")
 
@@ -223,11 +223,11 @@ def _take_over(model: nn.Module, adapter: PeftAdapter) -> None:
     layers = {name: layer for name, layer in adapters(model).items() if name in adapter.factors}
     update = {}
     for name, layer in layers.items():
-        r = len(adapter.factors[name][0])
+        r = len(_factors(adapter, layer, name)[0])
         update[name] = tuple(UnitUpdate(tuple(range(min(r, now))), max(r - now, 0)) for now in layer.ranks)
     apply(model, RankUpdate(update))
     for name, layer in layers.items():
-        a, b = (factor.float() for factor in adapter.factors[name])
+        a, b = _factors(adapter, layer, name)
         _fill(layer, a, b.T * (adapter.scale(name) / layer.scaling))
         if isinstance(layer, DoraLinear):
             magnitude = adapter.others.get(f"{name}.lora_magnitude_vector")
@@ -237,6 +237,14 @@ def _take_over(model: nn.Module, adapter: PeftAdapter) -> None:
         controller = ArdController(model, record.config)
         controller.begin_anew()
         record.controller_state = {**controller.state_dict(), "total_steps": None}  # attach tells
+
+
+def _factors(adapter: PeftAdapter, layer: LoraLinear, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [r, in_features] and B [out_features, r], brought down to the rank that the matrix can have."""
+    a, b = (factor.float() for factor in adapter.factors[name])
+    if layer.layout.units == 1 and len(a) > layer.layout.max_rank:
+        a, b, _ = truncated(a, b, layer.layout.max_rank)
+    return a, b
 
 
 def _fill(layer: LoraLinear, a: torch.Tensor, b: torch.Tensor) -> None:

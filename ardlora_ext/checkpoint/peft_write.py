@@ -44,7 +44,7 @@ class Exported:
         return max(self.errors.values(), default=0.0)
 
 
-def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+def truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return the best factors of B A of this rank, and what is lost: QR of both, SVD of the small core."""
     (qa, ra), (qb, rb) = torch.linalg.qr(a.double().T), torch.linalg.qr(b.double())
     u, values, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
@@ -82,7 +82,7 @@ def peft_files(
     errors = dict.fromkeys(live, 0.0)
     for name, (a, b) in live.items():
         if limit is not None and len(a) > limit:
-            a, b, errors[name] = _truncated(a, b, limit)
+            a, b, errors[name] = truncated(a, b, limit)
             live[name] = a, b
     ranks = {name: max(1, len(a)) for name, (a, _) in live.items()}
     rank = max((1, *ranks.values()))

@@ -30,6 +30,7 @@ from ardlora_ext.json_file import checksums
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.peft.loads import (
     peft_saved,
+    say_what_peft_adapts_once,
     say_what_peft_leaves_untied,
     say_what_peft_takes_for_experts,
     task_type,
@@ -124,6 +125,7 @@ def adapter_files(
             stacklevel=3,
         )
     _say_what_is_not_saved(model, record.modules_to_save)
+    say_what_peft_adapts_once(model, layers)
     say_what_peft_takes_for_experts(model, layers, bool(fused_experts(model)))
     config, tensors, exported = _peft_files(model, layers, form, compress)
     weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})

@@ -88,7 +88,7 @@ def say_what_peft_takes_for_experts(model: nn.Module, layers: Iterable[str], exp
 
 
 def say_what_peft_leaves_untied(model: nn.Module, tokens: Mapping[str, TokenRows]) -> None:
-    """Warn of trained rows that PEFT will not give to what is tied to their embedding: it reads that from a config."""
+    """Warn of trained rows that PEFT keeps from what is tied to their embedding: it reads tying from a config."""
     rows = [id(layer.token_rows) for layer in tokens.values()]
     tied = [name for name, layer in tokens.items() if rows.index(id(layer.token_rows)) != list(tokens).index(name)]
     knows = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
@@ -98,3 +98,16 @@ def say_what_peft_leaves_untied(model: nn.Module, tokens: Mapping[str, TokenRows
             "embedding with trained rows; load with ardlora_ext.load_pretrained",
             stacklevel=5,
         )
+
+
+def say_what_peft_adapts_once(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Warn of a layer with several names: PEFT puts an adapter at the first one only."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = next((n for n, layer in layers.items() if layer is module), name)
+        if first != name:
+            warnings.warn(
+                f"save_pretrained: PEFT will compute something else, for it adapts '{first}' but not '{name}', the "
+                "same layer; load with ardlora_ext.load_pretrained",
+                stacklevel=4,
+            )
+            return
