@@ -21,7 +21,7 @@ from ardlora_ext.model.peft.guard import guard_from_peft
 from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, home, injection, uncompiled
 from ardlora_ext.model.saved_modules import inside
 from ardlora_ext.model.targets import plan_targets
-from ardlora_ext.model.token_rows import plan_tokens, token_layers
+from ardlora_ext.model.token_rows import plan_tokens, say_new_rows, token_layers
 from ardlora_ext.model.unheard import close_fast_paths, open_fast_paths
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.units import UnitLayout
@@ -64,7 +64,9 @@ def inject(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: s
     layers = [_adapter(name, module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
     if config.packed:
         _pack(dict(zip(chosen, layers, strict=True)))
-    tokens = token_layers(model, plan_tokens(model, config, chosen, saved), config)
+    plans = plan_tokens(model, config, chosen, saved)
+    say_new_rows(model, plans, saved)
+    tokens = token_layers(model, plans, config)
     record = Injection(config, {}, {}, saved, layers, tokens, {})
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -80,6 +81,37 @@ def _input_embeddings(model: nn.Module, op: str) -> str:
         embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         raise ValueError(f"{op} must name the embeddings of a model that does not tell them, e.g. {embeddings[:3]}")
     return found or "embed_tokens"
+
+
+def say_new_rows(model: nn.Module, plans: Iterable[TokenPlan], saved: Iterable[str]) -> None:
+    """Warn of rows that the embeddings were given after the model was loaded, and that would never train."""
+    getter = getattr(model, "get_input_embeddings", None)
+    config = getattr(model, "config", None)
+    layer = getter() if callable(getter) and getattr(config, "_name_or_path", "") else None
+    name = next((n for n, m in model.named_modules() if m is layer), "")
+    then, weight = _checkpoint_rows(config) if name else None, getattr(layer, "weight", None)
+    if then is None or not isinstance(weight, torch.Tensor) or len(weight) <= then or inside(name, list(saved)):
+        return
+    left = set(range(then, len(weight))) - {i for plan in plans if name in plan.names for i in plan.indices}
+    if left:
+        first, last = min(left), max(left)
+        warnings.warn(
+            f"wrap: rows {first} to {last} of '{name}' are not in the checkpoint and stay frozen as they were drawn; "
+            f"train them by trainable_token_indices=range({first}, {last + 1}), or the whole by "
+            f"modules_to_save=['{name.rpartition('.')[2]}']",
+            stacklevel=4,
+        )
+
+
+def _checkpoint_rows(config: Any) -> int | None:
+    """Return how many tokens the checkpoint knew that a model was loaded from, as far as it is on this machine."""
+    try:
+        found, _ = type(config).get_config_dict(config._name_or_path, local_files_only=True)
+    except Exception:  # no such folder, or nothing of it in the cache
+        return None
+    part = found if "vocab_size" in found else found.get("text_config")
+    rows = part.get("vocab_size") if isinstance(part, dict) else None
+    return rows if isinstance(rows, int) else None
 
 
 def token_layers(model: nn.Module, plans: Iterable[TokenPlan], config: AdapterConfig) -> dict[str, TokenRows]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from typing import Any
 
 from torch import nn
 
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import adapters
-from ardlora_ext.model.targets import listed
 
 _NESTED = "_ardlora_use_nested_tensor"
 
@@ -61,8 +61,21 @@ def warn_unheard(model: nn.Module) -> None:
     """Name the adapters that the first step does not train; for a pre-step hook, where gradients are whole."""
     if names := unheard(model):
         warnings.warn(
-            f"attach: no gradient reached the adapters of {listed(names)}: the model does not call these layers (it "
-            "may read their weight itself, as a fused loss does with lm_head), so they are never trained; name them in "
-            "exclude_modules",
+            f"attach: no gradient reached {_parts(names, list(adapters(model)))}: the model did not call these layers "
+            "(no image in the batch?), or reads their weight itself (as a fused loss does with lm_head); what is never "
+            "trained, name in exclude_modules",
             stacklevel=3,
         )
+
+
+def _parts(names: list[str], all_names: list[str]) -> str:
+    """Return names in few words: a part of the model of which no adapter is heard, then layers numbered alike."""
+    missed, counts = set(names), Counter[str]()
+    for name in names:
+        path = name.split(".")
+        prefixes = [".".join(path[:n]) for n in range(1, len(path))]
+        whole = next((p for p in prefixes if all(n in missed for n in all_names if n.startswith(p + "."))), None)
+        counts[re.sub(r"\d+", "*", name) if whole is None else re.sub(r"\d+", "*", whole)] += 1
+    said = [kind if count == 1 else f"{kind}' ({count} of them)" for kind, count in counts.items()]
+    shown = ", ".join(f"'{text}" if text.endswith(")") else f"'{text}'" for text in said[:4])
+    return f"the adapters of {shown}" + (f" and {len(said) - 4} more kinds" if len(said) > 4 else "")

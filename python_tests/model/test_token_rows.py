@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,26 @@ def test_what_cannot_be_is_refused_untouched() -> None:
         assert fingerprint(model) == before
     with pytest.raises(ValueError, match="must name the embeddings of a model that does not tell them"):
         ard.wrap(nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4)), ard.LoraConfig(trainable_token_indices=[1]))
+
+
+def test_rows_that_the_checkpoint_lacks_are_said_unless_they_train(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+
+    def resized(number: int) -> Any:
+        model = LlamaForCausalLM.from_pretrained(tmp_path)
+        model.resize_token_embeddings(number)
+        return model
+
+    said = "rows 64 to 66 of 'model.embed_tokens' are not in the checkpoint and stay frozen, .*=range"
+    with pytest.warns(UserWarning, match=said):
+        ard.wrap(resized(67), ard.LoraConfig(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ard.wrap(resized(64), ard.LoraConfig(r=2))
+        ard.wrap(resized(60), ard.LoraConfig(r=2))
+        ard.wrap(resized(67), ard.LoraConfig(r=2, trainable_token_indices=range(64, 67)))
+        ard.wrap(resized(67), ard.LoraConfig(r=2, modules_to_save=["embed_tokens"]))
+        ard.wrap(llama(), ard.LoraConfig(r=2))
 
 
 def test_tying_that_peft_does_not_know_is_said(tmp_path: Path) -> None:

@@ -55,6 +55,30 @@ def test_an_adapter_that_is_never_called_is_named_at_the_first_step() -> None:
         optimizer.step()
 
 
+class Parts(nn.Module):
+    """A part that is not called, and one layer in each of two blocks that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)))
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8), "skip": nn.Linear(8, 8)}) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block["up"](x)  # type: ignore[index, operator]
+        return x
+
+
+def test_adapters_that_are_not_called_are_named_in_few_words() -> None:
+    model = ard.wrap(Parts(), ard.LoraConfig(r=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ard.attach(model, optimizer)
+    model(torch.randn(4, 8)).square().mean().backward()
+    said = r"reached the adapters of 'tower' \(6 of them\), 'blocks\.\*\.skip' \(2 of them\): the model did not call"
+    with pytest.warns(UserWarning, match=said):
+        optimizer.step()
+
+
 def test_fused_experts_are_named_with_their_share() -> None:
     config = transformers.Qwen3MoeConfig(
         hidden_size=32,
