@@ -37,7 +37,7 @@ def heads(model: nn.Module) -> list[str]:
     base = getattr(model, "base_model", None)
     found = []
     if type(model).__name__.endswith(_TASKS):
-        found = [name for name, _ in model.named_modules() if name in HEADS]
+        found = [name for name, module in model.named_modules() if name in HEADS and _has_own(module)]
         if isinstance(base, nn.Module) and base is not model and _asked(model, "get_output_embeddings") is None:
             found += [name for name, child in model.named_children() if child is not base and _has_own(child)]
     embeddings = {id(_asked(model, f"get_{end}_embeddings")) for end in ("input", "output")}

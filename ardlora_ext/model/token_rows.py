@@ -11,7 +11,7 @@ from torch import nn
 
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.layers.tokens import TokenRows, has_rows, start_rows
-from ardlora_ext.model.saved_modules import inside
+from ardlora_ext.model.saved_modules import inside, new_modules
 
 
 class TokenPlan(NamedTuple):
@@ -89,6 +89,8 @@ def say_new_rows(model: nn.Module, plans: Iterable[TokenPlan], saved: Iterable[s
     config = getattr(model, "config", None)
     layer = getter() if callable(getter) and getattr(config, "_name_or_path", "") else None
     name = next((n for n, m in model.named_modules() if m is layer), "")
+    if name in new_modules(model):  # said already: the whole of it is not as in the checkpoint
+        return
     then, weight = _checkpoint_rows(config) if name else None, getattr(layer, "weight", None)
     if then is None or not isinstance(weight, torch.Tensor) or len(weight) <= then or inside(name, list(saved)):
         return

@@ -28,6 +28,7 @@ class Headed(nn.Module):
         self.body = nn.ModuleDict({"head": nn.Linear(8, 8), "up": nn.Linear(8, 8)})
         self.head = nn.ModuleDict({"head": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "out": nn.Linear(8, 8)})
         self.many = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.bare = nn.ModuleList([nn.Flatten(), nn.Tanh()])  # nothing to keep
         self.norm, self.inner = nn.LayerNorm(8), nn.ModuleDict({"prenorm": nn.LayerNorm(8)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("saved", [["many"], ["head.head", "many"], ["head.out"]])
+@pytest.mark.parametrize("saved", [["many"], ["head.head", "many"], ["head.out"], ["bare", "head.out"]])
 def test_modules_kept_whole_load_in_peft_whatever_they_are_called(saved: list[str], tmp_path: Path) -> None:
     model = trained(saved)
     with torch.no_grad(), warnings.catch_warnings():

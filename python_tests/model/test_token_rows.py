@@ -219,7 +219,7 @@ def test_rows_that_the_checkpoint_lacks_are_said_unless_they_train(tmp_path: Pat
         model.resize_token_embeddings(number)
         return model
 
-    said = "rows 64 to 66 of 'model.embed_tokens' are not in the checkpoint and stay frozen, .*=range"
+    said = "rows 64 to 66 of 'model.embed_tokens' are not in the checkpoint and stay frozen as .*=range"
     with pytest.warns(UserWarning, match=said):
         ard.wrap(resized(67), ard.LoraConfig(r=2))
     with warnings.catch_warnings():

@@ -86,10 +86,9 @@ def _stages(model: PreTrainedModel, inputs: Inputs, config: ard.AdapterConfig) -
         found = {"load_pretrained": compute(ard.load_pretrained(bases[1], folder), inputs)}
         try:
             found["PEFT"] = compute(PeftModel.from_pretrained(bases[0], folder), inputs)
-        except Exception:
-            if said := _peft_alone(bases[2], list(ard.adapters(model)), inputs):
-                return said
-            raise
+        except Exception as cause:
+            refusal = f"PEFT cannot load it: {_said(cause)}"
+            return _peft_alone(bases[2], list(ard.adapters(model)), inputs) or refusal
     found["merge"] = compute(ard.merge(model), inputs)
     wrong = [
         f"{name} differs by {gap:.1e} where training changed {effect:.1e}"

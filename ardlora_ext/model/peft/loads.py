@@ -44,6 +44,8 @@ def peft_saved(model: nn.Module, saved: Sequence[str], adapted: Iterable[str]) -
 
     def readable(name: str) -> list[str]:
         module = model.get_submodule(name)
+        if not module.state_dict():
+            return []
         taken = [n for n in names if n.endswith(name) and n != name and n not in saved]
         taken += [n for n in adapted if re.match(rf"(^|.*\.){name}($|\..*)", n)]
         if not taken and not isinstance(module, _CONTAINERS):
