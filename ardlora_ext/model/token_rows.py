@@ -91,7 +91,8 @@ def say_new_rows(model: nn.Module, plans: Iterable[TokenPlan], saved: Iterable[s
     name = next((n for n, m in model.named_modules() if m is layer), "")
     if name in new_modules(model):  # said already: the whole of it is not as in the checkpoint
         return
-    then, weight = _checkpoint_rows(config) if name else None, getattr(layer, "weight", None)
+    then = _checkpoint_rows(config) if name else None
+    weight: Any = getattr(layer, "weight", None)
     if then is None or not isinstance(weight, torch.Tensor) or len(weight) <= then or inside(name, list(saved)):
         return
     left = set(range(then, len(weight))) - {i for plan in plans if name in plan.names for i in plan.indices}
