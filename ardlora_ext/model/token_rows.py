@@ -86,8 +86,9 @@ def _input_embeddings(model: nn.Module, op: str) -> str:
 def say_new_rows(model: nn.Module, plans: Iterable[TokenPlan], saved: Iterable[str]) -> None:
     """Warn of rows that the embeddings were given after the model was loaded, and that would never train."""
     getter = getattr(model, "get_input_embeddings", None)
-    config = getattr(model, "config", None)
-    layer = getter() if callable(getter) and getattr(config, "_name_or_path", "") else None
+    config: Any = getattr(model, "config", None)
+    loaded = bool(getattr(config, "_name_or_path", None))
+    layer = getter() if loaded and callable(getter) else None
     name = next((n for n, m in model.named_modules() if m is layer), "")
     if name in new_modules(model):  # said already: the whole of it is not as in the checkpoint
         return
