@@ -12,7 +12,7 @@ from torch import nn
 
 from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
 from ardlora_ext.checkpoint.peft_write import PEFT_ROWS, truncated
-from ardlora_ext.checkpoint.wrap import wrapped
+from ardlora_ext.checkpoint.wrap import or_unwrapped, wrap
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.layers.dora import DoraLinear
@@ -85,7 +85,8 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig | PeftL
     )
     _check_layers(part, adapter, config)
     values = {key: value for key, value in adapter.others.items() if _inside(key, saved)}
-    with wrapped(part, config):
+    with or_unwrapped(part):
+        wrap(part, config)
         _take_over(part, adapter)
         _fill_rows(part, {name: values for name, (_, values) in rows.items()})
         part.load_state_dict(values, strict=False)

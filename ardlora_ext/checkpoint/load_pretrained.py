@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ardlora_ext.checkpoint.adapter_state import STATE, read_state
-from ardlora_ext.checkpoint.wrap import wrapped
+from ardlora_ext.checkpoint.wrap import or_unwrapped, wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.patterns import check_pattern
 from ardlora_ext.config.registry import config_from_dict
@@ -55,7 +55,8 @@ def load_pretrained(model: Model, directory: str | Path) -> Model:
             for pattern in getattr(config, option) or ():
                 check_pattern(pattern, f"load_pretrained: {option} in {STATE}")
         _check_model(part, config, state, tensors)
-    with wrapped(part, config):
+    with or_unwrapped(part):
+        wrap(part, config)
         saved = _fill(part, state, tensors)
     _say_what_is_random(part, saved)
     return model

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +32,7 @@ from ardlora_ext.layers.rows import fit_rows
 from ardlora_ext.model.record import injection, uncompiled
 from ardlora_ext.ranks import eight_bit
 from ardlora_ext.ranks.optimizer import unwrapped
+from ardlora_ext.unbroken import undone_by
 
 RESUME, RESUME_TENSORS = "ardlora_resume.json", "ardlora_resume.safetensors"
 
@@ -140,22 +140,19 @@ def load_state(model: nn.Module, optimizer: Any, directory: str | Path, **others
         _set_generators(generators)
 
 
-@contextmanager
-def _all_or_nothing(model: nn.Module, optimizer: Optimizer, others: Mapping[str, Stateful]) -> Iterator[None]:
-    """Bring everything back to where it is now if what follows fails or is interrupted."""
+def _all_or_nothing(model: nn.Module, optimizer: Optimizer, others: Mapping[str, Stateful]) -> undone_by:
+    """Bring everything back to where it is now if the `with` block fails or is interrupted."""
     record = injection(model)
     weights, gradients = moving_state(model), {p: p.grad for p in model.parameters()}
     state, groups = optimizer.state, optimizer.param_groups  # a load makes new ones
     entries = {p: dict(entry) for p, entry in state.items()}
     options = [dict(group) for group in groups]
     controller, kept = record.controller, (record.started, record.controller_state, record.resumed)
-    parts = {} if controller is None else dict(vars(controller))
-    decided = None if controller is None else copy.deepcopy(controller.state_dict())
+    decided = (lambda: None) if controller is None else controller.remember()
     remembered = {name: copy.deepcopy(other.state_dict()) for name, other in others.items()}
     generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    except BaseException:
+
+    def undo() -> None:
         model.load_state_dict(weights, strict=False)
         for p, gradient in gradients.items():
             p.grad = gradient
@@ -166,13 +163,12 @@ def _all_or_nothing(model: nn.Module, optimizer: Optimizer, others: Mapping[str,
             group.clear()
             group.update(options_then)
         record.started, record.controller_state, record.resumed = kept
-        if controller is not None:
-            vars(controller).update(parts)
-            controller.load_state_dict(decided)
+        decided()
         for name, other in others.items():
             other.load_state_dict(remembered[name])
         _set_generators(generators)
-        raise
+
+    return undone_by(undo)
 
 
 def _generators(saved: Any, tensors: Tensors) -> tuple[torch.Tensor, Any, Any]:
@@ -281,7 +277,7 @@ def _fit_moments(optimizer: Optimizer, state: Mapping[int, dict[str, Any]]) -> N
             for key, moment in eight_bit.find(held).items():
                 had = len(moment.codes)
                 if had != rows:
-                    eight_bit.store(held, key, moment.gather([i if i < had else -1 for i in range(rows)]))
+                    held |= eight_bit.stored(held, key, moment.gather([i if i < had else -1 for i in range(rows)]))
         for key, value in entry.items():
             if isinstance(value, torch.Tensor) and value.dim() > 1 and list(value.shape[1:]) == width:
                 entry[key] = fit_rows(value, rows)

@@ -7,8 +7,6 @@ Trainer resumes from, `model.safetensors` with all that training changes; the fr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ from ardlora_ext.checkpoint.save_pretrained import save_pretrained
 from ardlora_ext.checkpoint.training_state import moving_state
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
-from ardlora_ext.model.inject import RESIZE, SAVE, inject, part_to_wrap, rest
+from ardlora_ext.model.inject import RESIZE, SAVE, activate, new_record, part_to_wrap, withdraw
 from ardlora_ext.model.peft.convert import PeftLoraConfig
 from ardlora_ext.model.record import ATTRIBUTE, Model, adapters
+from ardlora_ext.unbroken import nothing, undone_by
 
 WEIGHTS = "model.safetensors"  # transformers' SAFE_WEIGHTS_NAME
 
@@ -46,30 +45,27 @@ def wrap(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: str
             The model is unchanged then.
     """
     part = part_to_wrap(model)
-    inject(part, config, adapter_name)
-    if hasattr(part, SAVE):
-        save_adapters(part)
+    record = new_record(part, config, adapter_name)
+    activate(part, record, (lambda: save_adapters(part)) if hasattr(part, SAVE) else nothing)
     return model
 
 
-@contextmanager
-def wrapped(model: nn.Module, config: AdapterConfig) -> Iterator[None]:
-    """Wrap a model and let it be filled; if that fails, or is interrupted, the model is as it was before."""
+def or_unwrapped(model: nn.Module) -> undone_by:
+    """Take out what the `with` block puts into the model if it fails or is interrupted: the model is as it was."""
     before, own = getattr(model, ATTRIBUTE, None), {key: vars(model).get(key) for key in (SAVE, RESIZE)}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        wrap(model, config)
-        yield
-    except BaseException:
+
+    def undo() -> None:
         if getattr(model, ATTRIBUTE, None) is not before:
-            rest(model)  # gives `modules_to_save` their values back, too
+            withdraw(model)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         for key, value in own.items():
             vars(model).pop(key, None)
             if value is not None:
                 vars(model)[key] = value
-        raise
+
+    return undone_by(undo)
 
 
 def save_adapters(model: Any) -> None:

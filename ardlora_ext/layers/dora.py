@@ -163,6 +163,10 @@ class DoraLinear(LoraLinear):
         return out
 
     @torch.no_grad()
+    def merge_terms(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return *self.fold(), self.lora_magnitude_vector.float() / self.weight_norm()
+
+    @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:
         """Return the dense update c o (W + dW) - W [out_features, in_features] in float32, magnitude included."""
         weight = self._weight().float()

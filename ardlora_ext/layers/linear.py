@@ -16,6 +16,7 @@ from ardlora_ext.native import ops, reference
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.units import UnitLayout, native_table
+from ardlora_ext.unbroken import unbroken
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -116,13 +117,15 @@ class LoraLinear(nn.Module):
             LoraLinear.changes += 1
         super().__setattr__(name, value)
 
-    def set_ranks(self, ranks: Sequence[int]) -> None:
-        """Record the live ranks; the caller has brought the buffers in line."""
+    def set_ranks(self, ranks: Sequence[int], encoded: torch.Tensor | None = None) -> None:
+        """Record the live ranks; the caller has brought the buffers in line, and may have encoded them."""
         if self.ranks == list(ranks):
             return
-        self.ranks = list(ranks)
-        LoraLinear.changes += 1
-        self.rank_table.copy_(self.layout.encode(self.ranks))  # in place: compiled code holds on to it
+        encoded = self.layout.encode(ranks) if encoded is None else encoded
+        with unbroken():
+            self.ranks = list(ranks)
+            LoraLinear.changes += 1
+            self.rank_table.copy_(encoded)  # in place: compiled code holds on to it
 
     @property
     def weight(self) -> torch.Tensor:
@@ -336,27 +339,9 @@ class LoraLinear(nn.Module):
         """
         return fold(self.layout, self.ranks, self.lora_A, self.lora_B, self.gate, self.scaling)
 
-    @torch.no_grad()
-    def merged_weight(self) -> torch.Tensor:
-        """Return the base weight plus the update: summed in float32, rounded once to the dtype of the weight.
-
-        Raises:
-            ValueError: the sum is not finite.
-        """
-        weight: torch.Tensor = getattr(self.base_layer, "weight")  # noqa: B009 - typed as Tensor | Module
-        delta = self.get_delta_weight()
-        if isinstance(self.base_layer, Conv1D):
-            delta = delta.T
-        merged = (weight.float() + delta).to(weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError("merge: merged weight must be finite, got NaN or Inf")
-        return merged
-
-    @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """Add the update to the base weight and return the base layer; raises as `merged_weight` does."""
-        getattr(self.base_layer, "weight").copy_(self.merged_weight())  # noqa: B009
-        return self.base_layer
+    def merge_terms(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return (A, B, scale) of the merged weight scale o (W + B A), float32; scale [out_features], or None for 1."""
+        return *self.fold(), None
 
     def extra_repr(self) -> str:
         lay = self.layout

@@ -7,7 +7,7 @@ change and every factor gets gradient from the next step on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,25 +95,30 @@ def _fill(rows: torch.Tensor, kept: int, init: NewRows, generator: torch.Generat
 
 
 @torch.no_grad()
-def start_components(layer: LoraLinear, kept: Sequence[int], init: NewRows, seed: int) -> list[Fresh]:
-    """Start the components of each unit past its `kept` ones: rows of lora_A and lora_B, and lambda.
+def start_components(
+    rows: Mapping[str, torch.Tensor], ranks: Sequence[int], kept: Sequence[int], init: NewRows, seed: int
+) -> list[Fresh]:
+    """Start the components of each unit past its `kept` ones, in place.
 
-    The layer has its new ranks and buffers already; its units own their rows of both factors.
+    Args:
+        rows: live rows of lora_A, lora_B and lora_E at the new ranks; units own their rows of all three.
+        ranks: of the units.
+        kept: of the units.
+        init: how.
+        seed: of the values.
 
     Returns:
         What the caller has to give to `orthogonal_rows`.
     """
-    if layer.ranks == list(kept):
-        return []
     found: list[Fresh] = []
     generator = torch.Generator().manual_seed(seed)
-    for unit, old in zip(_units(layer.ranks), kept, strict=True):
+    for unit, old in zip(_units(ranks), kept, strict=True):
         if old == unit.stop - unit.start:
             continue
-        for factor in (layer.lora_A.data, layer.lora_B.data):
-            found += _fill(factor[unit], old, init, generator)
-        if layer.lora_E is not None and init == "projected":
-            values = layer.lora_E.data[unit]
+        for factor in ("lora_A", "lora_B"):
+            found += _fill(rows[factor][unit], old, init, generator)
+        if init == "projected":
+            values = rows["lora_E"][unit]
             smallest = float(values[:old].abs().min()) if old else _NEW_LAMBDA
             values[old:] = min(smallest, _NEW_LAMBDA)
     return found

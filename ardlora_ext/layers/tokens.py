@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,21 +72,32 @@ class TokenRows(nn.Module):
         rows = torch.where(trains[..., None], rows, rows.detach())  # as in torch, the padding row gets no gradient
         return torch.where(slot[..., None] >= 0, rows, y)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Write the trained rows into the base; `unmerge` brings back what was there."""
-        weight: torch.Tensor = getattr(self.base_layer, "weight")  # noqa: B009
-        if self.held is None:
-            self.held = weight[self.indices].clone()
-            weight[self.indices] = self.token_rows.to(weight.dtype)
+    def ready_to_merge(self) -> Callable[[], None]:
+        """Return what writes the trained rows into the base, if they are not there; it only assigns."""
+        weight, index = self._place()
+        before, rows = weight[index], self.token_rows.detach().to(weight.dtype)
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take the trained rows out of the base again, bit for bit."""
-        weight: torch.Tensor = getattr(self.base_layer, "weight")  # noqa: B009
-        if self.held is not None:
-            weight[self.indices] = self.held
-            self.held = None
+        def merge() -> None:
+            if self.held is None:
+                weight.index_copy_(0, index, rows)
+                self.held = before
+
+        return merge
+
+    def ready_to_unmerge(self) -> Callable[[], None]:
+        """Return what takes the trained rows out of the base again, bit for bit; it only assigns."""
+        weight, index = self._place()
+
+        def unmerge() -> None:
+            if self.held is not None:
+                weight.index_copy_(0, index, self.held)
+                self.held = None
+
+        return unmerge
+
+    def _place(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight: torch.Tensor = getattr(self.base_layer, "weight").detach()  # noqa: B009
+        return weight, torch.tensor(self.indices, device=weight.device)
 
 
 def start_rows(layer: nn.Module, indices: Sequence[int], dtype: torch.dtype | None) -> nn.Parameter:

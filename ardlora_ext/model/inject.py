@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from ardlora_ext.model.token_rows import plan_tokens, say_new_rows, token_layers
 from ardlora_ext.model.unheard import close_fast_paths, open_fast_paths
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.unbroken import nothing, unbroken, undone_by
 
 _TRAINABLE = "_hf_peft_config_loaded"  # transformers' own mark
 RESIZE = "resize_token_embeddings"
@@ -56,6 +57,16 @@ def inject(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: s
     Raises:
         ValueError: as `wrap` does. The model is unchanged then.
     """
+    activate(model, new_record(model, config, adapter_name))
+    return model
+
+
+def new_record(model: nn.Module, config: AdapterConfig | PeftLoraConfig, adapter_name: str) -> Injection:
+    """Return an adapter for `activate`; the model does not change, and knows nothing of it yet.
+
+    Raises:
+        ValueError: as `wrap` does.
+    """
     config = own_config("wrap", config, model)
     guard_from_peft()
     chosen, layouts, saved = plan_targets(model, config)
@@ -70,8 +81,7 @@ def inject(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: s
     record = Injection(config, {}, {}, saved, layers, tokens, {})
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record
-    activate(model, record)
-    return model
+    return record
 
 
 def _pack(layers: Mapping[str, LoraLinear]) -> None:
@@ -81,32 +91,95 @@ def _pack(layers: Mapping[str, LoraLinear]) -> None:
         layer.readers = groups.setdefault((name.rpartition(".")[0], layer.layout.in_features), Readers())
 
 
-def activate(model: nn.Module, record: Injection) -> None:
-    """Put the adapter of `record` into a model that has none in it."""
-    record.requires_grad = _flags(model)
-    for name, parameter in model.named_parameters():
-        default = inside(name.rpartition(".")[0], record.modules_to_save)
-        parameter.requires_grad_(record.trains.get(name, default))
-    _exchange_values(model, record)
+def activate(model: nn.Module, record: Injection, then: Callable[[], None] = nothing) -> None:
+    """Put the adapter of `record` into a model that has none in it, all or nothing; call `then` in the same piece."""
     for layer in record.layers:
-        layer.train(layer.base_layer.training)
         _follow(layer, layer.lora_A)
     for rows in record.tokens.values():
         _follow(rows, rows.token_rows)
-    replace_modules(model, {id(layer.base_layer): layer for layer in (*record.layers, *record.tokens.values())})
+    for name, parameter in model.named_parameters():
+        if _trains(record, name) and not parameter.is_floating_point():
+            raise ValueError(
+                f"wrap: modules_to_save must be of floating-point numbers, got {parameter.dtype} in '{name}'"
+            )
+    own = _saved_values(model, record)
+    with unbroken():
+        _put_in(model, record, own)
+        then()
+
+
+def rest(model: nn.Module, then: Callable[[], None] = nothing) -> Injection:
+    """Take the active adapter out: the model is the plain base, until `activate` puts one in again.
+
+    All or nothing; `then` is called in the same piece.
+    """
+    record = injection(model)
+    for name, layer in adapters(model).items():
+        check_unmerged("adapter", name, layer)
+    learned = _saved_values(model, record)
+    with unbroken():
+        _take_out(model, record, learned)
+        then()
+    return record
+
+
+def as_before(model: nn.Module, first: Callable[[], None] = nothing) -> undone_by:
+    """Bring back the adapter that is in the model now, and call `first` before, if the `with` block is not kept."""
+    record, own = injection(model), injection(model).values
+
+    def back() -> None:
+        first()
+        now = getattr(model, ATTRIBUTE, None)
+        if now is not None and now is not record:
+            _take_out(model, now, now.values)
+        if now is not record:
+            _put_in(model, record, own)
+
+    return undone_by(back)
+
+
+def withdraw(model: nn.Module) -> None:
+    """Take out an adapter that is not to stay, and what it brought for `modules_to_save`; this allocates nothing."""
+    record = injection(model)
+    _take_out(model, record, record.values)
+
+
+def _parts(record: Injection) -> tuple[LoraLinear | TokenRows, ...]:
+    return (*record.layers, *record.tokens.values())
+
+
+def _trains(record: Injection, name: str) -> bool:
+    """Tell whether a parameter of the base trains while an adapter is in the model."""
+    return record.trains.get(name, inside(name.rpartition(".")[0], record.modules_to_save))
+
+
+def _put_in(model: nn.Module, record: Injection, own: dict[str, torch.Tensor]) -> None:
+    """Assign what `activate` has made: `own` are copies of what is in `modules_to_save` now."""
+    record.requires_grad = _flags(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_trains(record, name))
+    _write_values(model, record)
+    record.values = own
+    for layer in record.layers:
+        layer.train(layer.base_layer.training)
+    replace_modules(model, {id(layer.base_layer): layer for layer in _parts(record)})
     close_fast_paths(model)
     setattr(model, ATTRIBUTE, record)
     _tell_transformers(model, True)
 
 
-def rest(model: nn.Module) -> Injection:
-    """Take the active adapter out: the model is the plain base, until `activate` puts one in again."""
-    record = injection(model)
-    for name, layer in adapters(model).items():
-        check_unmerged("adapter", name, layer)
-    _take_out(model)
-    _exchange_values(model, record)
-    return record
+def _take_out(model: nn.Module, record: Injection, learned: dict[str, torch.Tensor] | None) -> None:
+    """Take the adapter of `record` out; `learned` are copies of what it has in `modules_to_save`, None: that stays."""
+    replace_modules(model, {id(layer): layer.base_layer for layer in _parts(record)})
+    record.trains = _flags(model)
+    open_fast_paths(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(record.requires_grad.get(name, True))
+    if learned is not None:
+        _write_values(model, record)
+        record.values = learned
+    vars(model).pop(ATTRIBUTE, None)
+    _tell_transformers(model, False)
 
 
 def _saved_values(model: nn.Module, record: Injection) -> dict[str, torch.Tensor]:
@@ -116,12 +189,11 @@ def _saved_values(model: nn.Module, record: Injection) -> dict[str, torch.Tensor
 
 
 @torch.no_grad()
-def _exchange_values(model: nn.Module, record: Injection) -> None:
-    """Exchange what is in `modules_to_save` with what the record keeps; parameters stay the same objects."""
-    kept, record.values = record.values, _saved_values(model, record)
+def _write_values(model: nn.Module, record: Injection) -> None:
+    """Write what the record keeps into `modules_to_save`; parameters stay the same objects."""
     for name in record.modules_to_save:
         for key, value in model.get_submodule(name).state_dict(keep_vars=True).items():
-            value.copy_(kept[f"{name}.{key}"])
+            value.copy_(record.values[f"{name}.{key}"])
 
 
 def replace_modules(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
@@ -204,18 +276,6 @@ def _tell_transformers(model: nn.Module, attached: bool) -> None:
                 vars(module).pop(_TRAINABLE, None)
 
 
-def _take_out(model: nn.Module) -> None:
-    record = injection(model)
-    put_in: tuple[LoraLinear | TokenRows, ...] = (*record.layers, *record.tokens.values())
-    replace_modules(model, {id(layer): layer.base_layer for layer in put_in})
-    record.trains = _flags(model)
-    open_fast_paths(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(record.requires_grad.get(name, True))
-    delattr(model, ATTRIBUTE)
-    _tell_transformers(model, False)
-
-
 def detach(record: Injection) -> None:
     """Take the hooks of one adapter off its optimizer and its parameters."""
     for hooked in (record.controller, record.sync):
@@ -226,11 +286,12 @@ def detach(record: Injection) -> None:
 def remove(model: Model) -> Model:
     """Take the adapters of all names out for good."""
     part = home(model)
-    for record in injection(part).named.values():
-        detach(record)
-    _take_out(part)
-    for name in (SAVE, RESIZE):
-        vars(part).pop(name, None)
+    with unbroken():
+        for record in injection(part).named.values():
+            detach(record)
+        _take_out(part, injection(part), None)
+        for name in (SAVE, RESIZE):
+            vars(part).pop(name, None)
     return model
 
 

@@ -6,8 +6,8 @@ as the launch is queued: the allocator hands it out again on the same stream onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,8 @@ def lora_call(
     getattr(core, f"cuda_{op}")(table, *arguments, *dropout, call)
 
 
-def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> None:
-    """Move rows of many buffers of one device in one call.
+def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> Callable[[], None]:
+    """Return the one call that moves rows of many buffers of one device, all or none.
 
     Args:
         moves: [n, 5] int64: source address, destination address, bytes per row, source rows, plan.
@@ -115,15 +115,14 @@ def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device
 
     Raises:
         NotImplementedError: the build has no kernels for the device.
-        ValueError: a move or plan does not fit; nothing moved.
+        ValueError: a move or plan does not fit; on the CPU it is the returned call that says so, before a row moves.
     """
     check_device("rank_resize", device)
     if not _on_cuda(device):
-        core.rank_resize(moves, plans, threads())
-        return
+        return partial(core.rank_resize, moves, plans, threads())
     words, jobs, blocks = core.cuda_resize_table(moves, plans)
     table = _to_device(words, device)
-    core.cuda_rank_resize(table.data_ptr(), jobs, blocks, *_stream(device))
+    return lambda: core.cuda_rank_resize(table.data_ptr(), jobs, blocks, *_stream(device))
 
 
 def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ardlora_ext import processes
 from ardlora_ext.config import LoraConfig
 from ardlora_ext.distributed.placement import bare, check_placement, check_running
+from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.model.record import Injection, adapters, check_unmerged, injection, is_active
 from ardlora_ext.model.unheard import warn_unheard
 from ardlora_ext.ranks import resize
@@ -23,6 +24,7 @@ from ardlora_ext.ranks.controllers import make_controller
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.optimizer import check_optimizer, outermost, settle_loss_scale, unwrapped
 from ardlora_ext.ranks.rehearsal import rehearse
+from ardlora_ext.unbroken import nothing, unbroken, undone_by
 
 
 def attach(
@@ -77,18 +79,22 @@ def attach(
         _check(model, record, outermost(optimizer))
 
     controller = make_controller(model, record.config, total_steps, holdout)
-    _take_up(controller, record, total_steps)
+    with written_by_strangers(f"attach: the adapter's saved state must be one of {type(controller).__name__}"):
+        _take_up(controller, record, total_steps)
     controller.processes = getattr(wrapper, "process_group", None) if record.sync is None else record.sync.group
     follower = _Follower(wrapper, model, record, controller, torch_optimizer)
-    follower.apply(controller.start())
-    controller.applied()
-    controller.apply = follower.apply
-    if torch_optimizer is None:
-        controller.handles = [_wait(follower)]
-    else:
-        follower.follow(torch_optimizer)
-    record.controller = controller
-    record.optimizer = None if torch_optimizer is None else weakref.ref(torch_optimizer)
+
+    def attached() -> None:
+        controller.applied()
+        controller.apply = follower.apply
+        if torch_optimizer is None:
+            controller.handles = [_wait(follower)]
+        else:
+            follower.follow(torch_optimizer)
+        record.controller = controller
+        record.optimizer = None if torch_optimizer is None else weakref.ref(torch_optimizer)
+
+    follower.apply(controller.start(), attached)
     return controller
 
 
@@ -168,16 +174,24 @@ class _Follower:
         """Whether a step is one of this adapter."""
         return is_active(self.model, self.record)
 
-    def apply(self, update: resize.RankUpdate | None) -> None:
-        """Change ranks in the model and the optimizer."""
+    def apply(self, update: resize.RankUpdate | None, made: Callable[[], None] = nothing) -> None:
+        """Change ranks in the model and the optimizer, all or nothing; call `made` then."""
         if processes.initialised() and not isinstance(self.record.config, LoraConfig):
             # compared even if there is none here: another process may have one
             plan = json.dumps(None if update is None else update.to_json())
             device = self.record.layers[0].lora_A.device
             processes.agree(f"rank change after step {self.controller.step}", plan, device, self.controller.processes)
-        if update is not None:
-            resize.apply(self.model, update, self.optimizer)
+
+        def then() -> None:
             self.controller.applied()
+            made()
+
+        if update is not None:
+            resize.apply(self.model, update, self.optimizer, first=self.controller.settle, then=then)
+            return
+        with unbroken():
+            self.controller.settle()
+            made()
 
     def observe(self, optimizer: Optimizer) -> None:
         check_running(self.wrapper)
@@ -185,7 +199,8 @@ class _Follower:
         if not self.skipped:
             if self.controller.step == 0:
                 warn_unheard(self.model)
-            self.controller.observe()
+            with undone_by(self.controller.remember()):
+                self.controller.observe()
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if not self.active:
@@ -206,7 +221,7 @@ class _Follower:
         if self.active:
             if self.controller.step == 0 and not isinstance(self.record.config, LoraConfig):
                 _check_state(self.model, optimizer)  # of an optimizer that a copy could not stand for
-            self.apply(None if self.skipped else self.controller.propose())
+            self.controller.carry_out((lambda: None) if self.skipped else self.controller.propose)
 
 
 def _wait(follower: _Follower) -> Any:

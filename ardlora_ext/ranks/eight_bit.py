@@ -143,12 +143,11 @@ def parts(key: str) -> tuple[str, ...]:
     return (key,) if number == key else (key, f"absmax{number}", f"qmap{number}")
 
 
-def store(state: dict[str, Any], key: str, moment: EightBit) -> None:
-    """Put a moment where `find` found it."""
+def stored(state: Mapping[str, Any], key: str, moment: EightBit) -> dict[str, Any]:
+    """Return the entries that put a moment where `find` found it."""
     old = state[key]
     if type(old).__name__ != _TORCHAO:
-        state[key], state[f"absmax{key.removeprefix('state')}"] = moment.codes, moment.scale
-    elif moment.codes.numel() % moment.block:  # torchao keeps those in full precision
-        state[key] = moment.decode().to(old.dtype)
-    else:
-        state[key] = type(old)(moment.codes, moment.scale, moment.qmap, old.signed, old.dtype)
+        return {key: moment.codes, f"absmax{key.removeprefix('state')}": moment.scale}
+    if moment.codes.numel() % moment.block:  # torchao keeps those in full precision
+        return {key: moment.decode().to(old.dtype)}
+    return {key: type(old)(moment.codes, moment.scale, moment.qmap, old.signed, old.dtype)}

@@ -52,8 +52,3 @@ def find(state: Mapping[str, Any], rows: int, width: int) -> dict[str, Factored]
         if row.numel() == len(row) == rows and column.numel() == column.shape[-1] == width:
             found[key] = Factored(row, column, partner)
     return found
-
-
-def store(state: dict[str, Any], key: str, moment: Factored) -> None:
-    """Put a moment where `find` found it."""
-    state[key], state[moment.column_key] = moment.row, moment.column

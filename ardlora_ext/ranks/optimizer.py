@@ -20,6 +20,7 @@ from ardlora_ext.model.record import adapters, injection
 from ardlora_ext.ranks import eight_bit, factored
 from ardlora_ext.ranks.eight_bit import EightBit
 from ardlora_ext.ranks.factored import Factored
+from ardlora_ext.unbroken import unbroken
 
 State = MutableMapping[str, Any]
 Moment = torch.Tensor | EightBit | Factored
@@ -116,15 +117,15 @@ def _elsewhere(optimizer: Optimizer, key: str) -> tuple[bool, bool]:
     return False, False
 
 
-def store(optimizer: Optimizer, parameter: torch.nn.Parameter, key: str, moment: Moment) -> None:
-    """Put what `moments` returned, with other rows, where it was."""
+def stored(optimizer: Optimizer | None, parameter: torch.nn.Parameter, key: str, moment: Moment) -> dict[str, Any]:
+    """Return the entries of the state that put what `moments` returned, with other rows, where it was."""
+    assert optimizer is not None
     state = optimizer.state[parameter]
     if isinstance(moment, EightBit):
-        eight_bit.store(state, key, moment)
-    elif isinstance(moment, Factored):
-        factored.store(state, key, moment)
-    else:
-        state[key] = moment.view(-1) if state[key].dim() == 1 else moment
+        return eight_bit.stored(state, key, moment)
+    if isinstance(moment, Factored):
+        return {key: moment.row, moment.column_key: moment.column}
+    return {key: moment.view(-1) if state[key].dim() == 1 else moment}
 
 
 def remember_copies(optimizer: Optimizer, keys: set[str]) -> None:
@@ -132,11 +133,11 @@ def remember_copies(optimizer: Optimizer, keys: set[str]) -> None:
     setattr(optimizer, _COPIES, keys)
 
 
-def copies(optimizer: Optimizer, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    """Return the state of `parameter` that is a copy of it, [rows, width] each."""
+def copies(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """Return the state of `parameter` that is a copy of it, [rows, width], by key."""
     state = optimizer.state.get(parameter, {})
-    found = [state[key] for key in getattr(optimizer, _COPIES, ()) if key in state]
-    return [value.view(parameter.shape) for value in found if value.numel() == parameter.numel()]
+    found = {key: state[key] for key in getattr(optimizer, _COPIES, ()) if key in state}
+    return {key: value.view(parameter.shape) for key, value in found.items() if value.numel() == parameter.numel()}
 
 
 def restart(optimizer: Optimizer) -> None:
@@ -156,11 +157,12 @@ def settle_loss_scale(optimizer: Optimizer) -> bool:
     if found_inf is not None and bool(found_inf):
         return True
     if scale is not None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale.to(parameter.grad.device))
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        scales = {device: scale.to(device) for device in {grad.device for grad in grads}}
+        with unbroken():
+            for grad in grads:
+                grad.div_(scales[grad.device])
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
     return False
 
 

@@ -1,14 +1,16 @@
 """Rank changes: `RankUpdate` says what, `apply` does it to layers, gradients and optimizer state together.
 
 This is the only place that changes ranks. Rows of lora_A, lora_B, their gradients and every moment move by one plan in
-one native call; parameter objects, their groups, schedulers and `step` stay.
+one native call; parameter objects, their groups, schedulers and `step` stay. All that can fail is done before the first
+row moves, and no signal comes between that one and the last assignment.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +27,12 @@ from ardlora_ext.native.dispatch import rank_resize
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks.eight_bit import EightBit
 from ardlora_ext.ranks.factored import Factored
-from ardlora_ext.ranks.optimizer import copies, moments, pin_lr, restart, store
+from ardlora_ext.ranks.optimizer import copies, moments, pin_lr, restart, stored
+from ardlora_ext.unbroken import nothing, unbroken
 
+Rows = Mapping[tuple[str, str], torch.Tensor]  # by (factor, "" | "grad" | "lora_gate" | state key), its first rows
 ZERO = -1  # plan entry of a new row
+_OWN = {"", "grad", "lora_gate"}  # of what has the rows of a factor: not the optimizer's
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ class _Factor:
     plan: int  # 0: rows of lora_A, 1: rows of lora_B
     old: dict[str, torch.Tensor]
     new: dict[str, torch.Tensor]  # the same tensors where rows move in place
-    coded: dict[str, EightBit | Factored]  # moments in a form of their own, moved already
+    state: dict[str, Any]  # entries of the optimizer's state that are new; of moments in a form of their own moved, too
+    copies: set[str]  # keys of what the optimizer keeps as a copy of the weights: new rows begin as theirs do
 
 
 @dataclass
@@ -143,7 +149,13 @@ class _Change:
     layer: LoraLinear
     units: tuple[UnitUpdate, ...]
     plans: tuple[list[int], list[int]]  # of lora_A and lora_B, padded to their capacity; lora_E moves with its factor
-    factors: list[_Factor]
+    factors: dict[str, _Factor]
+    table: torch.Tensor  # `layer.rank_table` of the new ranks
+    writes: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # once rows have moved: where, what
+
+    @property
+    def ranks(self) -> list[int]:
+        return [unit.rank for unit in self.units]
 
 
 def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimizer: Optimizer | None) -> _Change:
@@ -155,20 +167,19 @@ def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimi
     caps = layer.capacities(*live)
     plans = plan_a + [ZERO] * (caps[0] - len(plan_a)), plan_b + [ZERO] * (caps[1] - len(plan_b))
     places = {"lora_A": 0, "lora_B": 1, "lora_E": 0 if layer.layout.gate_on_a else 1}
-    factors = []
+    factors = {}
     for factor, parameter in layer.factors.items():
         place = places[factor]
-        old = {"": parameter.data}
-        coded: dict[str, EightBit | Factored] = {}
+        old, state = {"": parameter.data}, dict[str, Any]()
         if parameter.grad is not None:
             old["grad"] = parameter.grad
         if layer.lora_gate is not None and parameter is layer.gated:
             old["lora_gate"] = layer.lora_gate  # a new component is closed until its controller opens it
         for key, moment in ({} if optimizer is None else moments(optimizer, parameter)).items():
             if isinstance(moment, EightBit):
-                coded[key] = moment.gather(plans[place])
+                state |= stored(optimizer, parameter, key, moment.gather(plans[place]))
             elif isinstance(moment, Factored):
-                coded[key] = moment.gather(plans[place], live[place])
+                state |= stored(optimizer, parameter, key, moment.gather(plans[place], live[place]))
             else:
                 old[key] = moment
         for value in old.values():
@@ -176,23 +187,26 @@ def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimi
                 raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {value.stride()}")
         same = len(parameter) == caps[place]
         new = old if same else {k: value.new_empty(caps[place], *value.shape[1:]) for k, value in old.items()}
-        factors.append(_Factor(parameter, place, old, new, coded))
-    return _Change(name, layer, units, plans, factors)
+        for key in () if same else new.keys() - _OWN:
+            state |= stored(optimizer, parameter, key, new[key])
+        known = set() if optimizer is None else copies(optimizer, parameter).keys() & old.keys()
+        factors[factor] = _Factor(parameter, place, old, new, state, known)
+    return _Change(name, layer, units, plans, factors, layer.layout.encode([u.rank for u in units]))
 
 
-def _move(changes: Sequence[_Change]) -> None:
-    """Move all rows, in one native call per device."""
+def _moves(changes: Sequence[_Change]) -> list[Callable[[], None]]:
+    """Return what moves all rows: one native call per device, the CPU's, which still allocates, first."""
     plans = [plan for change in changes for plan in change.plans]
     moves: dict[torch.device, list[tuple[int, ...]]] = {}
     for first, change in enumerate(changes):
-        for factor in change.factors:
+        for factor in change.factors.values():
             rows = len(factor.old[""])
             for key, old in factor.old.items():
                 row_bytes = old.nbytes // max(rows, 1)
                 move = (old.data_ptr(), factor.new[key].data_ptr(), row_bytes, rows, 2 * first + factor.plan)
                 moves.setdefault(old.device, []).append(move)
-    for device, found in moves.items():
-        rank_resize(np.array(found, dtype=np.int64), plans, device)
+    devices = sorted(moves, key=lambda device: device.type != "cpu")
+    return [rank_resize(np.array(moves[device], dtype=np.int64), plans, device) for device in devices]
 
 
 def _commit(change: _Change, optimizer: Optimizer | None) -> None:
@@ -200,56 +214,84 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
 
     What moved in place stays untouched: DDP's hooks hang on the gradient accumulator, compiled code on addresses.
     """
-    for factor in change.factors:
+    for where, what in change.writes:
+        where.copy_(what)
+    for factor in change.factors.values():
         parameter = factor.parameter
-        if optimizer is not None:
-            for key, moment in factor.coded.items():
-                store(optimizer, parameter, key, moment)
-        if factor.new is factor.old:
-            continue
-        parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
-        parameter.set_(factor.new.pop(""))  # type: ignore[call-overload]
-        parameter.grad = factor.new.pop("grad", None)
-        if "lora_gate" in factor.new:
-            change.layer.lora_gate = factor.new.pop("lora_gate")
-        if optimizer is not None:
-            for key, value in factor.new.items():
-                store(optimizer, parameter, key, value)
-    change.layer.set_ranks([u.rank for u in change.units])
+        if factor.new is not factor.old:
+            parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
+            parameter.set_(factor.new[""])  # type: ignore[call-overload]
+            parameter.grad = factor.new.get("grad")
+            if "lora_gate" in factor.new:
+                change.layer.lora_gate = factor.new["lora_gate"]
+        if optimizer is not None and factor.state:
+            optimizer.state[parameter].update(factor.state)
+    change.layer.set_ranks(change.ranks, change.table)
 
 
-def _start_rows(change: _Change, seed: int) -> list[Fresh]:
-    """Give new rows of lora_A random values; return what is to be made orthogonal to the live rows.
+def _gathered(change: _Change, name: str) -> torch.Tensor:
+    """Return a copy of the live rows that a factor will have, zeros for new ones."""
+    factor = change.factors[name]
+    plan = change.plans[factor.plan][: change.layer.layout.rows(change.ranks)[factor.plan]]
+    kept = [row for row, source in enumerate(plan) if source != ZERO]
+    rows = factor.old[""].new_zeros(len(plan), factor.parameter.shape[1])
+    rows[kept] = factor.old[""][[plan[row] for row in kept]]
+    return rows
 
-    lora_B's new rows stay zero, so the function does not change. Where an existing row of a shared lora_B meets a new
-    row of lora_A, that one stays zero instead and lora_B carries the gradient.
+
+def _start(change: _Change, init: NewRows, seed: int) -> tuple[dict[str, torch.Tensor], list[Fresh]]:
+    """Return the live rows of the factors that get new ones, and which of these are to be made orthogonal.
+
+    With `init="zero"` lora_B's new rows stay zero, so the function does not change. Where an existing row of a shared
+    lora_B meets a new row of lora_A, that one stays zero instead and lora_B carries the gradient.
     """
-    layer = change.layer
-    live = layer.layout.rows(layer.ranks)[0]
+    layout, ranks = change.layer.layout, change.ranks
+    if not any(unit.grow for unit in change.units):
+        return {}, []
+    if init != "zero":
+        rows = {name: _gathered(change, name) for name in change.factors}
+        return rows, start_components(rows, ranks, [len(u.keep) for u in change.units], init, seed)
+    live = layout.rows(ranks)[0]
     plan_a, plan_b = change.plans[0][:live], change.plans[1]
     fresh = [row for row, source in enumerate(plan_a) if source == ZERO]
-    if layer.layout.gate_on_a:
-        begins = np.cumsum([0, *(u.rank for u in change.units)])
-        component = {int(b) + j: j for b, u in zip(begins, change.units, strict=False) for j in range(u.rank)}
+    if layout.gate_on_a:
+        begins = np.cumsum([0, *ranks])
+        component = {int(b) + j: j for b, rank in zip(begins, ranks, strict=False) for j in range(rank)}
         fresh = [row for row in fresh if plan_b[component[row]] == ZERO]
     if not fresh:
-        return []
-    rows = layer.lora_A.data[:live]
-    rows[fresh] = initial_rows(len(fresh), layer.layout.a_width, torch.Generator().manual_seed(seed)).to(rows)
-    room = len(fresh) < live and live <= layer.layout.a_width
-    return [Fresh(rows, fresh, ROW_NORM)] if room else []
+        return {}, []
+    a = _gathered(change, "lora_A")
+    a[fresh] = initial_rows(len(fresh), layout.a_width, torch.Generator().manual_seed(seed)).to(a)
+    room = len(fresh) < live and live <= layout.a_width
+    return {"lora_A": a}, [Fresh(a, fresh, ROW_NORM)] if room else []
 
 
-def _start_copies(change: _Change, optimizer: Optimizer) -> None:
-    """Let new rows of what an optimizer keeps as a copy of the weights begin as the weights do."""
-    for factor in change.factors:
-        fresh = [row for row, source in enumerate(change.plans[factor.plan]) if source == ZERO]
-        for value in copies(optimizer, factor.parameter):
-            value[fresh] = factor.parameter.data[fresh].to(value.dtype)
+def _plan_writes(change: _Change, started: Mapping[str, torch.Tensor], given: Rows) -> None:
+    """Note what is written once rows have moved: the new rows, and what the caller gives."""
+    for name, rows in started.items():
+        factor = change.factors[name]
+        plan = change.plans[factor.plan][: len(rows)]
+        begin = 0
+        for new, run in groupby(source == ZERO for source in plan):
+            place = slice(begin, begin + len(list(run)))
+            for key in ("", *factor.copies) if new else ():
+                change.writes.append((factor.new[key][place], rows[place].to(factor.new[key])))
+            begin = place.stop
+    for (name, key), rows in given.items():
+        target = change.factors[name].new[key][: len(rows)]
+        change.writes.append((target, rows.to(target)))
 
 
 @torch.no_grad()
-def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = None) -> None:
+def apply(
+    model: nn.Module,
+    update: RankUpdate,
+    optimizer: Optimizer | None = None,
+    rows: Mapping[str, Rows] | None = None,
+    *,
+    first: Callable[[], None] = nothing,
+    then: Callable[[], None] = nothing,
+) -> None:
     """Change ranks as `update` says, in the model and in the optimizer.
 
     Kept rows and their moments are bitwise unchanged (8-bit moments whose rows are not whole blocks are encoded again),
@@ -260,12 +302,18 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
         model: a wrapped model.
         update: the decision.
         optimizer: the optimizer of the adapters, or None before there is one.
+        rows: by module of the update, first rows that get other values once all have moved.
+        first: called just before rows move, when nothing can fail any more.
+        then: called after the last assignment, in the same piece.
 
     Raises:
-        ValueError: the update does not fit the model, or the optimizer's state cannot follow. Nothing changes then.
+        ValueError: the update does not fit the model, or the optimizer's state cannot follow.
+        Whatever is raised, nothing has changed then; after Ctrl-C all or nothing has.
     """
     layers = adapters(model)
     changes: list[_Change] = []
+    fresh: list[Fresh] = []
+    started: list[dict[str, torch.Tensor]] = []
     for name, units in update.modules.items():
         if name not in layers:
             raise ValueError(f"rank change: module must be an adapter of the model, got '{name}'")
@@ -274,25 +322,21 @@ def apply(model: nn.Module, update: RankUpdate, optimizer: Optimizer | None = No
                 f"rank change: init='{update.init}' must meet trained gates and units with their own rows, got '{name}'"
             )
         changes.append(_prepare(name, layers[name], tuple(units), optimizer))
-    if optimizer is not None and update.optimizer != "follow":
-        pin_lr(optimizer)
-    if not changes:
+        values, unfinished = _start(changes[-1], update.init, zlib.crc32(f"{update.seed}/{name}".encode()))
+        started.append(values)
+        fresh += unfinished
+    orthogonal_rows(fresh)
+    for change, values in zip(changes, started, strict=True):
+        _plan_writes(change, values, {} if rows is None else rows[change.name])
+    moves = _moves(changes)
+    with unbroken():
+        first()
+        for move in moves:
+            move()
+        for change in changes:
+            _commit(change, optimizer)
+        if optimizer is not None and update.optimizer != "follow":
+            pin_lr(optimizer)
         if optimizer is not None and update.optimizer == "restarted":
             restart(optimizer)
-        return
-    _move(changes)
-    fresh: list[Fresh] = []
-    for change in changes:
-        _commit(change, optimizer)
-        seed = zlib.crc32(f"{update.seed}/{change.name}".encode())
-        if update.init == "zero":
-            fresh += _start_rows(change, seed)
-        else:
-            fresh += start_components(change.layer, [len(u.keep) for u in change.units], update.init, seed)
-    orthogonal_rows(fresh)
-    if optimizer is None:
-        return
-    for change in changes:
-        _start_copies(change, optimizer)
-    if update.optimizer == "restarted":
-        restart(optimizer)
+        then()

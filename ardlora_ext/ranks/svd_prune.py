@@ -18,6 +18,7 @@ from ardlora_ext.ranks.eight_bit import EightBit
 from ardlora_ext.ranks.optimizer import moments
 from ardlora_ext.ranks.recompress import Group, Recompressed, factor_names, groups, recompress
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
+from ardlora_ext.unbroken import nothing
 
 # How a state tensor follows: with the coefficients (linear in the gradient) or with their squares.
 _POWER = {"grad": 1, "exp_avg": 1, "momentum_buffer": 1, "grad_avg": 1}
@@ -26,12 +27,10 @@ _POWER |= {"exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
 
 @dataclass
 class _Plan:
-    """What one layer will hold: by (factor, "" | "grad" | state key), its live rows."""
+    """What one layer will hold: by (factor, "" | "grad" | "lora_gate" | state key), its live rows."""
 
-    layer: LoraLinear
     ranks: list[int]
     rows: dict[tuple[str, str], torch.Tensor]
-    gate: torch.Tensor  # [sum of ranks]
     lost: float
 
 
@@ -94,7 +93,9 @@ def _plan(layer: LoraLinear, ranks: list[int], optimizer: Optimizer | None) -> _
                     rows[factor, key][after] = new
             if owner == "lora_E":
                 gate[after] = value[:, 0]
-    return _Plan(layer, ranks, rows, gate, lost)
+    if layer.lora_gate is not None:
+        rows[factor_names(layer)[1], "lora_gate"] = gate
+    return _Plan(ranks, rows, lost)
 
 
 def check_settled(model: nn.Module, caller: str) -> None:
@@ -140,25 +141,7 @@ def svd_prune(model: nn.Module, ranks: Mapping[str, Sequence[int]], optimizer: O
         if new != layer.ranks:
             plans[name] = _plan(layer, new, optimizer)
     update = {name: tuple(UnitUpdate(tuple(range(r))) for r in plan.ranks) for name, plan in plans.items()}
-    resize.apply(model, RankUpdate(update), optimizer)
-    for plan in plans.values():
-        _write(plan, optimizer)
     controller = injection(model).controller
-    if controller is not None:
-        controller.applied()
+    then = nothing if controller is None else controller.applied
+    resize.apply(model, RankUpdate(update), optimizer, {name: plan.rows for name, plan in plans.items()}, then=then)
     return math.sqrt(sum(plan.lost for plan in plans.values()))
-
-
-def _write(plan: _Plan, optimizer: Optimizer | None) -> None:
-    """Fill the rows that `resize.apply` has made room for."""
-    layer = plan.layer
-    for (factor, key), value in plan.rows.items():
-        parameter = layer.factors[factor]
-        target = parameter if key == "" else parameter.grad
-        if key not in ("", "grad") and optimizer is not None:
-            target = optimizer.state[parameter][key]
-        assert target is not None
-        target[: len(value)] = value.to(target.dtype)
-    if layer.lora_gate is not None:
-        live = sum(layer.ranks)
-        layer.lora_gate[:live] = plan.gate[:live]

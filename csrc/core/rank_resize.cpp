@@ -23,21 +23,24 @@ void check_plan(const Plan& plan, std::int64_t src_rows) {
   }
 }
 
-void run(const RowMove& move, const std::vector<RowStep>& steps) {
+// `held` has room for one row.
+void run(const RowMove& move, const std::vector<RowStep>& steps, char* held) {
   const char* src = static_cast<const char*>(move.src);
   char* dst = static_cast<char*>(move.dst);
   const auto bytes = static_cast<std::size_t>(move.row_bytes);
   if (bytes == 0) return;
-  std::vector<char> held(bytes);
   for (const RowStep step : steps) {
-    char* to = step.to == kHeldRow ? held.data() : dst + step.to * move.row_bytes;
+    char* to = step.to == kHeldRow ? held : dst + step.to * move.row_bytes;
     if (step.from == kZeroRow) {
       std::memset(to, 0, bytes);
     } else {
-      std::memcpy(to, step.from == kHeldRow ? held.data() : src + step.from * move.row_bytes, bytes);
+      std::memcpy(to, step.from == kHeldRow ? held : src + step.from * move.row_bytes, bytes);
     }
   }
 }
+
+// Of a move: which steps, those of its plan or those of its plan in place.
+std::size_t steps_of(const RowMove& move) { return static_cast<std::size_t>(2 * move.plan + (move.src == move.dst)); }
 
 }  // namespace
 
@@ -98,16 +101,24 @@ void check_moves(const std::vector<RowMove>& moves, const std::vector<Plan>& pla
 
 void rank_resize(const std::vector<RowMove>& moves, const std::vector<Plan>& plans, int threads) {
   check_moves(moves, plans);
-  std::int64_t total_bytes = 0;
+  // All memory is there before the first row moves: from then on nothing can fail.
+  std::int64_t total_bytes = 0, row_bytes = 0;
+  std::vector<std::vector<RowStep>> steps(2 * plans.size());
   for (const RowMove& move : moves) {
-    total_bytes += move.row_bytes * static_cast<std::int64_t>(plans[static_cast<std::size_t>(move.plan)].size());
+    const Plan& plan = plans[static_cast<std::size_t>(move.plan)];
+    total_bytes += move.row_bytes * static_cast<std::int64_t>(plan.size());
+    row_bytes = std::max(row_bytes, move.row_bytes);
+    std::vector<RowStep>& way = steps[steps_of(move)];
+    if (way.empty()) way = row_steps(plan, move.src == move.dst);
   }
-  // One buffer belongs to one thread: no two threads touch one address.
   const int used = cpu::useful_threads(threads, static_cast<double>(total_bytes));
-  cpu::parallel_for(static_cast<std::int64_t>(moves.size()), 1, used, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
+  std::vector<char> held(static_cast<std::size_t>(used * row_bytes));
+  // One buffer belongs to one thread: no two threads touch one address.
+  cpu::parallel_region(used, [&](const cpu::Team& team) {
+    const cpu::Range part = team.share(static_cast<std::int64_t>(moves.size()), 1);
+    for (std::int64_t i = part.begin; i < part.end; ++i) {
       const RowMove& move = moves[static_cast<std::size_t>(i)];
-      run(move, row_steps(plans[static_cast<std::size_t>(move.plan)], move.src == move.dst));
+      run(move, steps[steps_of(move)], held.data() + team.id * row_bytes);
     }
   });
 }

@@ -6,7 +6,14 @@
 #include <cstdint>
 #include <exception>
 
-#if defined(_OPENMP)
+// ARDLORA_STD_THREADS: std::thread instead, and for any work, however small. For ThreadSanitizer, which does not know
+// how OpenMP's runtime synchronises.
+#if defined(ARDLORA_STD_THREADS)
+#include <barrier>
+#include <mutex>
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -20,6 +27,9 @@ struct Range {
 struct Team {
   std::int64_t id = 0;
   std::int64_t size = 1;
+#if defined(ARDLORA_STD_THREADS)
+  std::barrier<>* all = nullptr;
+#endif
 
   // This thread's part of [0, n), in whole grains.
   Range share(std::int64_t n, std::int64_t grain) const {
@@ -31,7 +41,9 @@ struct Team {
     return static_cast<std::int64_t>(before / total * static_cast<double>(size)) == id;
   }
   void barrier() const {
-#if defined(_OPENMP)
+#if defined(ARDLORA_STD_THREADS)
+    if (all != nullptr) all->arrive_and_wait();
+#elif defined(_OPENMP)
     if (size > 1) {
 #pragma omp barrier
     }
@@ -43,7 +55,15 @@ struct Team {
 // throw: its barriers would wait for ever.
 template <typename F>
 void parallel_region([[maybe_unused]] int threads, F&& fn) {
-#if defined(_OPENMP)
+#if defined(ARDLORA_STD_THREADS)
+  if (threads > 1) {
+    std::barrier<> all(threads);
+    std::vector<std::jthread> others;
+    for (int id = 1; id < threads; ++id) others.emplace_back([&, id] { fn(Team{id, threads, &all}); });
+    fn(Team{0, threads, &all});
+    return;
+  }
+#elif defined(_OPENMP)
   if (threads > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)
     fn(Team{omp_get_thread_num(), omp_get_num_threads()});
@@ -59,12 +79,17 @@ void parallel_for(std::int64_t n, std::int64_t grain, int threads, F&& fn) {
   if (n <= 0) return;
   const std::int64_t grains = (n + grain - 1) / grain;
   std::exception_ptr error = nullptr;
+#if defined(ARDLORA_STD_THREADS)
+  std::mutex one;
+#endif
   parallel_region(static_cast<int>(std::clamp<std::int64_t>(threads, 1, grains)), [&](const Team& team) {
     const Range part = team.share(n, grain);
     try {
       if (part.begin < part.end) fn(part.begin, part.end);
     } catch (...) {
-#if defined(_OPENMP)
+#if defined(ARDLORA_STD_THREADS)
+      const std::lock_guard<std::mutex> alone(one);
+#elif defined(_OPENMP)
 #pragma omp critical
 #endif
       error = std::current_exception();
@@ -75,7 +100,11 @@ void parallel_for(std::int64_t n, std::int64_t grain, int threads, F&& fn) {
 
 // Threads worth waking for `flops` of work: below some 5 us of it the wake-up costs more than it saves.
 inline int useful_threads(int threads, double flops) {
+#if defined(ARDLORA_STD_THREADS)
+  constexpr double kFlopsPerThread = 1.0;
+#else
   constexpr double kFlopsPerThread = 5e5;
+#endif
   return static_cast<int>(std::clamp(flops / kFlopsPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 

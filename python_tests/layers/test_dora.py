@@ -75,8 +75,12 @@ def test_norm_and_output_equal_the_dense_form(layout: UnitLayout, ranks: list[in
     y, norm = dense(layer, x)
     torch.testing.assert_close(layer.weight_norm().double(), norm, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(layer(x).double(), y, rtol=2e-5, atol=2e-5)
-    merged = copy.deepcopy(layer).merge()
-    torch.testing.assert_close(merged(x).double(), y, rtol=2e-5, atol=2e-5)
+    weight = layer.weight.double() + layer.get_delta_weight().double()
+    y = x.double() @ weight.T + (0.0 if layer.bias is None else layer.bias.double())
+    torch.testing.assert_close(layer(x).double(), y, rtol=2e-5, atol=2e-5)
+    a, b, scale = layer.merge_terms()
+    assert scale is not None
+    torch.testing.assert_close(scale[:, None] * (layer.weight + b @ a), weight.float(), rtol=2e-5, atol=2e-5)
 
 
 def test_conv1d_base() -> None:

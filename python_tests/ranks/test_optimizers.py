@@ -180,17 +180,17 @@ def test_copies_of_the_weights_begin_as_the_new_rows() -> None:
     ard.attach(model, optimizer, total_steps=STEPS).detach()
     step(model, optimizer, 0)
     layer = ard.adapters(model)["up"]
-    (start,) = copies(optimizer, layer.lora_A)
+    (start,) = copies(optimizer, layer.lora_A).values()
     kept = start[:2].clone()
     grown = UnitUpdate((1, 0), 6)
     resize.apply(model, RankUpdate({"up": (grown,)}), optimizer)
-    (start,) = copies(optimizer, layer.lora_A)
+    (start,) = copies(optimizer, layer.lora_A).values()
     assert start.shape == layer.lora_A.shape
     assert torch.equal(start[:2], kept[[1, 0]])
     assert torch.equal(start[2:8], layer.lora_A[2:8])
     assert layer.lora_A[2:8].any()
     assert not start[8:].any()
-    assert copies(optimizer, layer.lora_B) == [], "one zero stands for all of them"
+    assert copies(optimizer, layer.lora_B) == {}, "one zero stands for all of them"
     assert optimizer.state[layer.lora_B]["p0"].item() == 0.0
     state = optimizer.state[layer.lora_A]
     assert state["sum"].shape == (layer.lora_A.numel(),)

@@ -14,7 +14,15 @@ from ardlora_ext.bench.trust.command import hunt
 
 
 @pytest.mark.parametrize(
-    ("name", "cases"), [("file-faults", 150), ("load-faults", 400), ("loaders", 500), ("commands", 40)]
+    ("name", "cases"),
+    [
+        ("file-faults", 150),
+        ("load-faults", 200),
+        ("changes", 200),
+        ("loaders", 500),
+        ("commands", 40),
+        ("threads", 3),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # of what broken files lead to
 def test_nothing_is_found(name: str, cases: int) -> None:
@@ -22,6 +30,14 @@ def test_nothing_is_found(name: str, cases: int) -> None:
     assert tally.failures == []
     assert done == cases, "slower than ever"
     assert tally.counts.total() >= cases
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no guard pages here")
+def test_native_calls_find_nothing() -> None:
+    """In a process of its own, which a kernel that goes too far ends; on every instruction set."""
+    _, tally = hunt("native", range(1), 60.0)
+    assert tally.failures == []
+    assert tally.counts["native calls"] >= 10_000
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no kill -9 here")

@@ -164,9 +164,7 @@ def make_runner(name: str, base: nn.Module, batch: Batch, r: int) -> Runner:
 def _decide(controller: Controller[Any]) -> None:
     """Do what the hooks of `attach` do in an optimizer step, without its arithmetic."""
     controller.observe()
-    update = controller.propose()
-    if update is not None and controller.apply is not None:
-        controller.apply(update)
+    controller.carry_out(controller.propose)
 
 
 def _allocation(name: str, model: nn.Module) -> Callable[[], object] | None:

@@ -99,6 +99,8 @@ class Bed:
     def _step(self) -> None:
         self.controller.observe()
         self._update = self.controller.propose()
+        if self._update is None:
+            self.controller.settle()
 
     def change(self, rounds: int) -> float:
         """Return the seconds of one rank change of every unit."""

@@ -63,6 +63,8 @@ CONFIGS: dict[str, ard.AdapterConfig] = {
     "dora": ard.DoraConfig(r=3),
     "pissa": ard.LoraConfig(r=3, init="pissa"),
     "saved": ard.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["down"]),
+    "ada": ard.AdaConfig(init_r=4, target_r=2, tinit=4, tfinal=20, deltaT=2),
+    "half": ard.LoraConfig(r=3, init="orthogonal"),
 }
 
 
@@ -96,31 +98,49 @@ def signatures(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
 
 
 def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str:
-    """Return a digest of all that can be seen of a model, its optimizer, its controller and the random generators."""
-    digest = hashlib.sha256()
+    """Return a digest of `observed`."""
+    return hashlib.sha256(repr(observed(model, optimizer)).encode()).hexdigest()
+
+
+def observed(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, identity: bool = True
+) -> dict[str, object]:
+    """Return all that can be seen of a model, its optimizer, its controller and the random generators, bit for bit.
+
+    With `identity` also of which objects these are.
+    """
+    found: dict[str, object] = {}
 
     def add(name: str, value: Any) -> None:
-        digest.update(name.encode())
         if isinstance(value, torch.Tensor):
-            value = (str(value.dtype), list(value.shape), value.detach().contiguous().view(torch.uint8).tolist())
-        digest.update(repr(value).encode())
+            value = (str(value.dtype), list(value.shape), value.detach().reshape(-1).view(torch.uint8).tolist())
+        found[name] = value
 
     for name, value in model.state_dict().items():
-        add(name, value if not isinstance(value, torch.Tensor) or value.dim() else value.reshape(1))
+        add(name, value)
     for name, parameter in model.named_parameters():
-        add(name, (id(parameter), parameter.requires_grad, parameter.grad is None))
+        add(f"{name} itself", (id(parameter) if identity else 0, parameter.requires_grad))
+        add(f"{name} gradient", parameter.grad)
+    for name, layer in ard.adapters(model).items():
+        add(f"{name} ranks", (layer.rank_table.tolist(), list(layer.ranks), layer.undo_merge is None))
     add("modules", [(name, type(module).__name__) for name, module in model.named_modules()])
     add("own", sorted(vars(model)))
     record = getattr(model, "_ardlora", None)
     if record is not None:
         controller = record.controller
-        add("record", (id(record), record.started, json.dumps(record.controller_state)))
+        add("record", (id(record) if identity else 0, record.started, json.dumps(record.controller_state)))
         add("controller", "" if controller is None else json.dumps(controller.state_dict()))
+        for adapter, other in record.named.items():  # those at rest too
+            trains = None if other is record else other.trains  # what it was when it last rested
+            add(f"adapter {adapter}", (other is record, other.requires_grad, trains, sorted(other.values)))
+            held = [*other.values.values(), *(t for layer in other.layers for t in layer.trained.values())]
+            for i, value in enumerate(held):
+                add(f"adapter {adapter} {i}", value)
     if optimizer is not None:
         for i, group in enumerate(optimizer.param_groups):
             add(f"group {i}", {key: item for key, item in group.items() if key != "params"})
             for j, parameter in enumerate(group["params"]):
                 for key, item in optimizer.state.get(parameter, {}).items():
-                    add(f"{i} {j} {key}", item.reshape(-1) if isinstance(item, torch.Tensor) else item)
-        add("generators", (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)))
-    return digest.hexdigest()
+                    add(f"state {i} {j} {key}", item)
+        add("generators", repr((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state(legacy=False))))
+    return found

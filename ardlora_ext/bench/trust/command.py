@@ -13,16 +13,22 @@ from pathlib import Path
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import Column, Result, publish
 from ardlora_ext.bench.trust.beds import Hunt, Tally
+from ardlora_ext.bench.trust.changes import Changes
 from ardlora_ext.bench.trust.faults import FileFaults, LoadFaults
 from ardlora_ext.bench.trust.fuzz import Commands, Loaders
 from ardlora_ext.bench.trust.kills import Kills
+from ardlora_ext.bench.trust.native import Native
+from ardlora_ext.bench.trust.threads import Threads
 
 HUNTS: dict[str, Callable[[Path, Tally], Hunt]] = {
     "kills": Kills,
     "file-faults": FileFaults,
     "load-faults": LoadFaults,
+    "changes": Changes,
     "loaders": Loaders,
     "commands": Commands,
+    "native": Native,
+    "threads": Threads,
 }
 _SHOWN = 20
 _EPILOG = """\

@@ -8,15 +8,15 @@ those of the adapter that is active then, and its ranks move only while that one
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.model.inject import activate, detach, inject, rest
+from ardlora_ext.model.inject import activate, as_before, detach, inject, rest
 from ardlora_ext.model.peft.convert import PeftLoraConfig
-from ardlora_ext.model.record import home, injection
+from ardlora_ext.model.record import Injection, home, injection
+from ardlora_ext.unbroken import nothing, unbroken, undone_by
 
 _DISABLED = "_ardlora_disabled"  # marks a model whose adapter rests for a while
 
@@ -47,19 +47,25 @@ def add_adapter(model: nn.Module, adapter_name: str, config: AdapterConfig | Pef
 
 
 def add_resting(model: nn.Module, op: str, adapter_name: str, make: Callable[[], object]) -> None:
-    """Let `make` put a new adapter into the model and keep it at rest; the active one is back in any case."""
+    """Let `make` put a new adapter into the model and keep it at rest; the active one is back in any case.
+
+    Whatever is raised, Ctrl-C included, nothing has changed then.
+    """
     named = injection(model).named
     if not adapter_name or adapter_name in named:
         raise ValueError(f"{op}: adapter_name must be new, got {adapter_name!r} beside {list(named)}")
     part = home(model)
-    before = rest(part)
-    try:
+    with as_before(part) as keep:
+        before = rest(part)
         make()
         new = rest(part)
-    finally:
-        activate(part, before)
-    new.named = named
-    named[adapter_name] = new
+
+        def added() -> None:
+            new.named = named
+            named[adapter_name] = new
+            keep()
+
+        activate(part, before, added)
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -77,9 +83,20 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in record.named:
         raise ValueError(f"set_adapter: adapter_name must be one of {list(record.named)}, got {adapter_name!r}")
     if record.named[adapter_name] is not record:
-        part = home(model)
+        _switch(model, adapter_name)
+
+
+def _switch(model: nn.Module, adapter_name: str, then: Callable[[], None] = nothing) -> None:
+    """Make a resting adapter the active one; call `then` in the same piece."""
+    part, other = home(model), injection(model).named[adapter_name]
+    with as_before(part) as keep:
+
+        def switched() -> None:
+            then()
+            keep()
+
         rest(part)
-        activate(part, record.named[adapter_name])
+        activate(part, other, switched)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -96,14 +113,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             f"delete_adapter: '{adapter_name}' must not be the only adapter; use ardlora_ext.unwrap(model)"
         )
-    if record.named[adapter_name] is record:
-        set_adapter(model, others[0])
-        warnings.warn(f"delete_adapter: '{adapter_name}' was active; '{others[0]}' is now", stacklevel=2)
-    detach(record.named.pop(adapter_name))
+
+    def forget() -> None:
+        detach(record.named.pop(adapter_name))
+
+    if record.named[adapter_name] is not record:
+        with unbroken():
+            forget()
+        return
+    _switch(model, others[0], forget)
+    warnings.warn(f"delete_adapter: '{adapter_name}' was active; '{others[0]}' is now", stacklevel=2)
 
 
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
+class disable_adapter:  # noqa: N801 - used as a function, as in PEFT
     """Compute with the plain base, frozen, and its own `modules_to_save`, inside a `with` block; blocks may nest.
 
     Raises:
@@ -113,18 +135,32 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), ard.disable_adapter(model):
             reference = model(**batch).logits
     """
-    if any(_DISABLED in vars(module) for module in model.modules()):  # inside another block
-        yield
-        return
-    part = home(model)
-    record = rest(part)
-    setattr(part, _DISABLED, True)
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        delattr(part, _DISABLED)
-        activate(part, record)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._part = model, home(model)
+        self._nested = any(_DISABLED in vars(module) for module in model.modules())
+        self._flags: dict[nn.Parameter, bool] = {}
+        self._way_back = undone_by(nothing) if self._nested else as_before(self._part, self._thaw)
+        self._record: Injection | None = None
+
+    def __enter__(self) -> None:
+        if not self._nested:
+            with self._way_back:
+                self._record = rest(self._part, self._freeze)
+
+    def __exit__(self, *error: object) -> None:
+        if self._record is not None:
+            with self._way_back:
+                with unbroken():
+                    self._thaw()
+                activate(self._part, self._record)
+
+    def _freeze(self) -> None:
+        setattr(self._part, _DISABLED, True)
+        self._flags = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
+        self._model.requires_grad_(False)
+
+    def _thaw(self) -> None:
+        if vars(self._part).pop(_DISABLED, False):
+            for parameter, flag in self._flags.items():
+                parameter.requires_grad_(flag)

@@ -16,6 +16,7 @@ from ardlora_ext.model.record import adapters
 from ardlora_ext.processes import Group
 from ardlora_ext.ranks.controllers.costs import Costs, Ints
 from ardlora_ext.ranks.resize import RankUpdate
+from ardlora_ext.unbroken import unbroken, undone_by
 
 Config = TypeVar("Config", bound=AdapterConfig)
 Chosen = Ints | slice  # indices, or a slice when it is all of them
@@ -31,9 +32,13 @@ def kinds(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.devi
     return [(*kind, np.flatnonzero([k == kind for k in found])) for kind in dict.fromkeys(found)]
 
 
-def present(gradients: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], Ints]:
-    """Return the gradients that there are, contiguous, and which ones they are."""
-    found = [g.contiguous() for g in gradients if g is not None]
+def present(
+    gradients: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], Ints]:
+    """Return the gradients that there are, contiguous and of the dtype of their weights, and which ones they are."""
+    if not all(map(torch.Tensor.is_contiguous, weights)):
+        raise ValueError("rank change: adapter parameters must be contiguous, got strides that are not")
+    found = [g.to(w.dtype).contiguous() for g, w in zip(gradients, weights, strict=True) if g is not None]
     everything = len(found) == len(gradients)
     return found, np.arange(len(found)) if everything else np.flatnonzero([g is not None for g in gradients])
 
@@ -143,6 +148,9 @@ def _plain(value: Any) -> Any:
 class Controller(Generic[Config]):
     """Decides about ranks. `attach` drives it: `observe` before each optimizer step, `propose` after it.
 
+    Facts and decisions are new values in its attributes (or a record more), never changes in place, and the model stays
+    as it is until the change is made, by `applied` and `settle`: so that `remember` can take back what was broken off.
+
     Attributes:
         records: one JSON-able dict per decision, with its reason.
         step: optimizer steps seen.
@@ -154,7 +162,7 @@ class Controller(Generic[Config]):
         self.total_steps = total_steps
         self.step = 0
         self.records: list[dict[str, Any]] = []
-        self.apply: Callable[[RankUpdate], None] | None = None  # set by attach
+        self.apply: Callable[..., None] | None = None  # (update, called once it is made): set by attach
         self.handles: list[RemovableHandle] = []  # of the optimizer's hooks, set by attach
         self.processes: Group = None  # processes that decide the same, set by attach
 
@@ -177,7 +185,37 @@ class Controller(Generic[Config]):
         return None
 
     def applied(self) -> None:
-        """Take note that ranks have just changed."""
+        """Take note that ranks have just changed; cannot fail."""
+
+    def settle(self) -> None:
+        """Write into the model what was decided besides ranks, after every step and before they change; cannot fail."""
+
+    def parts(self) -> list[object]:
+        """Return the objects that hold a state of this one."""
+        return [self]
+
+    def remember(self) -> Callable[[], None]:
+        """Return what brings this controller back to where it is now."""
+        then = [(part, dict(vars(part))) for part in self.parts()]
+        records = len(self.records)
+
+        def back() -> None:
+            for part, values in then:
+                vars(part).update(values)
+            del self.records[records:]
+
+        return back
+
+    def carry_out(self, decide: Callable[[], RankUpdate | None]) -> None:
+        """Take a decision and make its change; whatever is raised before that, nothing has changed."""
+        with undone_by(self.remember()) as keep:
+            update = decide()
+            if self.apply is not None:
+                self.apply(update, keep)
+                return
+            with unbroken():
+                self.settle()
+                keep()
 
     def finalize(self) -> None:
         """Make ranks final now, for runs whose length was not known."""
@@ -219,11 +257,12 @@ class Controller(Generic[Config]):
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take over a state while attached; the model has the ranks of that time already."""
-        self.load_state_dict(state)
-        first = self.start()
-        if first is not None and self.apply is not None:
-            self.apply(first)
-        self.applied()
+
+        def decide() -> RankUpdate | None:
+            self.load_state_dict(state)
+            return self.start()
+
+        self.carry_out(decide)
 
 
 class FixedController(Controller[LoraConfig]):

@@ -50,6 +50,6 @@ def test_rows_move_in_place(device: torch.device, plan: list[int], cols: int, dt
     old = torch.randn(3, cols).to(device, dtype)
     new = old.clone()
     moves = np.array([[new.data_ptr(), new.data_ptr(), cols * new.element_size(), 3, 0]], dtype=np.int64)
-    dispatch.rank_resize(moves, [plan], device)
+    dispatch.rank_resize(moves, [plan], device)()
     assert torch.equal(new[: len(plan)].cpu(), reference.rank_resize(old.cpu(), plan))
     assert torch.equal(new[len(plan) :], old[len(plan) :])

@@ -169,11 +169,13 @@ def test_no_rank_change_makes_the_loss_jump(factoring: Any, monkeypatch: pytest.
     x, y = torch.randn(2, 32, 32)
     apply, jumps, ends = resize.apply, [], []
 
-    def watched(model: nn.Module, update: ard.RankUpdate, optimizer: Any = None) -> None:
+    def watched(model: nn.Module, update: ard.RankUpdate, optimizer: Any = None, *, first: Any = None) -> None:
         def loss() -> float:
             with torch.no_grad():
                 return float((model(x) - y).square().mean())
 
+        if first is not None:
+            first()  # gates follow alpha
         layers = {name: ard.adapters(model)[name] for name in update.modules}
         before, rows = loss(), {name: components(layer, optimizer) for name, layer in layers.items()}
         apply(model, update, optimizer)

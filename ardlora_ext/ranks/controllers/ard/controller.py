@@ -73,6 +73,7 @@ class ArdController(Controller[ArdConfig]):
         self.budget = self._budget()
         self.reported = self._rounded()
         self._pending: Floats | None = None
+        self._unwritten = False  # gates are to be written
         self.skip = False  # this step's gradients hold NaN or Inf
         self.unit_price: Floats = np.full(groups, self.price)
         self._bounded_by: Ints | None = None  # live ranks that _bounds belong to
@@ -197,19 +198,24 @@ class ArdController(Controller[ArdConfig]):
         if self.target is None and self._must_harden():
             self._decide(self.units.limit)
             update = self._allocate()
-        if self.phase == "harden":
-            self._open_gates()
-            if self._hardened == 1.0:
-                update = self._harden()
-        elif self.phase == "adapt":
-            self._write_gates(self._unit_rho())
+        self._unwritten = self.phase in ("adapt", "harden")
+        if self.phase == "harden" and self._hardened == 1.0:
+            update = self._harden()
         return update
 
     def applied(self) -> None:
-        if self.target is None:
-            self._write_gates(self._unit_rho())
-        elif self.harden_from is not None:
+        self._unwritten = self._unwritten or self.phase != "frozen"
+        self.settle()
+
+    def settle(self) -> None:
+        if self._unwritten and self.target is None:
+            self.gates.write(self._unit_rho())
+        elif self._unwritten:
             self._open_gates()
+        self._unwritten = False
+
+    def parts(self) -> list[object]:
+        return [self, self.slope]
 
     def _move_alpha(self) -> None:
         """Take the dual step on the price and the regularised step on alpha."""
@@ -289,34 +295,25 @@ class ArdController(Controller[ArdConfig]):
         return min(1.0, (self.step - self.harden_at + 1) / max(self._at(self.config.harden_ratio), 1))
 
     def _open_gates(self) -> None:
-        assert self.harden_from is not None
-        self._write_gates(self.harden_from, self._hardened)
+        """Let gates slide on from where they were when hardening began; to the end when that is over."""
+        assert self.target is not None
+        if self.harden_from is not None:
+            self.gates.write(self.harden_from)
+        self.gates.slide(self.target, 1.0 if self.harden_from is None else self._hardened)
 
     def _harden(self) -> RankUpdate | None:
         """Drop the components whose gates have closed."""
         assert self.target is not None
-        self.harden_from = None
+        self.harden_from, self._unwritten = None, True
         return self._resize_to(self.target)
 
-    @torch.no_grad()
     def finalize(self) -> None:
+        self.carry_out(self._finish)
+
+    def _finish(self) -> RankUpdate | None:
         if self.target is None:
             self._decide(np.minimum(self.units.limit, self.units.live()))
-        if self.harden_from is not None:
-            self._write_gates(self.harden_from, 1.0)  # no time to slide
-            update = self._harden()
-            if update is not None and self.apply is not None:
-                self.apply(update)
-
-    def _write_gates(self, rho: Floats, progress: float = 0.0) -> None:
-        units, live = self.units, self.units.live()
-        self.gates.write(rho)
-        if progress > 0.0 and self.target is not None:
-            component = np.arange(live.sum()) - np.repeat(units.first_rows(), live)
-            opened = torch.from_numpy((component < np.repeat(self.target, live)).astype(np.float32))
-            goals = torch.split(opened, units.module_rows().tolist())
-            for gate, goal in zip(units.gates(), goals, strict=True):
-                gate[: len(goal)].lerp_(goal.to(gate.device), progress)
+        return None if self.harden_from is None else self._harden()
 
     # Records and state.
 
@@ -395,5 +392,6 @@ class ArdController(Controller[ArdConfig]):
         for key in ("grad_square", "price", "dual", "lipschitz"):
             setattr(self, key, float(state[key]))
         self.harden_at = int(state["harden_at"])
+        self._unwritten = self.phase != "frozen"
         self.slope.fisher = np.array(state["fisher"], dtype=np.float64)
         self.slope.spectrum = None if state["spectrum"] is None else np.array(state["spectrum"], dtype=np.float64)

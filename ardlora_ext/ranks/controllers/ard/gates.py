@@ -42,6 +42,15 @@ class Gates:
         for device, here, blocks in self._blocks:
             set_gates(blocks, rho[here], *self._formula, device)
 
+    @torch.no_grad()
+    def slide(self, opened: Ints, progress: float) -> None:
+        """Move the gates of the first `opened` [units] components of each unit towards 1, the others towards 0."""
+        units, live = self.units, self.units.live()
+        component = np.arange(live.sum()) - np.repeat(units.first_rows(), live)
+        goals = torch.from_numpy((component < np.repeat(opened, live)).astype(np.float32))
+        for gate, goal in zip(units.gates(), torch.split(goals, units.module_rows().tolist()), strict=True):
+            gate[: len(goal)].lerp_(goal.to(gate.device), progress)
+
     def _find(self, address: list[int]) -> None:
         units = self.units
         first = np.repeat(np.array(address, dtype=np.int64), units.counts) + _BYTES * units.offsets()

@@ -31,7 +31,8 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
         ungated: of the others, or none: what is finite here has finite gradients.
     """
     rows = units.rows()
-    grads, index = present([*gated, *ungated])
+    weights = [*units.gated, *units.ungated][: len(gated) + len(ungated)]
+    grads, index = present([*gated, *ungated], weights)
     factor, module = np.divmod(index, len(rows))
     count = int(np.searchsorted(factor, 1))  # of gated ones
     blocks = np.empty((len(grads), 4), dtype=np.int64)  # addresses of weight and gradient, rows, columns
@@ -90,4 +91,7 @@ class SlopeEstimator:
         """
         if self.spectrum is None or step % self.config.update_interval == 0:
             self.spectrum = singular_values(self.units.layers).square().numpy()
-        return core.secant_slopes(dots, self.units.live(), rho, self.spectrum, self.fisher, EMA)
+        fisher = self.fisher.copy()
+        slopes = core.secant_slopes(dots, self.units.live(), rho, self.spectrum, fisher, EMA)
+        self.fisher = fisher
+        return slopes

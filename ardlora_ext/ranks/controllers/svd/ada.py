@@ -39,6 +39,7 @@ class AdaController(SvdController[AdaConfig]):
         self.first_budget = int(live.sum())
         self.target_budget = min(config.target_r * len(live), self.first_budget)
         self.kept: Mask = np.ones(self.first_budget, dtype=np.bool_)  # [components]
+        self._masks: list[tuple[torch.Tensor, torch.Tensor]] = []  # gates, and which of them are to become 0
 
     def start(self) -> RankUpdate | None:
         _ = self.phases  # raises where the run is too short
@@ -65,13 +66,14 @@ class AdaController(SvdController[AdaConfig]):
 
     def finalize(self) -> None:
         if not self.finished:
-            self._choose(self.target_budget)
-            self._mask()
-            self.importance.release()
-            self.finished = True
-            update = self._remove()
-            if update is not None and self.apply is not None:
-                self.apply(update)
+            self.carry_out(self._finish)
+
+    def _finish(self) -> RankUpdate | None:
+        self._choose(self.target_budget)
+        self._mask()
+        self.importance.release()
+        self.finished = True
+        return self._remove()
 
     # Decisions.
 
@@ -86,13 +88,19 @@ class AdaController(SvdController[AdaConfig]):
             ranks = {"from": int(before[u]), "to": int(after[u])}
             self._record("mask" if not self.config.removal else "remove", int(u), **ranks, budget=budget, reason=why)
 
-    @torch.no_grad()
     def _mask(self) -> None:
-        """Set lambda of masked components to 0."""
+        """Let lambda of masked components be 0."""
         ends = np.cumsum([sum(layer.ranks) for layer in self.units.layers])
-        for layer, kept in zip(self.units.layers, np.split(self.kept, ends[:-1]), strict=True):
-            if layer.lora_E is not None:
-                layer.lora_E[: len(kept), 0].masked_fill_(torch.from_numpy(~kept).to(layer.lora_E.device), 0.0)
+        self._masks = [
+            (layer.lora_E.detach()[: len(kept), 0], torch.from_numpy(~kept).to(layer.lora_E.device))
+            for layer, kept in zip(self.units.layers, np.split(self.kept, ends[:-1]), strict=True)
+            if layer.lora_E is not None
+        ]
+
+    def settle(self) -> None:
+        for values, masked in self._masks:
+            values.masked_fill_(masked, 0.0)
+        self._masks = []
 
     def _remove(self) -> RankUpdate | None:
         """Take out what is masked."""
@@ -110,6 +118,7 @@ class AdaController(SvdController[AdaConfig]):
 
     def applied(self) -> None:
         super().applied()
+        self._masks = []  # those were taken out
         live = int(self.units.live().sum())
         if live < len(self.kept):  # what is masked has just been taken out
             self.kept = np.ones(live, dtype=np.bool_)

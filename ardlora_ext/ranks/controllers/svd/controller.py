@@ -30,7 +30,7 @@ class SvdController(Controller[Config]):
         super().__init__(model, config, config.total_steps if total_steps is None else total_steps)
         self.importance = Importance(self.units.layers, config.beta1, config.beta2)
         self.finished = False
-        self._moving: dict[int, list[int]] = {}  # by module: where the rows of a proposed change come from
+        self._moved: list[tuple[object, dict[str, Any]]] = []  # what of whom is new once a proposed change is made
 
     @property
     def phases(self) -> Phases:
@@ -92,19 +92,25 @@ class SvdController(Controller[Config]):
     # Rank changes.
 
     def _note(self, modules: Mapping[str, Sequence[UnitUpdate]]) -> None:
-        """Remember where rows go, so that what is kept per row can follow once the change is made."""
-        for m, (name, layer) in enumerate(zip(self.units.names, self.units.layers, strict=True)):
-            if name in modules:
-                self._moving[m] = row_plans(layer.layout, layer.ranks, modules[name])[0]
+        """Let everything kept per component follow its row, to be there once the change is made."""
+        plans = {
+            m: row_plans(layer.layout, layer.ranks, modules[name])[0]
+            for m, (name, layer) in enumerate(zip(self.units.names, self.units.layers, strict=True))
+            if name in modules
+        }
+        self._moved = self._followed(plans)
+
+    def _followed(self, plans: Mapping[int, Sequence[int]]) -> list[tuple[object, dict[str, Any]]]:
+        """Return, by the object that holds it, what is kept per component, after rows of modules have moved."""
+        return [(self.importance, self.importance.moved(plans))]
 
     def applied(self) -> None:
-        for module, plan in self._moving.items():
-            self._moved(module, plan)
-        self._moving = {}
+        for holder, values in self._moved:
+            vars(holder).update(values)
+        self._moved = []
 
-    def _moved(self, module: int, plan: list[int]) -> None:
-        """Let everything kept per component follow its row."""
-        self.importance.move(module, plan)
+    def parts(self) -> list[object]:
+        return [self, self.importance]
 
     # Records and state.
 

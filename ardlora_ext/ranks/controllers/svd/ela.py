@@ -7,6 +7,7 @@ needed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,15 +205,15 @@ class ElaController(SvdController[ElaConfig]):
             optimizer="restarted" if code else "follow",
         )
 
-    def _moved(self, module: int, plan: list[int]) -> None:
-        super()._moved(module, plan)
-        source = np.array(plan, dtype=np.int64)
-        born = np.append(self.born[module], self.step)  # what -1 points at
-        self.born[module] = born[source]
+    def _followed(self, plans: Mapping[int, Sequence[int]]) -> list[tuple[object, dict[str, Any]]]:
+        born = list(self.born)
+        for m, plan in plans.items():
+            born[m] = np.append(born[m], self.step)[np.array(plan, dtype=np.int64)]  # -1 is what is born now
+        return [*super()._followed(plans), (self, {"born": born})]
 
     def finalize(self) -> None:
-        self.finished = True
         self.importance.release()
+        self.finished = True
 
     # Records and state.
 
@@ -230,9 +231,14 @@ class ElaController(SvdController[ElaConfig]):
             self._record("exchange", int(u), **ranks, **moved, reason="; ".join(whys))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"rounds": self.rounds, "born": [b.tolist() for b in self.born]}
+        rows = [sum(layer.ranks) for layer in self.units.layers]  # recompressed components are as old as any
+        born = [b.tolist() if len(b) == r else [_ALWAYS] * r for b, r in zip(self.born, rows, strict=True)]
+        return super().state_dict() | {"rounds": self.rounds, "born": born}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        rows = [sum(layer.ranks) for layer in self.units.layers]
+        if [len(born) for born in state["born"]] != rows:
+            raise ValueError(f"state: born must have {rows} entries, got {[len(born) for born in state['born']]}")
         super().load_state_dict(state)
         self.rounds = int(state["rounds"])
         self.born = [np.array(b, dtype=np.int64) for b in state["born"]]

@@ -7,7 +7,7 @@ s = Ibar Ubar. Of component i:  S_i = s(lambda_i) + mean_j s(P_ji) + mean_j s(Q_
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,11 @@ Tensors = list[torch.Tensor]
 
 
 def component_scores(sensitivity: Tensors, uncertainty: Tensors) -> torch.Tensor:
-    """Return S [rows] from Ibar and Ubar of each factor [rows, width]: row means of their product, summed."""
-    parts = [(i * u).mean(dim=1) for i, u in zip(sensitivity, uncertainty, strict=True)]
+    """Return S [rows] from Ibar and Ubar of each factor [rows, width]: row means of their product, summed in float64.
+
+    A finite gradient can be so large that float32 does not hold the product.
+    """
+    parts = [(i.double() * u.double()).mean(dim=1) for i, u in zip(sensitivity, uncertainty, strict=True)]
     return torch.stack(parts).sum(dim=0)
 
 
@@ -84,21 +87,25 @@ class Importance:
         """
         if self._seen != LoraLinear.changes:
             self._find()
-        grads, index = present([p.grad for p in self._parameters])
+        grads, index = present([p.grad for p in self._parameters], self._parameters)
         blocks = self._blocks[index]
         blocks[:, 0] = [self._parameters[i].data_ptr() for i in index.tolist()]
         blocks[:, 1] = [g.data_ptr() for g in grads]
-        for dtype, device, chosen in kinds(grads):
-            some = blocks[chosen]
-            some[:, 6] = DTYPE_CODES[dtype]
-            if not dispatch.importance(some, self.beta1, self.beta2, device):
+        found = kinds(grads)
+        for dtype, _, chosen in found:
+            blocks[chosen, 6] = DTYPE_CODES[dtype]
+        devices = dict.fromkeys(device for _, device, _ in found)
+        for device in devices:  # one call each: all of its averages follow, or none
+            here = blocks if len(devices) == 1 else blocks[[g.device == device for g in grads]]
+            if not dispatch.importance(here, self.beta1, self.beta2, device):
                 return False
         return True
 
     def module_scores(self) -> Tensors:
-        """Return S [components] of each module; the last known after `release`."""
+        """Return S [components] of each module; the last known after `release`, 0 where recompression made others."""
         if self.released is not None:
-            return self.released
+            rows = [sum(layer.ranks) for layer in self.layers]
+            return [t if len(t) == r else t.new_zeros(r) for t, r in zip(self.released, rows, strict=True)]
         return [component_scores(i, u) for i, u in zip(self.sensitivity, self.uncertainty, strict=True)]
 
     def scores(self) -> Floats:
@@ -106,15 +113,18 @@ class Importance:
         result: Floats = torch.cat([scores.cpu() for scores in self.module_scores()]).double().numpy()
         return result
 
-    def move(self, module: int, plan: Sequence[int]) -> None:
-        """Let the averages of a module follow its rows: row i comes from `plan[i]`, a new row (-1) starts at 0."""
-        source = torch.tensor(plan, dtype=torch.int64, device="cpu")
+    def moved(self, plans: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+        """Return the attributes that follow the rows of modules: row i comes from `plan[i]`, a new one (-1) is 0."""
+        sources = {m: torch.tensor(plan, dtype=torch.int64, device="cpu") for m, plan in plans.items()}
         if self.released is not None:
-            self.released[module] = _follow(self.released[module], source)
-            return
-        self._seen = -1
-        for averages in (self.sensitivity[module], self.uncertainty[module]):
-            averages[:] = [_follow(old, source) for old in averages]
+            return {"released": [_follow(t, sources[m]) if m in sources else t for m, t in enumerate(self.released)]}
+        found: dict[str, Any] = {"_seen": -1}
+        for name in ("sensitivity", "uncertainty"):
+            found[name] = [
+                [_follow(t, sources[m]) for t in module] if m in sources else module
+                for m, module in enumerate(getattr(self, name))
+            ]
+        return found
 
     def release(self) -> None:
         """Keep the scores and give the averages back."""
@@ -125,7 +135,7 @@ class Importance:
     def state_dict(self) -> dict[str, Any]:
         """Return the averages as base64 of little-endian float32, exact and compact inside JSON."""
         if self.released is not None:
-            return {"released": [t.tolist() for t in self.released]}
+            return {"released": [t.tolist() for t in self.module_scores()]}
         return {
             name: [[_pack(t) for t in module] for module in getattr(self, name)]
             for name in ("sensitivity", "uncertainty")
@@ -134,8 +144,13 @@ class Importance:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state from `state_dict`; the layers have the ranks of that time."""
         if "released" in state:
+            released = [torch.tensor(t, dtype=torch.float64, device="cpu") for t in state["released"]]
+            if [len(t) for t in released] != [sum(layer.ranks) for layer in self.layers]:
+                raise ValueError("state: released must have the components of the model at its present ranks")
+            if not all(t.isfinite().all() for t in released):
+                raise ValueError("state: released must be finite, got NaN or Inf")
             self.release()
-            self.released = [torch.tensor(t, **HOST) for t in state["released"]]
+            self.released = released
             return
         shapes = [[t.shape for t in self._zeros(layer)] for layer in self.layers]
         for name in ("sensitivity", "uncertainty"):

@@ -55,7 +55,7 @@ def add_penalty_gradients(units: Iterable[Rows], form: Form) -> None:
     for unit in units:
         factor, grad, begin, end, strength = unit
         width = factor.shape[1]
-        if factor.device.type == "cpu" and grad.is_contiguous():
+        if factor.device.type == "cpu" and grad.is_contiguous() and grad.dtype == factor.dtype:
             at = begin * width * factor.element_size()
             addresses = factor.data_ptr() + at, grad.data_ptr() + at
             blocks.append((*addresses, end - begin, width, DTYPE_CODES[factor.dtype]))
