@@ -94,7 +94,7 @@ void* ShrinkPass::take_scratch(std::int64_t rows, Arena::Use& arena) const {
 void ShrinkPass::run(const Team& team, std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
                      void* scratch) const {
   float* hp = static_cast<float*>(h.data) + begin * h.row_stride;
-  for (std::int64_t m = 0; m < end - begin; ++m) {
+  for (std::int64_t m = 0; h.cols > 0 && m < end - begin; ++m) {
     std::memset(hp + m * h.row_stride, 0, static_cast<std::size_t>(h.cols) * sizeof(float));
   }
   const void* x = element(x_, begin, 0);

@@ -16,6 +16,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 COMMAND = [str(COMPILER), "-std=c++20", "-g1", "-O0", "-ffp-contract=off", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
 COMMAND += ["-pthread", "-DARDLORA_STD_THREADS"]  # cpu/parallel.h
 SANITIZERS = {"memory": ["-fsanitize=address,undefined"], "threads": ["-fsanitize=thread"]}
+KERNELS = {"memory": ["-fsanitize=address,shift,signed-integer-overflow"], "threads": SANITIZERS["threads"]}  # in time
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 FAULTS = {
@@ -35,20 +36,16 @@ def compiled(*arguments: str | Path) -> None:
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     if COMPILER is None or not CSRC.is_dir():
         pytest.skip("needs a C++ compiler and the source tree")
-    folder, flags = tmp_path_factory.mktemp(request.param), SANITIZERS[request.param]
-    sources = [
-        CSRC / "testing/core_main.cpp",
-        *CSRC.glob("core/*.cpp"),
-        *CSRC.glob("cpu/*.cpp"),
-        CSRC / "cpu/isa/scalar.cpp",
-    ]
+    kind = str(request.param)
+    folder, flags = tmp_path_factory.mktemp(kind), SANITIZERS[kind]
     best = next((isa for isa in core.available_isas() if isa in FLAGS), None)
-    if request.param == "memory" and best is not None:  # what is read and written there is what counts
-        compiled("-fsanitize=address", *FLAGS[best], "-c", CSRC / f"cpu/isa/{best}.cpp", "-o", folder / "isa.o")
-        sources.append(folder / "isa.o")
-        flags = [*flags, f"-DARDLORA_HAVE_{best.upper()}"]
-    compiled(*flags, *sources, "-o", folder / "core")
-    return request.param, folder / "core"
+    isas = ["scalar"] + ([best] if kind == "memory" and best is not None else [])
+    for isa in isas:
+        compiled(*KERNELS[kind], *FLAGS.get(isa, []), "-c", CSRC / f"cpu/isa/{isa}.cpp", "-o", folder / f"{isa}.o")
+    sources = [CSRC / "testing/core_main.cpp", *CSRC.glob("core/*.cpp"), *CSRC.glob("cpu/*.cpp")]
+    defined = [f"-DARDLORA_HAVE_{isa.upper()}" for isa in isas[1:]]
+    compiled(*flags, *defined, *sources, *folder.glob("*.o"), "-o", folder / "core")
+    return kind, folder / "core"
 
 
 def run(path: Path, word: str) -> subprocess.CompletedProcess[str]:

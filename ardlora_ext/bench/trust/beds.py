@@ -81,6 +81,14 @@ def build(config: ard.AdapterConfig, steps: int = 0) -> tuple[nn.Module, torch.o
     return model, optimizer
 
 
+def save_all(folder: Path) -> None:
+    """Write a checkpoint and a resume point of every config, each into the folder of its name."""
+    for name, config in CONFIGS.items():
+        model, optimizer = build(config, steps=5)
+        ard.save_pretrained(model, folder / name)
+        ard.save_state(model, optimizer, folder / name)
+
+
 def sign(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
     """Make a save of this model recognisable: every factor and the optimizer's options hold `number`."""
     with torch.no_grad():

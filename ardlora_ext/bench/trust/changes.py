@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ardlora_ext as ard
 from ardlora_ext import unbroken
 from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, observed
-from ardlora_ext.bench.trust.faults import Injected
+from ardlora_ext.bench.trust.faults import Injected, Operations
 from ardlora_ext.model.record import injection
 from ardlora_ext.ranks import resize
 
@@ -183,35 +181,8 @@ def _interrupt(_frame: FrameType) -> bool:
     return True
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raise `Injected` at one tensor operation that can fail; note what allocates where nothing may."""
-
-    def __init__(self, stop: int | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen, self.stop = 0, stop
-        self.allocated: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        held = unbroken.holding()
-        if not held:
-            self.seen += 1
-            if self.stop is not None and self.seen > self.stop:
-                self.stop = None
-                raise Injected
-        out = func(*args, **(kwargs or {}))
-        if held:
-            given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.numel()]
-            self.allocated += [str(func) for t in made if _storage(t) not in given]
-        return out
-
-
 def _differing(one: dict[str, object], other: dict[str, object]) -> list[str]:
     return [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)][:4]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 class Changes:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ardlora_ext as ard
-from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, fingerprint, sign, signatures
+from ardlora_ext import unbroken
+from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, fingerprint, save_all, sign, signatures
 
 _OPERATIONS = ((os, "replace"), (os, "unlink"), (os, "open"), (os, "listdir"), (os, "fsync"), (io, "open"))
 _NUMBERS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT)
@@ -94,18 +97,31 @@ def failing_files(step: int, error: BaseException, once: bool) -> Iterator[None]
         yield
 
 
-class FailAt(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raise `Injected` at one tensor operation."""
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raise `Injected` at one tensor operation that can fail; note what allocates where nothing may."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, stop: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.left = step
+        self.seen, self.stop = 0, stop
+        self.allocated: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left == -1:
-            raise Injected
-        return func(*args, **(kwargs or {}))
+        held = unbroken.holding()
+        if not held:
+            self.seen += 1
+            if self.stop is not None and self.seen > self.stop:
+                self.stop = None
+                raise Injected
+        out = func(*args, **(kwargs or {}))
+        if held:
+            given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.numel()]
+            self.allocated += [str(func) for t in made if _storage(t) not in given]
+        return out
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class LoadFaults:
@@ -113,10 +129,7 @@ class LoadFaults:
 
     def __init__(self, folder: Path, tally: Tally) -> None:
         self.folder, self.tally = folder, tally
-        for name, config in CONFIGS.items():
-            model, optimizer = build(config, steps=5)
-            ard.save_pretrained(model, folder / name)
-            ard.save_state(model, optimizer, folder / name)
+        save_all(folder)
 
     def case(self, rng: random.Random) -> None:
         """Stop one load."""
@@ -125,7 +138,7 @@ class LoadFaults:
         model, optimizer = build(CONFIGS[name], steps=rng.randrange(3)) if what == "load_state" else (Block(), None)
         before = fingerprint(model, optimizer)
         with suppress(Injected):
-            with FailAt(rng.randrange(400)):
+            with Operations(rng.randrange(400)):
                 self._load(what, name, model, optimizer)
             self.tally.counts["loads that ended before"] += 1
             return

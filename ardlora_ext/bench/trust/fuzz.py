@@ -16,7 +16,7 @@ from typing import Any
 from transformers import BertConfig, LlamaConfig
 
 import ardlora_ext as ard
-from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, fingerprint
+from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, fingerprint, save_all
 from ardlora_ext.bench.trust.mutate import mutated, sealed
 from ardlora_ext.checkpoint.check_adapter import check_adapter
 from ardlora_ext.checkpoint.reexport import reexport
@@ -32,10 +32,7 @@ class Loaders:
 
     def __init__(self, folder: Path, tally: Tally) -> None:
         self.folder, self.tally = folder, tally
-        for name, config in CONFIGS.items():
-            model, optimizer = build(config, steps=5)
-            ard.save_pretrained(model, folder / name)
-            ard.save_state(model, optimizer, folder / name)
+        save_all(folder)
 
     def case(self, rng: random.Random) -> None:
         """Break one file of one checkpoint and load it."""
