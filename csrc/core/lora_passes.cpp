@@ -64,9 +64,9 @@ void Panels::pack(const Team& team, const Items& items, std::int64_t width, F&& 
 
 KeepBits take_keep_bits(const Dropout& dropout, std::int64_t rows, std::int64_t cols, Arena::Use& arena) {
   if (!dropout.active()) return {};
-  constexpr std::int64_t kSpare = 2;  // kernels read 64 bits at once
-  const std::int64_t stride = ceil_to(cols, 128) / 32;
-  return {arena.take<std::uint32_t>(rows * stride + kSpare), stride};
+  constexpr std::int64_t kSpare = 2;                             // kernels read 64 bits at once
+  const std::int64_t stride = ceil_to(cols, 128) / 32 + kSpare;  // in the row itself: the next may be another thread's
+  return {arena.take<std::uint32_t>(rows * stride), stride};
 }
 
 ShrinkPass::ShrinkPass(const FactorView& w, const MatrixView& x, bool masked, int threads, Arena::Use& arena)

@@ -9,7 +9,8 @@
 // ARDLORA_STD_THREADS: std::thread instead, and for any work, however small. For ThreadSanitizer, which does not know
 // how OpenMP's runtime synchronises.
 #if defined(ARDLORA_STD_THREADS)
-#include <barrier>
+#include <pthread.h>
+
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -18,6 +19,21 @@
 #endif
 
 namespace ardlora::cpu {
+
+#if defined(ARDLORA_STD_THREADS)
+// Not std::barrier, in which ThreadSanitizer does not see who waits for whom.
+class Barrier {
+ public:
+  explicit Barrier(int threads) { pthread_barrier_init(&barrier_, nullptr, static_cast<unsigned>(threads)); }
+  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  Barrier(const Barrier&) = delete;
+  Barrier& operator=(const Barrier&) = delete;
+  void wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+#endif
 
 struct Range {
   std::int64_t begin, end;
@@ -28,7 +44,7 @@ struct Team {
   std::int64_t id = 0;
   std::int64_t size = 1;
 #if defined(ARDLORA_STD_THREADS)
-  std::barrier<>* all = nullptr;
+  Barrier* all = nullptr;
 #endif
 
   // This thread's part of [0, n), in whole grains.
@@ -42,7 +58,7 @@ struct Team {
   }
   void barrier() const {
 #if defined(ARDLORA_STD_THREADS)
-    if (all != nullptr) all->arrive_and_wait();
+    if (all != nullptr) all->wait();
 #elif defined(_OPENMP)
     if (size > 1) {
 #pragma omp barrier
@@ -57,7 +73,7 @@ template <typename F>
 void parallel_region([[maybe_unused]] int threads, F&& fn) {
 #if defined(ARDLORA_STD_THREADS)
   if (threads > 1) {
-    std::barrier<> all(threads);
+    Barrier all(threads);
     std::vector<std::jthread> others;
     for (int id = 1; id < threads; ++id) others.emplace_back([&, id] { fn(Team{id, threads, &all}); });
     fn(Team{0, threads, &all});
