@@ -23,6 +23,7 @@ from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
 from ardlora_ext.model.peft.convert import PeftLoraConfig
+from ardlora_ext.model.peft.guard import guard_from_peft
 from ardlora_ext.model.record import Injection, adapters, home, injection
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.controllers.base import Controller
@@ -56,6 +57,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._first_step = (0, 0)  # of the controller and of Trainer, when this training began
         self._written = -1  # records
         self._reference_is_theirs = False  # whether Trainer was given the reference of preference training
+        guard_from_peft()  # TRL's trainers have imported PEFT by now
         if config is not None:
             hooks.before_quantisation_check(_wrap_for)
 

@@ -8,12 +8,15 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import ardlora_ext as ard
 
 from helpers.adapters import fingerprint
 from helpers.peft_adapters import base, trained_by_peft
+from helpers.tiny_models import save_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -85,6 +88,25 @@ def test_everything_that_takes_a_config_takes_that_of_peft(tmp_path: Path) -> No
     ard.load_peft(base("llama")[0], tmp_path, peft.LoraConfig())
     with pytest.raises(ValueError, match='target_modules must name layers, or be "all-linear", got None for None'):
         ard.wrap(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig())
+
+
+def test_trl_imported_after_wrap_is_refused_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model = ard.wrap(base("llama")[0], ard.LoraConfig(r=2))
+    save_tokenizer(tmp_path, eos_token="</s>", pad_token="[PAD]")
+    own = getattr(BaseTuner.inject_adapter, "__wrapped__", BaseTuner.inject_adapter)
+    monkeypatch.setattr(BaseTuner, "inject_adapter", own)  # as if PEFT had not been there
+    with pytest.raises(ValueError, match="with TRL, leave out peft_config and pass callbacks="):
+        SFTTrainer(
+            model,
+            SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+            train_dataset=Dataset.from_list([{"input_ids": [1, 2, 3]}]),
+            processing_class=PreTrainedTokenizerFast.from_pretrained(tmp_path),
+            peft_config=peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+            callbacks=[ard.RankCallback()],
+        )
 
 
 def test_peft_on_ours_is_refused_with_the_way() -> None:

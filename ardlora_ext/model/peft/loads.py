@@ -104,8 +104,9 @@ def say_what_peft_leaves_untied(model: nn.Module, tokens: Mapping[str, TokenRows
 
 def say_what_peft_adapts_once(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Warn of a layer with several names: PEFT puts an adapter at the first one only."""
+    firsts = {id(layer): name for name, layer in layers.items()}
     for name, module in model.named_modules(remove_duplicate=False):
-        first = next((n for n, layer in layers.items() if layer is module), name)
+        first = firsts.get(id(module), name)
         if first != name:
             warnings.warn(
                 f"save_pretrained: PEFT will compute something else, for it adapts '{first}' but not '{name}', the "
