@@ -28,6 +28,11 @@ def rank() -> int:
     return dist.get_rank() if initialised() else 0
 
 
+def launched_rank() -> int:
+    """Return the number of this process, before there is a process group what its launcher says in RANK."""
+    return rank() if initialised() else int(os.environ.get("RANK", "0"))
+
+
 @torch.no_grad()
 def average(tensors: Sequence[torch.Tensor], group: Group = None) -> None:
     """Replace tensors by their means over the processes, in place: one all-reduce of one flat float32 buffer.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.compiled import VERSION
 
-_EXTRAS = ("accelerate", "jinja2", "matplotlib", "rich", "tqdm")
+_EXTRAS = ("accelerate", "datasets", "jinja2", "matplotlib", "rich", "tqdm", "trl")
 
 
 class Command(NamedTuple):
@@ -38,7 +38,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show defaults that are not already told in words, and keep an epilog as it is written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.nargs == 0 or "(default" in (action.help or ""):
+        if action.default in (None, ()) or action.nargs == 0 or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 

