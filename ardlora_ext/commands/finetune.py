@@ -177,12 +177,13 @@ def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Train, or tell what would be trained."""
+    settings = settings_of(arguments)  # before the slow imports
+
     from ardlora_ext.report.summary import print_summary
     from ardlora_ext.train import finetune
     from ardlora_ext.train.progress import DivergenceError
 
     quiet()
-    settings = settings_of(arguments)
     if arguments.dry_run:
         finetune.dry_run(settings)
         return 0

@@ -233,8 +233,12 @@ def _task_of(rows: Dataset, source: str | Path) -> Task:
     if {"text", "label"} <= found:
         numbers = all(map(_is_number, labels := rows["label"])) and not all(float(v).is_integer() for v in labels)
         return "regression" if numbers else "classification"
-    foreign = found - set(NAMES)
-    if "text" in found and foreign:  # most likely a misspelt label column
+    if "text" not in found:
+        raise InputError(
+            f"{source}: rows must have a text column (or tokens and tags, messages, or prompt and completion), got "
+            f"{_listed(rows.column_names)}; --columns text=NAME names another"
+        )
+    if found - set(NAMES):  # most likely a misspelt label column
         raise InputError(
             f"{source}: columns must be text, text_pair and label (or pass --task lm to train on the text alone, or name "
             f"them: --columns label=NAME), got {_listed(rows.column_names)}"

@@ -250,10 +250,10 @@ def test_broken_model_configs(tmp_path: Path, changes: dict[str, Any], capsys: p
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a", "label": ' + "9" * 5000 + "}", "line 2 must be JSON"),
+        ('{"text": "a", "label": ' + "9" * 5000 + "}", "row 1: label must be an integer or a string, got 2.0"),
         ("[" * 20000, "line 2 must be JSON, got one that nests too deep"),
-        ('{"text": "\\ud800", "label": 1}', "row 2: text must be Unicode, got half a character"),
-        ('{"text": "a", "label": "\\ud800"}', "row 2: label must be Unicode, got half a character"),
+        ('{"text": "\\ud800", "label": 1}', "line 2 must be Unicode, got half a character"),
+        ('{"text": "a", "label": "\\ud800"}', "line 2 must be Unicode, got half a character"),
     ],
 )
 def test_broken_rows(tmp_path: Path, line: str, message: str) -> None:

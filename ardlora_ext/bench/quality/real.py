@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers import DataCollatorWithPadding
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import ardlora_ext as ard
@@ -23,8 +24,7 @@ from ardlora_ext.bench.quality.tasks import Data, Sample, load
 from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
 from ardlora_ext.train.base_model import head_modules, load_model, load_tokenizer
-from ardlora_ext.train.batches import Batch, Collator, Features, encode
-from ardlora_ext.train.data import Corpus, Example, default_model
+from ardlora_ext.train.packages import default_model
 
 _MAX_LENGTH = 96
 _EVAL_BATCH = 64
@@ -67,22 +67,22 @@ class Texts:
         return load_tokenizer(default_model())
 
     @cached_property
-    def parts(self) -> dict[str, list[Features]]:
+    def parts(self) -> dict[str, list[dict[str, Any]]]:
         """Features of `train`, `valid` and `test`."""
         return {part: self._features(getattr(self.data, part)) for part in ("train", "valid", "test")}
 
-    def _features(self, samples: Sequence[Sample]) -> list[Features]:
-        examples = [Example(sample.text, sample.pair, 0) for sample in samples]
-        kind = int if self.data.labels else float
-        features = encode(examples, self.tokenizer, _MAX_LENGTH)
-        return [{**f, "labels": kind(s.target)} for f, s in zip(features, samples, strict=True)]
+    def _features(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        pairs = [sample.pair or "" for sample in samples] if any(sample.pair for sample in samples) else None
+        texts = [sample.text for sample in samples]
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=_MAX_LENGTH)
+        encoded["labels"] = [(int if self.data.labels else float)(sample.target) for sample in samples]
+        return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
     def model(self) -> nn.Module:
         """Load the encoder with a new head, without dropout: the methods differ, not their noise."""
         transformers.logging.set_verbosity_error()  # a new head is expected to have new weights
         transformers.logging.disable_progress_bar()
-        corpus = Corpus("bench", "classification", (), (), self.data.labels or ("value",))
-        return load_model(default_model(), corpus, self.tokenizer)
+        return load_model(default_model(), "classification", self.data.labels or ("value",), self.tokenizer)
 
 
 class RealTask:
@@ -95,7 +95,7 @@ class RealTask:
         self.model: nn.Module = texts.model()
         self.heads = head_modules(self.model)
         self.base: Mapping[str, Any] = {"modules_to_save": self.heads}
-        self.collate = Collator(texts.tokenizer)
+        self.collate = DataCollatorWithPadding(texts.tokenizer)
         self.order = _like_lengths([len(f["input_ids"]) for f in texts.parts["train"]], bed.batch, seed)
 
     def oracle(self, budget: int) -> Ranks | None:
@@ -109,8 +109,8 @@ class RealTask:
             {"params": [p for p in trained if id(p) not in own], "lr": self.bed.head_lr},
         ]
 
-    def _batch(self, part: str, indices: Sequence[int]) -> Batch:
-        return self.collate([self.texts.parts[part][i] for i in indices])
+    def _batch(self, part: str, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        return dict(self.collate([self.texts.parts[part][i] for i in indices]))
 
     def loss(self) -> torch.Tensor:
         loss: torch.Tensor = self.model(**self._batch("train", next(self.order))).loss

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ardlora_ext.errors import InputError
 from ardlora_ext.train import data
-from ardlora_ext.train.data import TREC, DatasetUnavailable, Wheel, cache_dir, fetch
+from ardlora_ext.train.packages import TREC, DatasetUnavailable, Wheel, cache_dir, fetch
 
 _TEST, _VALID, _TRAIN = 1000, 400, 1000
 _TEST_SHARE = 0.4  # of a small data set

@@ -27,7 +27,7 @@ import ardlora_ext as ard
 from ardlora_ext.bench.quality.methods import Ranks
 from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
-from ardlora_ext.train.data import cache_dir
+from ardlora_ext.train.packages import cache_dir
 
 _DIGITS, _LENGTH, _TASKS, _MODULUS = 10, 6, 3, 3
 _EQUALS = _DIGITS + _TASKS
