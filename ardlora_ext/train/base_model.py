@@ -79,7 +79,11 @@ def load_model(
             _check_causal(name, AutoConfig.from_pretrained(name, **_source(name)))
             model = AutoModelForCausalLM.from_pretrained(name, **source)
         else:
-            kind = AutoModelForTokenClassification if task == "token-classification" else AutoModelForSequenceClassification
+            kind = (
+                AutoModelForTokenClassification
+                if task == "token-classification"
+                else AutoModelForSequenceClassification
+            )
             names = dict(enumerate(labels or ("value",)))
             model = kind.from_pretrained(
                 name,
@@ -94,7 +98,7 @@ def load_model(
     except Exception as error:
         raise InputError(f"load_model: {name} cannot be loaded for {task}: {first_line(error)}{_hint(name)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _plain(model) if "gguf_file" in source else model  # type: ignore[no-any-return]
+    return _plain(model) if "gguf_file" in source else model
 
 
 def head_modules(model: Any) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ def load_corpus(
         missing = [field for field in fields if field not in other.column_names]
         if missing:
             raise InputError(
-                f"{where}: rows must have the columns of {data}, got no {missing[0]} among {_listed(other.column_names)}"
+                f"{where}: rows must have the columns of {data}, got no {missing[0]} in {_listed(other.column_names)}"
             )
     if task == "lm":
         texts = [_checked(part, "lm", fields, source) for part, source in ((rows, data), (other, eval_data)) if part]
@@ -190,7 +190,7 @@ def _find_bad_line(path: Path) -> None:
             if line.strip(b"\xef\xbb\xbf\r\n\t "):
                 row = parse_json(line.removeprefix(b"\xef\xbb\xbf"), f"{path}: line {number}")
                 if not isinstance(row, dict):
-                    raise InputError(f"{path}: line {number} must be a JSON object, got {str(row):.60}")
+                    raise InputError(f"{path}: line {number} must be a JSON object, got {row!s:.60}")
                 try:
                     json.dumps(row, ensure_ascii=False).encode()
                 except UnicodeEncodeError as error:
@@ -216,7 +216,9 @@ def _named(rows: Dataset, columns: Mapping[str, str], source: str | Path) -> Dat
     """Give columns our names."""
     for name, theirs in columns.items():
         if theirs not in rows.column_names:
-            raise InputError(f"{source}: --columns {name}={theirs} must name a column, got {_listed(rows.column_names)}")
+            raise InputError(
+                f"{source}: --columns {name}={theirs} must name a column, got {_listed(rows.column_names)}"
+            )
     if columns:
         taken = [name for name in columns if name in rows.column_names and name not in columns.values()]
         rows = rows.remove_columns(taken).rename_columns({theirs: name for name, theirs in columns.items()})
@@ -240,8 +242,8 @@ def _task_of(rows: Dataset, source: str | Path) -> Task:
         )
     if found - set(NAMES):  # most likely a misspelt label column
         raise InputError(
-            f"{source}: columns must be text, text_pair and label (or pass --task lm to train on the text alone, or name "
-            f"them: --columns label=NAME), got {_listed(rows.column_names)}"
+            f"{source}: columns must be text, text_pair and label (or pass --task lm to train on the text alone, or "
+            f"--columns label=NAME), got {_listed(rows.column_names)}"
         )
     return "lm"
 
@@ -369,8 +371,8 @@ def _indexed(name: str, task: Task, train: Dataset, test: Dataset, source: str |
         raise InputError(f"{source}: column {column} must have at least 2 classes, got {_listed(labels)}")
     if unseen:
         raise InputError(
-            f"{source}: each label must be in the training part, got {_listed(unseen)} in the test part alone; give more "
-            "rows with it, or leave it out"
+            f"{source}: each label must be in the training part, got {_listed(unseen)} in the test part alone; give "
+            "more rows with it, or leave it out"
         )
     index = {label: position for position, label in enumerate(labels)}
 

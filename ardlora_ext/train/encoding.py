@@ -28,8 +28,8 @@ _UNSCORED = -100  # labels that no loss counts, in torch and transformers
 def encode(corpus: Corpus, tokenizer: Any, max_length: int, share: float) -> tuple[Dataset, Dataset]:
     """Return training and test part in tokens, with `labels`.
 
-    Texts are cut at `max_length` tokens, with a word. For language modelling they are joined and cut into blocks of that
-    length, and without a test part the last `share` of the blocks is held out, so that neighbours do not leak into it.
+    Texts are cut at `max_length` tokens, with a word. For language modelling they are joined and cut into blocks of
+    that length; without a test part the last `share` of the blocks is held out, so that neighbours do not leak into it.
 
     Raises:
         InputError: there is too little text, or a tokenizer that does not tell which word a token is of.
@@ -46,7 +46,9 @@ def encode(corpus: Corpus, tokenizer: Any, max_length: int, share: float) -> tup
         parts.append(part.map(rows, batched=True, fn_kwargs=keywords, remove_columns=part.column_names))
     full = sum(len(ids) >= max_length for part in parts for ids in part["input_ids"])
     if full:
-        _logger.warning("%d of %d texts fill --max-length %d tokens; longer ones are cut", full, sum(map(len, parts)), max_length)
+        _logger.warning(
+            "%d of %d texts fill --max-length %d tokens; longer ones are cut", full, sum(map(len, parts)), max_length
+        )
     return parts[0], parts[1]
 
 
@@ -63,9 +65,7 @@ def _tagged(rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int) -> d
     for index, tags in enumerate(rows["tags"]):
         words = encoded.word_ids(index)
         before = [None, *words[:-1]]
-        labels.append(
-            [_UNSCORED if w is None or w == b else tags[w] for w, b in zip(words, before, strict=True)]
-        )
+        labels.append([_UNSCORED if w is None or w == b else tags[w] for w, b in zip(words, before, strict=True)])
     return {**encoded, "labels": labels}
 
 
@@ -81,7 +81,9 @@ def _blocks(corpus: Corpus, tokenizer: Any, max_length: int, share: float) -> tu
     least = min(map(len, streams)) // (2 if len(streams) == 1 else 1)
     size = min(max_length, least)
     if size < 2:
-        raise InputError(f"finetune: there must be enough text for blocks of tokens, got {min(map(len, streams))} tokens")
+        raise InputError(
+            f"finetune: there must be enough text for blocks of tokens, got {min(map(len, streams))} tokens"
+        )
     blocks = [
         Dataset.from_dict({"input_ids": cut, "labels": cut})
         for ids in streams
@@ -111,7 +113,8 @@ def collator(task: Task, tokenizer: Any) -> Callable[[list[Any]], dict[str, Any]
 def choose(logits: Any, labels: Any) -> torch.Tensor:
     """Keep of the logits what the metric needs: the chosen class, or the one number."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+    chosen: torch.Tensor = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+    return chosen
 
 
 def score(prediction: EvalPrediction) -> dict[str, float]:

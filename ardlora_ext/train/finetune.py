@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
 import statistics
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +20,9 @@ from typing import Any
 
 import torch
 from transformers import Trainer, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ardlora_ext import processes
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
-from ardlora_ext.json_file import parse_json
 from ardlora_ext.model.parameters import parameters_report
 from ardlora_ext.train.base_model import head_modules, held_length, load_model, load_tokenizer
 from ardlora_ext.train.callback import RankCallback
@@ -37,7 +32,7 @@ from ardlora_ext.train.packages import default_model
 from ardlora_ext.train.progress import DivergenceError, RunRecord
 from ardlora_ext.train.settings import DTYPES, Settings
 from ardlora_ext.train.tasks import METRICS, metric_of
-from ardlora_ext.train.trainers import make_trainer
+from ardlora_ext.train.trainers import go_on, make_trainer
 
 Json = dict[str, Any]
 
@@ -74,14 +69,16 @@ def run(settings: Settings) -> Json | None:
     """
 
     # Draws with matplotlib, an extra: better to fail before the training than after it.
-    from ardlora_ext.train.run_folder import prepare_folder, save_run
+    from ardlora_ext.train.run_folder import prepare_folder, remove_checkpoints, save_run, to_resume
 
     started = time.perf_counter()
     prepare_folder(settings.out)
-    checkpoint = _checkpoint(settings)
+    checkpoint = to_resume(settings.out, settings.resume, settings.overwrite)
     job = prepare(settings)
     if checkpoint is None:
         job.record.before = list(job.evaluate())
+    else:
+        go_on(job.trainer, checkpoint)
     try:
         job.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except ValueError as error:
@@ -99,8 +96,7 @@ def run(settings: Settings) -> Json | None:
     assert job.ranks.controller is not None
     save_run(job.trainer.model, job.ranks.controller.records, metrics, settings.out)
     if settings.save_steps is None:
-        for folder in _checkpoints(settings.out):
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_checkpoints(settings.out)
     return metrics
 
 
@@ -111,7 +107,9 @@ def prepare(settings: Settings) -> Job:
     set_seed(settings.seed)
     corpus = _corpus(settings)
     if settings.model is None and corpus.task in ("lm", "sft"):
-        raise InputError("finetune: text without labels must come with --model, a causal language model, got no --model")
+        raise InputError(
+            "finetune: text without labels must come with --model, a causal language model, got no --model"
+        )
     name = settings.model or default_model()
     tokenizer = load_tokenizer(name)
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
@@ -170,52 +168,6 @@ def dry_run(settings: Settings) -> None:
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     show(plan, model, make_console(), None, paper=False)
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def _checkpoint(settings: Settings) -> Path | None:
-    """Return the checkpoint to go on from, or None to begin.
-
-    Raises:
-        InputError: there is none where one was named, or there are some and nobody said what to do with them.
-    """
-    found = _checkpoints(settings.out)
-    if settings.resume == "auto":
-        return next((folder for folder in reversed(found) if _is_whole(folder)), None)
-    if settings.resume is not None:
-        folder = Path(settings.resume)
-        if not _is_whole(folder):
-            raise InputError(f"finetune: --resume must be auto or a whole checkpoint of a run, got {folder}")
-        return folder
-    if found and not settings.overwrite:
-        raise InputError(
-            f"finetune: --out must hold no checkpoint of an earlier run, got {found[-1]}; --resume goes on from there, "
-            "--overwrite begins anew"
-        )
-    if processes.launched_rank() == 0:
-        for folder in found:
-            shutil.rmtree(folder)
-    return None
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Return the checkpoints in a folder, in the order of their steps."""
-    found = [path for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _is_whole(folder: Path) -> bool:
-    """Tell whether a checkpoint was written to its end: the state of Trainer comes last of what one process writes."""
-    state = folder / "trainer_state.json"
-    try:
-        parse_json(state.read_bytes(), str(state))
-    except (OSError, InputError):
-        return False
-    archives = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth")]
-    randoms = [path for path in archives if path.name.startswith("rng_state")]
-    return len(randoms) >= processes.size() and all(map(zipfile.is_zipfile, archives))
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------

@@ -74,7 +74,10 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Return Trainer's log of training, under the names of reports."""
         names = {"step": "step", "loss": "loss", "lr": "learning_rate", "mean_rank": "mean_rank"}
         return [
-            {**{ours: entry.get(theirs) for ours, theirs in names.items()}, "params_live": entry.get("adapter_parameters")}
+            {
+                **{ours: entry.get(theirs) for ours, theirs in names.items()},
+                "params_live": entry.get("adapter_parameters"),
+            }
             for entry in state.log_history
             if "loss" in entry
         ]
@@ -87,9 +90,15 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._training = True
         self._note_ranks(state.global_step, model)
         if state.is_world_process_zero:
-            interval = 0.1 if sys.stderr.isatty() else 15.0  # a log file gets a line now and then, a person a moving bar
+            interval = (
+                0.1 if sys.stderr.isatty() else 15.0
+            )  # a log file gets a line now and then, a person a moving bar
             self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", mininterval=interval,
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.name,
+                unit="step",
+                mininterval=interval,
                 dynamic_ncols=True,
             )
 
@@ -114,7 +123,9 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
             return
         self._loss = float(logs["loss"])
         if not math.isfinite(self._loss):
-            raise DivergenceError(f"finetune: the loss became {self._loss} at step {state.global_step}; try a smaller --lr")
+            raise DivergenceError(
+                f"finetune: the loss became {self._loss} at step {state.global_step}; try a smaller --lr"
+            )
         if self._window:
             self.step_ms.append(1e3 * statistics.fmean(self._window))
             self._window = []
@@ -139,7 +150,10 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _note_ranks(self, step: int, model: nn.Module) -> None:
         controller = injection(model).controller
         ranks = controller.ranks() if controller else {name: layer.ranks for name, layer in adapters(model).items()}
-        entry = {"params": parameters_report(model).live, "ranks": {name: list(units) for name, units in ranks.items()}}
+        entry: Json = {
+            "params": parameters_report(model).live,
+            "ranks": {name: list(units) for name, units in ranks.items()},
+        }
         self.params_peak = max(self.params_peak, entry["params"])
         if not self.rank_history or entry != {key: self.rank_history[-1][key] for key in entry}:
             self.rank_history.append({"step": step, **entry})

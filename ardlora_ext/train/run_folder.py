@@ -1,18 +1,23 @@
-"""The folder of a fine-tuning run: one set of files, and another place for it when the disk is full."""
+"""The folder of a run: its checkpoints, one set of files, and another place for them when the disk is full."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ardlora_ext import processes
 from ardlora_ext.checkpoint.save_pretrained import adapter_files
 from ardlora_ext.errors import InputError, SavedElsewhere
 from ardlora_ext.file_set import write_set
+from ardlora_ext.json_file import parse_json
 from ardlora_ext.report.page import render
 from ardlora_ext.report.run_files import REPORT_FILE, run_files
 
@@ -56,3 +61,76 @@ def _save_elsewhere(files: Mapping[str, bytes]) -> Path:
                 continue
             return folder
     raise OSError(None, "neither the folder for temporary files nor home nor this folder has room for the run")
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def to_resume(out: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """Return the checkpoint to go on from, or None to begin.
+
+    Args:
+        out: Folder of the run.
+        resume: "auto" for the last checkpoint in it from which there is something left to do, if there is one; a
+            checkpoint; None to begin.
+        overwrite: Delete what is there.
+
+    Raises:
+        InputError: there is none where one was named, or there are some and nobody said what to do with them.
+    """
+    found = _checkpoints(out)
+    if resume == "auto":
+        return next((folder for folder in reversed(found) if _goes_on(folder)), None)
+    if resume is not None:
+        if not _goes_on(Path(resume)):
+            raise InputError(
+                f"finetune: --resume must be auto, or a whole checkpoint with steps left to take, got {resume}"
+            )
+        return Path(resume)
+    if found and not overwrite:
+        raise InputError(
+            f"finetune: --out must hold no checkpoint of an earlier run, got {found[-1]}; --resume goes on from there, "
+            "--overwrite begins anew"
+        )
+    remove_checkpoints(out)
+    return None
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Delete the checkpoints of a run, on its first process."""
+    if processes.launched_rank() == 0:
+        for folder in _checkpoints(out):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def trainer_state(folder: Path) -> Any:
+    """Return what Trainer keeps in a checkpoint.
+
+    Raises:
+        InputError: it is not there, or not whole.
+    """
+    path = folder / "trainer_state.json"
+    try:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"finetune: {path} must be readable: {error.strerror}") from error
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Return the checkpoints in a folder, in the order of their steps."""
+    found = [path for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _goes_on(folder: Path) -> bool:
+    """Tell whether a checkpoint was written to its end, and is not that of its run.
+
+    The state of Trainer comes last of what one process writes; from a run's end Trainer would take one more step.
+    """
+    try:
+        ended = trainer_state(folder)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+    except (InputError, LookupError, TypeError):
+        return False
+    archives = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth")]
+    randoms = [path for path in archives if path.name.startswith("rng_state")]
+    return not ended and len(randoms) >= processes.size() and all(map(zipfile.is_zipfile, archives))

@@ -139,7 +139,9 @@ class Settings:
         pairs = [entry.partition("=")[::2] for entry in self.columns]
         for ours, theirs in pairs:
             if ours not in NAMES or not theirs:
-                raise InputError(f"finetune: --columns must be {'|'.join(NAMES)}=NAME, got {ours}{'=' * bool(theirs)}{theirs}")
+                raise InputError(
+                    f"finetune: --columns must be {'|'.join(NAMES)}=NAME, got {ours}{'=' * bool(theirs)}{theirs}"
+                )
         return dict(pairs)
 
     def adapter_config(self, heads: tuple[str, ...] = ()) -> AdapterConfig:

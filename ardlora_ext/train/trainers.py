@@ -1,4 +1,4 @@
-"""The trainer of a task: transformers' Trainer, or TRL's SFTTrainer for chats; `RankCallback` moves the ranks in both."""
+"""The trainer of a task: transformers' Trainer, or TRL's SFTTrainer for chats; `RankCallback` in both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.dispatch import best_device
 from ardlora_ext.train.encoding import choose, collator, score
+from ardlora_ext.train.run_folder import trainer_state
 from ardlora_ext.train.settings import Settings
 from ardlora_ext.train.tasks import METRICS, Task
 
@@ -78,6 +80,15 @@ def make_trainer(
         raise error if isinstance(error, InputError) else InputError(f"finetune: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def go_on(trainer: Trainer, checkpoint: Path) -> None:
+    """Prepare to resume: nothing is evaluated twice, and early stopping counts from where it was."""
+    trainer.args.eval_on_start = False
+    kept = trainer_state(checkpoint)["stateful_callbacks"].get(EarlyStoppingCallback.__name__)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback) and isinstance(kept, dict):
+            callback.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
 
 
 class HeadTrainer(Trainer):  # type: ignore[misc]
@@ -155,7 +166,7 @@ def _arguments(kind: type[TrainingArguments], settings: Settings, task: Task, ow
 def _place(device: str | None) -> str:
     """Return "cpu" or "cuda", and let the process see no other GPU than the one that was asked for."""
     name = torch.device(device) if device is not None else best_device()
-    if name.index is not None and not torch.cuda.is_initialized():
+    if name.index is not None and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[name.index] if seen else str(name.index)
     return name.type

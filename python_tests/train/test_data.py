@@ -158,7 +158,7 @@ def test_splits_of_a_folder_and_data_to_test_on(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="each label must be in the training part, got never in the test part alone"):
         load_corpus(tmp_path / "train.jsonl", eval_data=tmp_path / "other.jsonl")
     write_rows(tmp_path / "bare.jsonl", [{"text": "a"}])
-    with pytest.raises(InputError, match="rows must have the columns of .*, got no label among text"):
+    with pytest.raises(InputError, match=r"rows must have the columns of .*, got no label in text"):
         load_corpus(tmp_path / "train.jsonl", eval_data=tmp_path / "bare.jsonl")
 
 
@@ -189,7 +189,12 @@ def test_labels_are_ignored_when_language_modelling_is_asked_for(tmp_path: Path)
         ("a.jsonl", '{"text": "a", "label": "x"}\n', "regression", r"row 1: label must be a number, got 'x'"),
         ("a.csv", "text,label\n" + "a,1\nb,2\n" * 9, "auto", r"at least 10 different texts, got 2"),
         ("a.jsonl", '{"text": 7, "label": 1}\n{"text": "b", "label": 2}\n', "auto", r"row 1: text must be a non-empty"),
-        ("a.jsonl", '{"tokens": ["a"], "tags": ["O", "B"]}\n', "auto", r"row 1: tags must be one for each token, got 2"),
+        (
+            "a.jsonl",
+            '{"tokens": ["a"], "tags": ["O", "B"]}\n',
+            "auto",
+            r"row 1: tags must be one for each token, got 2",
+        ),
         ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}\n', "auto", r"row 1: tokens must be a list of words, got 'a b'"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "auto", r"row 1: messages must be a list of \{\"role\""),
         ("a.jsonl", '{"prompt": "a", "completion": ""}\n', "auto", r"row 1: completion must be a non-empty string or"),

