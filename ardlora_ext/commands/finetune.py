@@ -171,8 +171,12 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
     """Return what the options say."""
     given: dict[str, Any] = {**vars(arguments), **changes}
-    known = {name: value for name, value in given.items() if name in Settings.__dataclass_fields__}
-    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    known: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
+        if name in Settings.__dataclass_fields__
+    }
+    return Settings(**known)
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:

@@ -118,11 +118,10 @@ def load_corpus(
             raise InputError(
                 f"{where}: rows must have the columns of {data}, got no {missing[0]} in {_listed(other.column_names)}"
             )
-    if task == "lm":
-        texts = [_checked(part, "lm", fields, source) for part, source in ((rows, data), (other, eval_data)) if part]
-        return Corpus(name, "lm", texts[0], texts[1] if len(texts) > 1 else None)
     train = _checked(rows, task, fields, data)
     test = None if other is None else _checked(other, task, fields, eval_data or data)
+    if task == "lm":
+        return Corpus(name, task, train, test)
     if test is None:
         train, test = _hold_out(train, fields, eval_share, data)
     if task not in ("classification", "token-classification"):
@@ -286,11 +285,12 @@ def _checked(rows: Dataset, task: Task, fields: Sequence[str], source: str | Pat
 
 def _class_names(rows: Dataset, field: str) -> Iterable[Any]:
     """Return a column, names in place of the class numbers of a data set that names its classes."""
+    values: Iterable[Any] = rows[field]
     feature = getattr(rows.features[field], "feature", rows.features[field])
     if not isinstance(feature, datasets.ClassLabel):
-        return rows[field]
+        return values
     names = dict(enumerate(feature.names))
-    return ([names.get(i, i) for i in v] if isinstance(v, list) else names.get(v, v) for v in rows[field])
+    return ([names.get(i, i) for i in v] if isinstance(v, list) else names.get(v, v) for v in values)
 
 
 def _is_text(value: Any) -> bool:

@@ -28,6 +28,11 @@ from ardlora_ext.train.run_folder import trainer_state
 from ardlora_ext.train.settings import Settings
 from ardlora_ext.train.tasks import METRICS, Task
 
+_CHECKPOINTING = next(  # the new name, or the old one
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 _PART = 0.2  # of a run, between evaluations and between checkpoints
 _LOGS = 450  # at most twice as many entries of the history, however long the run is
 
@@ -97,6 +102,10 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, heads: Sequence[str], head_lr: float, **kwargs: Any) -> None:
         self._heads, self._head_lr = heads, head_lr
         super().__init__(*args, **kwargs)
+        if heads:
+            # Models for classes take the number of items of a whole step and ignore it: Trainer would then add up what
+            # it must average, over micro-batches and over processes.
+            self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Move the heads' parameters to groups of their own."""
@@ -137,7 +146,7 @@ def _arguments(kind: type[TrainingArguments], settings: Settings, task: Task, ow
         "warmup_steps": 0.06,  # a share of the run
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        _CHECKPOINTING: settings.gradient_checkpointing,
         "logging_steps": 1 / _LOGS,
         "logging_nan_inf_filter": False,  # a loss that is no number ends the run
         "eval_strategy": "steps",
