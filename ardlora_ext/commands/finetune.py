@@ -12,8 +12,7 @@ from ardlora_ext import processes
 from ardlora_ext.config.registry import METHODS
 from ardlora_ext.errors import SavedElsewhere
 from ardlora_ext.subcommands import add_config, add_units, fail
-from ardlora_ext.train.settings import DTYPES, Settings
-from ardlora_ext.train.tasks import TASKS
+from ardlora_ext.train.settings import DTYPES, TASKS, Settings
 
 _DESCRIPTION = """\
 Fine-tune a model with low-rank adapters whose ranks are learned, and report where the rank went.

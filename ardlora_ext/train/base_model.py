@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ardlora_ext.errors import InputError, first_line
-from ardlora_ext.train.tasks import Task
+from ardlora_ext.train.settings import Task
 
 _HEADS = ("classifier", "score", "pooler", "lm_head")  # what is trained in full, or tied, stays as it is
 

@@ -22,7 +22,7 @@ from datasets import Dataset
 from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.json_file import parse_json
 from ardlora_ext.train.packages import TREC, fetch
-from ardlora_ext.train.tasks import COLUMNS, NAMES, OPTIONAL, Task
+from ardlora_ext.train.settings import COLUMNS, NAMES, OPTIONAL, Task
 
 _TEST_LIMIT = 2000
 _LEAST = 10  # different examples of a data set that is split
@@ -87,7 +87,7 @@ def load_corpus(
     eval_split: str | None = None,
     eval_share: float = 0.1,
 ) -> Corpus:
-    """Load the user's data: see `tasks.COLUMNS` for the columns of each task.
+    """Load the user's data: see `settings.COLUMNS` for the columns of each task.
 
     Without evaluation data a share is held out, at most 2 000 rows in hash order; a text that is given twice keeps its
     first label.

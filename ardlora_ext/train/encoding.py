@@ -19,7 +19,7 @@ from transformers import (
 
 from ardlora_ext.errors import InputError
 from ardlora_ext.train.data import Corpus
-from ardlora_ext.train.tasks import Task
+from ardlora_ext.train.settings import Task
 
 _logger = logging.getLogger(__name__)
 _UNSCORED = -100  # labels that no loss counts, in torch and transformers

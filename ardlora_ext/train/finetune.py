@@ -30,8 +30,7 @@ from ardlora_ext.train.data import Corpus, load_corpus, trec_corpus
 from ardlora_ext.train.encoding import by_length, encode
 from ardlora_ext.train.packages import default_model
 from ardlora_ext.train.progress import DivergenceError, RunRecord
-from ardlora_ext.train.settings import DTYPES, Settings
-from ardlora_ext.train.tasks import METRICS, metric_of
+from ardlora_ext.train.settings import DTYPES, METRICS, Settings, metric_of
 from ardlora_ext.train.trainers import go_on, make_trainer
 
 Json = dict[str, Any]

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ardlora_ext.model.parameters import parameters_report
 from ardlora_ext.model.record import adapters, injection
-from ardlora_ext.train.tasks import Task, metric_of
+from ardlora_ext.train.settings import Task, metric_of
 
 Json = dict[str, Any]
 _logger = logging.getLogger(__name__)

@@ -1,12 +1,13 @@
-"""What a fine-tuning run is asked to do, checked before anything is loaded."""
+"""What a fine-tuning run is asked to do, checked before anything is loaded; the columns and scores of its tasks."""
 
 from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,10 +15,36 @@ from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import Method, config_for
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.dispatch import best_device
-from ardlora_ext.train.tasks import NAMES, Task
+
+Task = Literal["classification", "regression", "token-classification", "lm", "sft"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+COLUMNS: dict[Task, tuple[tuple[str, ...], ...]] = {  # the first of several sets that is there
+    "classification": (("text", "label"),),
+    "regression": (("text", "label"),),
+    "token-classification": (("tokens", "tags"),),
+    "lm": (("text",),),
+    "sft": (("messages",), ("prompt", "completion"), ("text",)),
+}
+OPTIONAL = ("text_pair",)
+NAMES = tuple(dict.fromkeys(name for sets in COLUMNS.values() for names in sets for name in names)) + OPTIONAL
+
+METRICS: dict[Task, str] = {
+    "classification": "accuracy",
+    "regression": "correlation",
+    "token-classification": "accuracy",
+    "lm": "perplexity",
+    "sft": "perplexity",
+}
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_THIS_START = ("resume", "overwrite")  # they begin a run, and do not change it
+
+
+def metric_of(task: Task, metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Return loss and metric of an evaluation by Trainer."""
+    loss, name = metrics["eval_loss"], METRICS[task]
+    return loss, math.exp(min(loss, 700.0)) if name == "perplexity" else metrics[f"eval_{name}"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,7 @@ from ardlora_ext.errors import InputError
 from ardlora_ext.native.dispatch import best_device
 from ardlora_ext.train.encoding import choose, collator, score
 from ardlora_ext.train.run_folder import trainer_state
-from ardlora_ext.train.settings import Settings
-from ardlora_ext.train.tasks import METRICS, Task
+from ardlora_ext.train.settings import METRICS, Settings, Task
 
 _CHECKPOINTING = next(  # the new name, or the old one
     name

@@ -14,7 +14,7 @@ from ardlora_ext.errors import InputError
 from ardlora_ext.train import data
 from ardlora_ext.train.data import Corpus, load_corpus, parse_questions
 from ardlora_ext.train.packages import DatasetUnavailable
-from ardlora_ext.train.tasks import Task
+from ardlora_ext.train.settings import Task
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
