@@ -35,7 +35,7 @@ def run_files(metrics: Json, records: Iterable[Json]) -> dict[str, bytes]:
     """Return records.jsonl, one rank decision in a line, and metrics.json, one key in a line: short, still readable."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in metrics.items()]
     return {
-        RECORDS_FILE: "".join(json.dumps(record) + "\n" for record in records).encode(),
+        RECORDS_FILE: "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode(),
         METRICS_FILE: ("{\n" + ",\n".join(lines) + "\n}\n").encode(),
     }
 

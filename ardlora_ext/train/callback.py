@@ -182,7 +182,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.controller is None or not state.is_world_process_zero or len(self.controller.records) == self._written:
             return
         self._written = len(self.controller.records)
-        lines = "".join(json.dumps(record) + "\n" for record in self.controller.records)
+        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in self.controller.records)
         write_set(Path(args.output_dir), {RECORDS: lines.encode()})
 
 

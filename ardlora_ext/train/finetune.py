@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import Trainer, set_seed
 
+from ardlora_ext import processes
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
 from ardlora_ext.model.parameters import parameters_report
@@ -68,11 +69,15 @@ def run(settings: Settings) -> Json | None:
     """
 
     # Draws with matplotlib, an extra: better to fail before the training than after it.
-    from ardlora_ext.train.run_folder import prepare_folder, remove_checkpoints, save_run, to_resume
+    from ardlora_ext.train.run_folder import ended, prepare_folder, remove_checkpoints, save_run, to_resume
 
     started = time.perf_counter()
     prepare_folder(settings.out)
     checkpoint = to_resume(settings.out, settings.resume, settings.overwrite)
+    if settings.resume == "auto" and checkpoint is None and (metrics := ended(settings.out, settings.command())):
+        return (
+            dict(metrics) if processes.launched_rank() == 0 else None
+        )  # killed after it was saved, or asked for again
     job = prepare(settings)
     if checkpoint is None:
         job.record.before = list(job.evaluate())

@@ -19,7 +19,7 @@ from ardlora_ext.errors import InputError, SavedElsewhere
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import parse_json
 from ardlora_ext.report.page import render
-from ardlora_ext.report.run_files import REPORT_FILE, run_files
+from ardlora_ext.report.run_files import REPORT_FILE, load_run, run_files
 
 
 def prepare_folder(out: Path) -> None:
@@ -94,6 +94,15 @@ def to_resume(out: Path, resume: str | None, overwrite: bool) -> Path | None:
         )
     remove_checkpoints(out)
     return None
+
+
+def ended(out: Path, command: str) -> Mapping[str, Any] | None:
+    """Return the metrics of the run in a folder, if it was started by this command and has ended."""
+    try:
+        metrics, _ = load_run(out)
+    except InputError:
+        return None
+    return metrics if metrics.get("command") == command else None
 
 
 def remove_checkpoints(out: Path) -> None:

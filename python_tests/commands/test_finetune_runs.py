@@ -141,6 +141,9 @@ def test_a_resumed_run_equals_the_unbroken_one(
     assert finetune("--out", out, *options, "--resume") == 0
     assert result(out) == result(tmp_path / "whole")
     assert not list(out.glob("checkpoint-*"))
+    with monkeypatch.context() as patched:  # what has ended is not run again
+        patched.setattr(runs, "prepare", lambda _: pytest.fail("must not begin"))
+        assert finetune("--out", out, *options, "--resume") == 0
     assert finetune("--out", out, *options, "--resume", tmp_path) == 2
     assert "--resume must be auto, or a whole checkpoint" in capsys.readouterr().err
 
