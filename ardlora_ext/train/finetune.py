@@ -80,7 +80,7 @@ def run(settings: Settings) -> Json | None:
         )  # killed after it was saved, or asked for again
     job = prepare(settings)
     if checkpoint is None:
-        job.record.before = list(job.evaluate())
+        job.record.measure = job.evaluate
     else:
         go_on(job.trainer, checkpoint)
     try:

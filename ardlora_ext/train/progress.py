@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -32,7 +33,9 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Attributes:
         command: What was asked for.
-        before: Loss and metric before training.
+        measure: What gives loss and metric before training. Called when Trainer has prepared the model: one that is
+            evaluated earlier is not wrapped in DistributedDataParallel any more, and processes train apart.
+        before: What it gave.
         rank_history: Ranks and live parameters at logged steps, where they changed.
         params_peak: Largest number of live adapter parameters.
         evals: Evaluations during training.
@@ -42,6 +45,7 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def __init__(self, name: str, task: Task, command: str) -> None:
         self.name, self.task, self.command = name, task, command
+        self.measure: Callable[[], tuple[float, float]] | None = None
         self.before: list[float] | None = None
         self.rank_history: list[Json] = []
         self.params_peak = 0
@@ -87,6 +91,8 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Draw the bar."""
         self.restore(state)
+        if self.measure is not None:
+            self.before = list(self.measure())
         self._training = True
         self._note_ranks(state.global_step, model)
         if state.is_world_process_zero:
