@@ -69,6 +69,39 @@ def lora_backward(
     dropout: float,
     seed: int,
 ) -> None: ...
+def lora_grouped_forward(
+    table: UnitTable,
+    offsets: NDArray[np.int64],
+    x: _Matrix,
+    lora_A: _Matrix,
+    lora_B: _Matrix,
+    gate: int,
+    scaling: float,
+    h: _Matrix,
+    y: _Matrix,
+    threads: int,
+    dropout: float,
+    seed: int,
+) -> None: ...
+def lora_grouped_backward(
+    table: UnitTable,
+    offsets: NDArray[np.int64],
+    x: _Matrix,
+    lora_A: _Matrix,
+    lora_B: _Matrix,
+    gate: int,
+    scaling: float,
+    h: _Matrix,
+    dy: _Matrix,
+    dh: _Matrix,
+    dx: _Matrix,
+    dA: _Matrix,
+    dB: _Matrix,
+    dgate: int,
+    threads: int,
+    dropout: float,
+    seed: int,
+) -> None: ...
 def row_dots(blocks: NDArray[np.int64], dtype: int, threads: int) -> NDArray[np.float32]: ...
 def importance(blocks: NDArray[np.int64], beta1: float, beta2: float, threads: int) -> bool: ...
 def soft_orthogonality(blocks: NDArray[np.int64], strength: NDArray[np.float64], norm: bool, threads: int) -> None: ...

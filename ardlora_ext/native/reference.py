@@ -37,16 +37,20 @@ def lora_delta(
     gate: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Return the dense update scaling * sum_u B_u^T diag(g_u) A_u, shape [out_features, in_features]."""
-    delta = lora_A.new_zeros(layout.out_features, layout.in_features)
+    """Return the dense update scaling * sum_u B_u^T diag(g_u) A_u, shape [out_features, in_features].
+
+    Of experts [units, out_features, in_features], each its own.
+    """
+    stacked = layout.kind == "experts"
+    delta = lora_A.new_zeros(layout.units if stacked else 1, layout.out_features, layout.in_features)
     begin = 0
-    for (a_rows, b_rows, in_cols, out_cols), r in zip(unit_slices(layout, ranks), ranks, strict=True):
+    for u, ((a_rows, b_rows, in_cols, out_cols), r) in enumerate(zip(unit_slices(layout, ranks), ranks, strict=True)):
         b = lora_B[b_rows]
         if gate is not None:
             b = b * gate[begin : begin + r, None].to(b.dtype)
-        delta[out_cols, in_cols] = delta[out_cols, in_cols] + scaling * b.T @ lora_A[a_rows]
+        delta[u if stacked else 0, out_cols, in_cols] += scaling * b.T @ lora_A[a_rows]
         begin += r
-    return delta
+    return delta if stacked else delta[0]
 
 
 def lora_linear(
@@ -68,6 +72,33 @@ def lora_linear(
         out[:, out_cols] = out[:, out_cols] + scaling * (h @ lora_B[b_rows])
         begin += r
     return out
+
+
+def lora_grouped(
+    layout: UnitLayout,
+    ranks: Sequence[int],
+    x: torch.Tensor,
+    offsets: Sequence[int],
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Return the adapters' output [M, out_features] for rows of x [M, in_features] sorted by expert.
+
+    Expert e has rows [offsets[e], offsets[e + 1]); rows past the last offset belong to none and get zeros.
+    """
+    out = [x.new_zeros(0, layout.out_features)]
+    begin = 0
+    for (a_rows, b_rows, _, _), r, first, last in zip(
+        unit_slices(layout, ranks), ranks, offsets[:-1], offsets[1:], strict=True
+    ):
+        h = x[first:last] @ lora_A[a_rows].T
+        if gate is not None:
+            h = h * gate[begin : begin + r].to(h.dtype)
+        out.append(scaling * (h @ lora_B[b_rows]))
+        begin += r
+    return torch.cat([*out, x.new_zeros(len(x) - offsets[-1], layout.out_features)])
 
 
 def philox(seed: int, counter: tuple[int, int, int, int], rounds: int = 7) -> tuple[int, int, int, int]:

@@ -1,7 +1,7 @@
 """Units of an adapted matrix: what gets a rank of its own, and the shapes that follow.
 
-A unit is the whole matrix, or one attention head's slice of it: a block of output columns (q, k, v) or a block of
-input columns (the attention output). See `csrc/include/ardlora/unit_table.h` for how components are stored.
+A unit is the whole matrix, one attention head's slice of it (a block of output columns, q, k, v, or of input columns,
+the attention output), or one matrix of a stack of experts. See `csrc/include/ardlora/unit_table.h` for how components are stored.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from ardlora_ext.native.compiled import core
 
-UnitKind = Literal["matrix", "out_heads", "in_heads"]
+UnitKind = Literal["matrix", "out_heads", "in_heads", "experts"]
 Factoring = Literal["independent", "shared"]
 
-_KIND_CODES: dict[UnitKind, int] = {"matrix": 0, "out_heads": 1, "in_heads": 2}
+_KIND_CODES: dict[UnitKind, int] = {"matrix": 0, "out_heads": 1, "in_heads": 2, "experts": 3}
 _FACTORING_CODES: dict[Factoring, int] = {"independent": 0, "shared": 1}
 
 
@@ -27,7 +27,8 @@ class UnitLayout:
     """How one matrix [out_features, in_features] is cut into units; ranks come later.
 
     Attributes:
-        kind: `matrix` (one unit), `out_heads` (cut by output rows) or `in_heads` (cut by input columns).
+        kind: `matrix` (one unit), `out_heads` (cut by output rows), `in_heads` (cut by input columns) or `experts` (a
+            stack of `units` matrices of this size, each a unit with its own rows of both factors).
         factoring: `independent`: each unit owns rows of both factors. `shared`: the factor that spans the whole
             matrix exists once, unit u uses its first r_u rows.
         units: number of units.
@@ -42,7 +43,7 @@ class UnitLayout:
     out_features: int
 
     def __post_init__(self) -> None:
-        cut = {"matrix": self.units, "out_heads": self.out_features, "in_heads": self.in_features}[self.kind]
+        cut = {"out_heads": self.out_features, "in_heads": self.in_features}.get(self.kind, self.units)
         if self.units < 1 or cut % self.units:
             raise ValueError(f"UnitLayout: heads must divide the {cut} features they cut, got {self.units} heads")
         if self.kind == "matrix" and self.units != 1:
@@ -51,7 +52,7 @@ class UnitLayout:
     @property
     def shared(self) -> bool:
         """Whether the units share the factor that spans the whole matrix."""
-        return self.factoring == "shared" and self.kind != "matrix"
+        return self.factoring == "shared" and self.kind not in ("matrix", "experts")
 
     @property
     def gate_on_a(self) -> bool:

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "ardlora/importance.h"
-#include "ardlora/lora_linear.h"
+#include "ardlora/lora_grouped.h"
 #include "ardlora/orthogonal_rows.h"
 #include "ardlora/rank_resize.h"
 #include "ardlora/regularizer.h"
@@ -34,7 +34,7 @@ void bind_unit_table(py::module_& m) {
   py::class_<UnitTable>(m, "UnitTable", "Units of one adapted matrix and where their components live.")
       .def(py::init([](int kind, int factoring, std::int64_t in_features, std::int64_t out_features,
                        std::vector<std::int64_t> ranks) {
-             ARDLORA_CHECK(kind >= 0 && kind <= 2, "unit_table: kind must be 0 to 2, got ", kind);
+             ARDLORA_CHECK(kind >= 0 && kind <= 3, "unit_table: kind must be 0 to 3, got ", kind);
              ARDLORA_CHECK(factoring >= 0 && factoring <= 1, "unit_table: factoring must be 0 or 1, got ", factoring);
              return UnitTable(static_cast<UnitKind>(kind), static_cast<Factoring>(factoring), in_features, out_features,
                               std::move(ranks));
@@ -119,6 +119,49 @@ void bind_lora_linear(py::module_& m) {
       py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
       py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"),
       py::arg("threads"), py::arg("dropout"), py::arg("seed"));
+}
+
+GroupedParams grouped(const LoraParams& lora, const IndexArray& offsets, const char* op) {
+  const auto experts = static_cast<py::ssize_t>(lora.table->ranks().size());
+  ARDLORA_CHECK(offsets.ndim() == 1 && offsets.size() == experts + 1, op, ": offsets must have ", experts + 1,
+                " entries, one more than there are experts, got ", offsets.size());
+  return {lora, offsets.data()};
+}
+
+void bind_lora_grouped(py::module_& m) {
+  m.def(
+      "lora_grouped_forward",
+      [](const UnitTable& table, const IndexArray& offsets, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b,
+         std::uintptr_t gate, float scaling, const MatrixArg& h, const MatrixArg& y, int threads, double dropout,
+         std::uint64_t seed) {
+        constexpr const char* op = "lora_grouped_forward";
+        const GroupedParams p = grouped({&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling,
+                                         view(h, op), threads, make_dropout(dropout, seed)},
+                                        offsets, op);
+        const MatrixView yv = view(y, op);
+        py::gil_scoped_release release;
+        lora_grouped_forward(p, yv);
+      },
+      py::arg("table"), py::arg("offsets"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"),
+      py::arg("scaling"), py::arg("h"), py::arg("y"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
+  m.def(
+      "lora_grouped_backward",
+      [](const UnitTable& table, const IndexArray& offsets, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b,
+         std::uintptr_t gate, float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh,
+         const MatrixArg& dx, const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, int threads,
+         double dropout, std::uint64_t seed) {
+        constexpr const char* op = "lora_grouped_backward";
+        const GroupedParams p = grouped({&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling,
+                                         view(h, op), threads, make_dropout(dropout, seed)},
+                                        offsets, op);
+        const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
+                         dbv = view(db, op);
+        py::gil_scoped_release release;
+        lora_grouped_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
+      },
+      py::arg("table"), py::arg("offsets"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"),
+      py::arg("scaling"), py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"),
+      py::arg("dgate"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
 }
 
 void bind_controller_passes(py::module_& m) {
@@ -279,6 +322,7 @@ PYBIND11_MODULE(_C, m) {
   bind_unit_table(m);
   bind_primitives(m);
   bind_lora_linear(m);
+  bind_lora_grouped(m);
   bind_controller_passes(m);
   m.def("active_isa", [] { return std::string(cpu::active().name); });
   m.def("available_isas", &cpu::available_isas);

@@ -43,6 +43,11 @@ FactorView with_weight(FactorView factor, const MatrixView& weight) {
   return factor;
 }
 
+void check_ungrouped(const UnitTable& table, const char* op) {
+  ARDLORA_CHECK(table.kind() != UnitKind::kExperts, op, ": table must not be of experts, got ", table.ranks().size(),
+                " experts; their rows come grouped");
+}
+
 void check_forward(const LoraParams& p, const MatrixView& y, DType hidden) {
   constexpr const char* op = "lora_forward";
   const FactorView a = factor_a(p), b = factor_b(p);

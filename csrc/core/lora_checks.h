@@ -14,6 +14,8 @@ FactorView factor_a(const LoraParams& p);
 FactorView factor_b(const LoraParams& p);
 FactorView with_weight(FactorView factor, const MatrixView& weight);
 
+// Experts' rows come grouped (lora_grouped.h): other passes would add up all experts.
+void check_ungrouped(const UnitTable& table, const char* op);
 void check_forward(const LoraParams& p, const MatrixView& y, DType hidden);
 void check_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                     const MatrixView& dA, const MatrixView& dB, const float* dgate, DType hidden);

@@ -1,11 +1,10 @@
 #include "ardlora/lora_linear.h"
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "core/lora_checks.h"
-#include "core/lora_passes.h"
+#include "core/row_pass.h"
 
 namespace ardlora {
 namespace {
@@ -13,87 +12,11 @@ namespace {
 using cpu::Arena;
 using cpu::Team;
 
-constexpr std::int64_t kRowGrain = 8;  // whole tiles and pairs of rows
-
-// Few ranks take as long as four: the pass over the activations does.
 double factor_flops(const Factor& f, std::int64_t rows) {
-  std::int64_t ranks = 0;
-  for (const Segment& s : f.segments) ranks += s.rank == 0 ? 0 : std::max<std::int64_t>(s.rank, 4);
-  return 2.0 * static_cast<double>(rows) * static_cast<double>(ranks) * static_cast<double>(f.width);
+  double ranks = 0.0;
+  for (const Segment& s : f.segments) ranks += rank_cost(s.rank);
+  return 2.0 * static_cast<double>(rows) * ranks * static_cast<double>(f.width);
 }
-
-// Dropout only zeroes; what makes up for it is part of the factor's scale.
-FactorView scaled(FactorView w, float by) {
-  w.scale *= by;
-  return w;
-}
-
-// Rows of a block that passes through shrink and expand together: what it touches stays in the L2 cache.
-std::int64_t block_rows(std::int64_t row_bytes) {
-  constexpr std::int64_t kBytes = 256 * 1024, kMost = 64;
-  return std::clamp(kBytes / std::max<std::int64_t>(row_bytes, 1) / kRowGrain * kRowGrain, kRowGrain, kMost);
-}
-
-// From the gradient of the factor with gates left out: dg_i = <dW_i, W_i>, then dW_i *= g_i. Right at g_i = 0 too.
-void gate_gradient(const FactorView& grad, const MatrixView& weight, const float* gate, float* dgate, cpu::Range rows) {
-  const cpu::RowDotFn dot = cpu::active().row_dot[static_cast<int>(weight.dtype)][static_cast<int>(DType::kFloat32)];
-  const std::int64_t width = grad.factor->width, row_bytes = weight.row_stride * dtype_size(weight.dtype);
-  for (std::int64_t i = rows.begin; i < rows.end; ++i) {
-    float* dw = static_cast<float*>(grad.weight.data) + i * grad.weight.row_stride;
-    dgate[i] = dot(static_cast<const char*>(weight.data) + i * row_bytes, dw, width);
-    for (std::int64_t n = 0; n < width; ++n) dw[n] *= gate[i];
-  }
-}
-
-void fill_keep_bits(const Dropout& dropout, const KeepBits& keep, const MatrixView& x, std::int64_t begin,
-                    std::int64_t end) {
-  if (keep.words == nullptr) return;
-  cpu::active().keep_bits(dropout, begin, end, x.cols, keep.words + begin * keep.stride, keep.stride);
-}
-
-// y += expand(shrink(x)), rows in blocks; h keeps the result of shrink. `out` null: shrink alone.
-class RowPass {
- public:
-  RowPass(const FactorView& in, const MatrixView& x, const FactorView* out, const MatrixView& y, const MatrixView& h,
-          bool masked_in, int threads, Arena::Use& arena)
-      : h_(h), rows_(x.rows), shrink_(in, x, masked_in, threads, arena) {
-    if (out != nullptr) expand_.emplace(*out, y, threads, arena);
-    block_ = block_rows(shrink_.row_bytes() + (expand_ ? expand_->row_bytes() : 0));
-    for (int t = 0; t < threads; ++t) {
-      scratch_.push_back(
-          {shrink_.take_scratch(block_, arena), expand_ ? expand_->take_scratch(block_, arena) : nullptr});
-    }
-  }
-  void pack(const Team& team) const {
-    shrink_.pack(team);
-    if (expand_) expand_->pack(team);
-  }
-  // before(begin, end) and after(begin, end) surround each block.
-  template <typename Before, typename After>
-  void run(const Team& team, const KeepBits& in, const KeepBits& out, Before&& before, After&& after) const {
-    const auto [x_rows, hidden] = scratch_[static_cast<std::size_t>(team.id)];
-    const cpu::Range part = team.share(rows_, kRowGrain);
-    for (std::int64_t m = part.begin; m < part.end; m += block_) {
-      const std::int64_t end = std::min(part.end, m + block_);
-      before(m, end);
-      shrink_.run(team, m, end, in, h_, x_rows);
-      if (expand_) expand_->run(team, m, end, out, h_, hidden);
-      after(m, end);
-    }
-  }
-
- private:
-  struct Scratch {
-    void* x_rows;
-    void* hidden;
-  };
-  MatrixView h_;
-  std::int64_t rows_;
-  ShrinkPass shrink_;
-  std::optional<ExpandPass> expand_;
-  std::int64_t block_;
-  std::vector<Scratch> scratch_;
-};
 
 }  // namespace
 
@@ -147,6 +70,7 @@ void outer(const FactorView& w, const MatrixView& h, const MatrixView& x, int th
 }
 
 void lora_forward(const LoraParams& p, const MatrixView& y) {
+  check_ungrouped(*p.table, "lora_forward");
   check_forward(p, y, DType::kFloat32);
   const bool masked = p.dropout.active();
   const FactorView a = scaled(factor_a(p), masked ? p.dropout.keep_scale : 1.0f), b = factor_b(p);
@@ -166,6 +90,7 @@ void lora_forward(const LoraParams& p, const MatrixView& y) {
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                    const MatrixView& dA, const MatrixView& dB, float* dgate) {
+  check_ungrouped(*p.table, "lora_backward");
   check_backward(p, dy, dh, dx, dA, dB, dgate, DType::kFloat32);
   const FactorView a = scaled(factor_a(p), p.dropout.active() ? p.dropout.keep_scale : 1.0f), b = factor_b(p);
   FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);

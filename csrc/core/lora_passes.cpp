@@ -171,7 +171,7 @@ void OuterPass::run(const Team& team, const KeepBits& keep, double before, doubl
     std::memset(dw + r * grad_.weight.row_stride, 0, static_cast<std::size_t>(f.width) * sizeof(float));
   }
   // Blocks of x stay in L1 for all ranks; few ranks pass over it once anyway.
-  const std::int64_t step = 4 * cpu::active().lanes;
+  const std::int64_t step = column_step();
   for (const Segment& s : f.segments) {
     const std::int64_t limit = s.rank <= 8 ? 512 : 128;
     const std::int64_t block = std::clamp(ceil_to((f.width + team.size - 1) / team.size, step), step, limit);
@@ -179,15 +179,20 @@ void OuterPass::run(const Team& team, const KeepBits& keep, double before, doubl
       const std::int64_t end = std::min(f.width, c + block);
       const bool mine = team.owns(before, total);
       before += static_cast<double>(s.rank) * static_cast<double>(end - c);
-      if (!mine) continue;
-      const void* h = pairs_ != nullptr ? static_cast<const void*>(pairs_ + s.h_begin)
-                                        : static_cast<const float*>(h_.data) + s.h_begin;
-      kernels_.outer({dw + s.w_begin * grad_.weight.row_stride, grad_.weight.row_stride, s.rank,
-                      grad_.row_scale == nullptr ? nullptr : grad_.row_scale + s.w_begin, grad_.scale, h,
-                      pairs_ != nullptr ? pairs_stride_ : h_.row_stride, element(x_, 0, s.col_begin), x_.row_stride,
-                      keep.row(0), keep.stride, s.col_begin, x_.rows, c, end});
+      if (mine) columns(s, c, end, keep);
     }
   }
+}
+
+std::int64_t OuterPass::column_step() { return 4 * cpu::active().lanes; }
+
+void OuterPass::columns(const Segment& s, std::int64_t begin, std::int64_t end, const KeepBits& keep) const {
+  const void* h =
+      pairs_ != nullptr ? static_cast<const void*>(pairs_ + s.h_begin) : static_cast<const float*>(h_.data) + s.h_begin;
+  kernels_.outer({static_cast<float*>(grad_.weight.data) + s.w_begin * grad_.weight.row_stride, grad_.weight.row_stride,
+                  s.rank, grad_.row_scale == nullptr ? nullptr : grad_.row_scale + s.w_begin, grad_.scale, h,
+                  pairs_ != nullptr ? pairs_stride_ : h_.row_stride, element(x_, 0, s.col_begin), x_.row_stride,
+                  keep.row(0), keep.stride, s.col_begin, x_.rows, begin, end});
 }
 
 }  // namespace ardlora

@@ -86,6 +86,9 @@ class OuterPass {
   double work() const;
   // The tasks of this thread, when `before` of `total` work lies before this pass.
   void run(const cpu::Team& team, const KeepBits& keep, double before, double total) const;
+  // Columns [begin, end) of one segment's rows, begin a multiple of `column_step`.
+  void columns(const Segment& s, std::int64_t begin, std::int64_t end, const KeepBits& keep) const;
+  static std::int64_t column_step();
 
  private:
   const cpu::ActivationKernels& kernels_;

@@ -32,7 +32,7 @@ void append(Factor& factor, const Segment& next) {
 
 UnitTable::UnitTable(UnitKind kind, Factoring factoring, std::int64_t in_features, std::int64_t out_features,
                      std::vector<std::int64_t> ranks)
-    : ranks_(std::move(ranks)) {
+    : kind_(kind), ranks_(std::move(ranks)) {
   const auto units = static_cast<std::int64_t>(ranks_.size());
   ARDLORA_CHECK(in_features > 0 && out_features > 0, "unit_table: features must be positive, got ", in_features, " x ",
                 out_features);
@@ -44,25 +44,26 @@ UnitTable::UnitTable(UnitKind kind, Factoring factoring, std::int64_t in_feature
     ARDLORA_CHECK(rank >= 0, "unit_table: ranks must be >= 0, got ", rank);
     ARDLORA_CHECK(rank <= kMost, "unit_table: ranks must be at most ", kMost, ", got ", rank);
   }
+  const bool experts = kind == UnitKind::kExperts;
   const std::int64_t cut = kind == UnitKind::kInHeads ? in_features : out_features;
-  ARDLORA_CHECK(cut % units == 0, "unit_table: heads must divide the features they cut, got ", units, " heads for ",
-                cut, " features");
+  ARDLORA_CHECK(experts || cut % units == 0, "unit_table: heads must divide the features they cut, got ", units,
+                " heads for ", cut, " features");
 
   a_.features = in_features;
   b_.features = out_features;
   a_.width = kind == UnitKind::kInHeads ? in_features / units : in_features;
   b_.width = kind == UnitKind::kOutHeads ? out_features / units : out_features;
-  const bool shared = factoring == Factoring::kShared && kind != UnitKind::kMatrix;
+  const bool shared = factoring == Factoring::kShared && kind != UnitKind::kMatrix && !experts;
   gate_on_a_ = shared && kind == UnitKind::kInHeads;
 
   unit_begin_.assign(1, 0);
   for (const std::int64_t rank : ranks_) unit_begin_.push_back(unit_begin_.back() + rank);
   const std::int64_t largest = *std::max_element(ranks_.begin(), ranks_.end());
-  hidden_ = shared ? largest : unit_begin_.back();
+  hidden_ = shared || experts ? largest : unit_begin_.back();
 
   for (std::int64_t u = 0; u < units; ++u) {
     const std::int64_t begin = unit_begin_[u];
-    const std::int64_t h_begin = shared ? 0 : begin;
+    const std::int64_t h_begin = shared || experts ? 0 : begin;
     if (!(shared && kind == UnitKind::kOutHeads)) {
       append(a_, {h_begin, ranks_[u], begin, kind == UnitKind::kInHeads ? u * a_.width : 0});
     }

@@ -5,6 +5,9 @@
 //   A [a_rows, a_width], B [b_rows, b_width];  H = x A^T,  y += scale * (g o H) B.
 // `independent`: each unit owns its rows of both factors. `shared`: the factor that spans the whole matrix exists once
 // and unit u uses its first r_u rows; the factor of the slices holds r_u rows for each unit, unit after unit.
+//
+// `experts`: each unit is a whole matrix with its own rows of both factors, and acts on its own rows of the activations
+// (lora_grouped.h); all use columns of H from 0 on.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +15,7 @@
 
 namespace ardlora {
 
-enum class UnitKind : int { kMatrix = 0, kOutHeads = 1, kInHeads = 2 };
+enum class UnitKind : int { kMatrix = 0, kOutHeads = 1, kInHeads = 2, kExperts = 3 };
 enum class Factoring : int { kIndependent = 0, kShared = 1 };
 
 // Rows [w_begin, w_begin + rank) of a factor act on columns [col_begin, col_begin + width) of the activations
@@ -38,6 +41,7 @@ class UnitTable {
   UnitTable(UnitKind kind, Factoring factoring, std::int64_t in_features, std::int64_t out_features,
             std::vector<std::int64_t> ranks);
 
+  UnitKind kind() const { return kind_; }
   const Factor& a() const { return a_; }
   const Factor& b() const { return b_; }
   std::int64_t hidden() const { return hidden_; }  // columns of H
@@ -46,6 +50,7 @@ class UnitTable {
   const std::vector<std::int64_t>& unit_begin() const { return unit_begin_; }  // [units + 1], rows of the gated factor
 
  private:
+  UnitKind kind_;
   std::vector<std::int64_t> ranks_;
   std::vector<std::int64_t> unit_begin_;
   Factor a_;
