@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import nn
 
+from ardlora_ext.checkpoint.peft_write import StackPlace
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.file_set import read_set
 from ardlora_ext.json_file import check_checksums, non_finite, parse_json
+from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import home, injection
 from ardlora_ext.model.token_rows import own_rows
@@ -58,9 +61,19 @@ def raw_tensors(model: nn.Module, layers: dict[str, LoraLinear]) -> dict[str, to
     return raw | {f"saved.{name}": value for name, value in saved_modules(model).items()}
 
 
+def stack_place(module: nn.Module, parameter: str, transposed: bool) -> StackPlace:
+    """Return how PEFT sees a stack: it knows no transposed one but where the module says so."""
+    stacks = [key for key, value in module.named_parameters(recurse=False) if value.ndim == 3]
+    return StackPlace(stacks.index(parameter), transposed and getattr(module, "is_transposed", False) is not True)
+
+
 def layer_state(layer: LoraLinear) -> dict[str, Any]:
+    """Return what of a layer is no tensor."""
     lay = layer.layout
-    return {
+    place: dict[str, Any] = {}
+    if isinstance(layer, ExpertStack):
+        place = {"stack": asdict(stack_place(layer.base_layer, layer.parameter, layer.transposed))}
+    return place | {
         "kind": lay.kind,
         "factoring": lay.factoring,
         "in_features": lay.in_features,

@@ -13,6 +13,7 @@ import torch
 
 from ardlora_ext.checkpoint.adapter_state import STATE, STATE_WEIGHTS, check_numbers, parse_state, parse_tensors
 from ardlora_ext.checkpoint.peft_read import PEFT_FILES, PeftAdapter, parse_peft, read_peft
+from ardlora_ext.checkpoint.peft_write import StackPlace, stack_prefixes, unpack_stack
 from ardlora_ext.checkpoint.reexport import stored_factors
 from ardlora_ext.config.registry import config_from_dict
 from ardlora_ext.errors import written_by_strangers
@@ -71,7 +72,30 @@ def check_adapter(directory: str | Path) -> list[ModuleScale]:
         trained = scale if deltas is None else deltas.scale(name, a.float(), b.float())
         llama = adapter.config["lora_alpha"] / len(a) if adapter.config["lora_alpha"] else 1.0
         found.append(ModuleScale(name, len(a), trained, (scale, adapter.global_scale, float(llama))))
+    return found + _stacks(adapter, deltas)
+
+
+def _stacks(adapter: PeftAdapter, deltas: _Trained | None) -> list[ModuleScale]:
+    """Return the scales of stacks of experts: by parameter where the state names it, else by PEFT's wrapper."""
+    places = {} if deltas is None else deltas.stacks()
+    names = {prefix: name for name, prefix in stack_prefixes(places).items()}
+    found = []
+    for prefix, (a, b) in sorted(adapter.stacks.items()):
+        name = names.get(prefix, prefix)
+        rank = adapter.rank(name)
+        scale = trained = adapter.scale(name)
+        if deltas is not None and name in places:
+            pair = unpack_stack(a.float(), b.float(), len(deltas.modules[name]["ranks"]), places[name].exchanged)
+            trained = deltas.scale(name, *pair)
+        found.append(
+            ModuleScale(name, rank, trained, (scale, adapter.global_scale, adapter.config["lora_alpha"] / rank))
+        )
     return found
+
+
+def of_experts(directory: str | Path) -> bool:
+    """Tell whether a checkpoint has stacks of experts."""
+    return bool(read_peft(Path(directory), "check_adapter").stacks)
 
 
 def refusals(directory: str | Path) -> list[str]:
@@ -93,13 +117,22 @@ class _Trained:
         self.tensors = parse_tensors(files[STATE_WEIGHTS], f"check_adapter: {STATE_WEIGHTS}")
         check_numbers(self.tensors, "check_adapter", lambda name: not name.startswith("saved."))
 
+    def stacks(self) -> dict[str, StackPlace]:
+        """Return how PEFT sees the stacks of experts that it was given."""
+        with written_by_strangers(f"check_adapter: {STATE} must be one that save_pretrained wrote"):
+            return {
+                name: StackPlace(**entry["stack"])
+                for name, entry in self.modules.items()
+                if "stack" in entry and max(entry["ranks"])
+            }
+
     def scale(self, name: str, a: torch.Tensor, b: torch.Tensor) -> float:
         """Return the s that brings s B A nearest to the trained update; 1 for an update of zero."""
         if name not in self.modules:
             raise ValueError(f"check_adapter: '{name}' must be a module of {STATE}")
         with written_by_strangers(f"check_adapter: {STATE} must be one that save_pretrained wrote"):
             trained_a, trained_b = stored_factors(name, self.modules[name], self.config, self.tensors)
-        if (len(b), a.shape[1]) != (len(trained_b), trained_a.shape[1]):
+        if (b.shape[-2], a.shape[-1]) != (trained_b.shape[-2], trained_a.shape[-1]):
             raise ValueError(f"check_adapter: '{name}' must have the same features in {STATE} and in PEFT's files")
         written, trained = b @ a, trained_b @ trained_a
         square = float(written.square().sum())

@@ -10,18 +10,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ardlora_ext.checkpoint.adapter_state import stack_place
 from ardlora_ext.checkpoint.peft_read import PeftAdapter, read_peft
-from ardlora_ext.checkpoint.peft_write import PEFT_ROWS, truncated
+from ardlora_ext.checkpoint.peft_write import PEFT_ROWS, stack_prefixes, truncated, unpack_stack
 from ardlora_ext.checkpoint.wrap import or_unwrapped, wrap
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.layers.dora import DoraLinear
+from ardlora_ext.layers.expert_stacks import expert_stacks
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.inject import part_to_wrap
 from ardlora_ext.model.peft.convert import PeftLoraConfig, own_config
 from ardlora_ext.model.record import Model, adapters, injection
-from ardlora_ext.model.targets import matches, plan_targets
+from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.model.token_rows import own_rows
+from ardlora_ext.model.unheard import matches
 from ardlora_ext.native import reference
 from ardlora_ext.ranks.controllers.ard.controller import ArdController
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
@@ -31,7 +34,6 @@ _UNKNOWN = (
     "lora_bias",
     "use_qalora",
     "layer_replication",
-    "target_parameters",
     "alora_invocation_tokens",
     "arrow_config",
     "use_bdlora",
@@ -71,6 +73,7 @@ def load_peft(model: Model, directory: str | Path, config: AdapterConfig | PeftL
     adapter = read_peft(Path(directory), "load_peft")
     with written_by_strangers("load_peft: adapter_config.json must be one of PEFT's LoRA"):
         _check_options(adapter, config)
+        adapter = _with_stacks(part, adapter)
         saved = _saved_modules(part, adapter)
         _check_others(part, adapter, saved)
         rows = _token_rows(adapter, config)
@@ -113,6 +116,34 @@ def _check_options(adapter: PeftAdapter, config: AdapterConfig) -> None:
         raise ValueError(f"load_peft: config must be DoraConfig for a DoRA adapter, got {type(config).__name__}")
     if isinstance(config, ArdConfig) and config.gate not in ("ramp", "ste"):
         raise ValueError(f"load_peft: gate must be 'ramp' or 'ste', which start fully open, got {config.gate!r}")
+
+
+def _with_stacks(model: nn.Module, adapter: PeftAdapter) -> PeftAdapter:
+    """Return the adapter with its stacks of experts among the factors, [experts, r, in] and [experts, out, r].
+
+    PEFT before 0.19 took the outputs of [experts, out, in] for inputs; the sizes tell.
+    """
+    targets = list(adapter.config.get("target_parameters") or ())
+    found = {n: s for n, s in expert_stacks(model).items() if any(f".{n}".endswith(f".{t}") for t in targets)}
+    places = {n: stack_place(s.module, s.parameter, s.transposed) for n, s in found.items()}
+    prefixes = stack_prefixes(places)
+    strange = sorted(adapter.stacks.keys() ^ set(prefixes.values()))
+    if strange or (targets and not found):
+        raise ValueError(
+            f"load_peft: model must have the stacks of experts of target_parameters, got {strange[:1] or targets[:1]}"
+        )
+    factors = dict(adapter.factors)
+    for name, prefix in prefixes.items():
+        (a, b), stack = adapter.stacks[prefix], found[name]
+        if len(a) != stack.experts * adapter.rank(name):
+            raise ValueError(
+                f"load_peft: lora_A of '{name}' must have {stack.experts} experts times rank {adapter.rank(name)} "
+                f"rows, got {len(a)}"
+            )
+        sizes, own = (a.shape[1], b.shape[0]), (stack.in_features, stack.out_features)
+        exchanged = places[name].exchanged if own[0] == own[1] else sizes == own[::-1]
+        factors[name] = unpack_stack(a, b, stack.experts, exchanged)
+    return dataclasses.replace(adapter, factors=factors, stacks={})
 
 
 def _saved_modules(model: nn.Module, adapter: PeftAdapter) -> list[str]:
@@ -193,7 +224,7 @@ def _targets(names: Iterable[str], config: AdapterConfig) -> str:
 
 def _check_layers(model: nn.Module, adapter: PeftAdapter, config: AdapterConfig) -> None:
     """Check that every module of the checkpoint will be wrapped and has room for it."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()).keys() | expert_stacks(model).keys()
     missing = [name for name in adapter.factors if name not in modules]
     layouts = {} if missing else plan_targets(model, config)[1]
     for name, (a, b) in adapter.factors.items():
@@ -201,9 +232,9 @@ def _check_layers(model: nn.Module, adapter: PeftAdapter, config: AdapterConfig)
         if lay is None:
             name = missing[0] if missing else name
             raise ValueError(f"load_peft: model must have the linear layer '{name}', and config must not exclude it")
-        if (a.shape[1], b.shape[0]) != (lay.in_features, lay.out_features):
+        if (a.shape[-1], b.shape[-2]) != (lay.in_features, lay.out_features):
             raise ValueError(
-                f"load_peft: '{name}' must have {a.shape[1]} inputs and {b.shape[0]} outputs, got "
+                f"load_peft: '{name}' must have {a.shape[-1]} inputs and {b.shape[-2]} outputs, got "
                 f"{lay.in_features} and {lay.out_features}"
             )
         magnitude = adapter.others.get(f"{name}.lora_magnitude_vector")
@@ -212,10 +243,10 @@ def _check_layers(model: nn.Module, adapter: PeftAdapter, config: AdapterConfig)
                 f"load_peft: lora_magnitude_vector of '{name}' must have {lay.out_features} entries, got "
                 f"{magnitude.numel()}"
             )
-        limit = min(config.limit(name), lay.max_rank)
-        if min(len(a), lay.max_rank if lay.units == 1 else len(a)) > limit:  # a small matrix has no more than its size
+        limit, r = min(config.limit(name), lay.max_rank), a.shape[-2]
+        if min(r, lay.max_rank if lay.units == 1 else r) > limit:  # a small matrix has no more than its size
             cure = "granularity='matrix'" if limit == lay.max_rank else "a config with a larger rank limit"
-            raise ValueError(f"load_peft: rank of '{name}' must be at most {limit} per unit, got {len(a)}; use {cure}")
+            raise ValueError(f"load_peft: rank of '{name}' must be at most {limit} per unit, got {r}; use {cure}")
 
 
 @torch.no_grad()
@@ -224,12 +255,12 @@ def _take_over(model: nn.Module, adapter: PeftAdapter) -> None:
     layers = {name: layer for name, layer in adapters(model).items() if name in adapter.factors}
     update = {}
     for name, layer in layers.items():
-        r = len(_factors(adapter, layer, name)[0])
+        r = _factors(adapter, layer, name)[0].shape[-2]
         update[name] = tuple(UnitUpdate(tuple(range(min(r, now))), max(r - now, 0)) for now in layer.ranks)
     apply(model, RankUpdate(update))
     for name, layer in layers.items():
         a, b = _factors(adapter, layer, name)
-        _fill(layer, a, b.T * (adapter.scale(name) / layer.scaling))
+        _fill(layer, a, b.mT * (adapter.scale(name) / layer.scaling))
         if isinstance(layer, DoraLinear):
             magnitude = adapter.others.get(f"{name}.lora_magnitude_vector")
             layer.lora_magnitude_vector.copy_(layer.weight_norm() if magnitude is None else magnitude.flatten())
@@ -249,11 +280,14 @@ def _factors(adapter: PeftAdapter, layer: LoraLinear, name: str) -> tuple[torch.
 
 
 def _fill(layer: LoraLinear, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Write A [r, in_features] and rank-major B [r, out_features] into the units of a layer of rank r."""
-    r = len(a)
+    """Write A [r, in_features] and rank-major B [r, out_features] into the units of a layer of rank r.
+
+    Of experts [experts, r, .], each its own.
+    """
+    r = a.shape[-2]
     slices = reference.unit_slices(layer.layout, layer.ranks)
     for u, (a_rows, b_rows, in_cols, out_cols) in enumerate(slices):
-        mine = a[:, in_cols], b[:, out_cols]
+        mine = (a[u], b[u]) if layer.layout.kind == "experts" else (a[:, in_cols], b[:, out_cols])
         if layer.lora_E is not None:
             left, values, right = _svd(*mine)
             layer.lora_E[u * r : (u + 1) * r, 0] = values

@@ -17,6 +17,7 @@ from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.patterns import check_pattern
 from ardlora_ext.config.registry import config_from_dict
 from ardlora_ext.errors import written_by_strangers
+from ardlora_ext.layers.expert_stacks import expert_stacks
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.inject import part_to_wrap
 from ardlora_ext.model.record import Model, adapters, injection
@@ -154,8 +155,10 @@ def _check_tokens(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None
 
 
 def _check_features(model: nn.Module, state: dict[str, Any]) -> None:
-    modules = dict(model.named_modules())
+    modules, stacks = dict(model.named_modules()), expert_stacks(model)
     for name, entry in state["modules"].items():
+        if entry["kind"] == "experts" and name in stacks:
+            continue  # its layout is compared
         weight = getattr(modules.get(name), "weight", None)
         sizes = sorted((entry["in_features"], entry["out_features"]))
         if not isinstance(weight, torch.Tensor) or (weight.dim() == 2 and sorted(weight.shape) != sizes):
@@ -164,8 +167,9 @@ def _check_features(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _check_layout(name: str, layout: UnitLayout, entry: dict[str, Any], limit: int) -> None:
-    found = (layout.kind, layout.factoring, layout.units)
-    saved = (entry.get("kind"), entry.get("factoring"), len(entry["ranks"]))
+    found = (layout.kind, layout.factoring, layout.units, layout.in_features, layout.out_features)
+    sizes = (entry["in_features"], entry["out_features"])
+    saved = (entry.get("kind"), entry.get("factoring"), len(entry["ranks"]), *sizes)
     if found != saved:
         raise ValueError(f"load_pretrained: units of '{name}' must be {saved} as in the checkpoint, got {found}")
     if max(entry["ranks"]) > limit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ class PeftAdapter:
         config: adapter_config.json.
         factors: by module, (A [r, in_features], B [out_features, r]).
         others: all other tensors by their name in the model.
+        stacks: factors of `target_parameters` as they are written, by `module[.base_layer]*`.
     """
 
     config: Mapping[str, Any]
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     others: Mapping[str, torch.Tensor]
+    stacks: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
     def rank(self, name: str) -> int:
         """Return the rank that PEFT gives a module; its tensors must have it."""
@@ -91,19 +93,33 @@ def parse_peft(files: Mapping[str, bytes], directory: Path, op: str) -> PeftAdap
                 halves.setdefault(found["name"], {})[found["factor"]] = value
             else:
                 others[key.removeprefix(_PREFIX)] = value
-        adapter = PeftAdapter(config, {n: (h.get("A", _NONE), h.get("B", _NONE)) for n, h in halves.items()}, others)
+        pairs = {n: (h.get("A", _NONE), h.get("B", _NONE)) for n, h in halves.items()}
+        stacks = {n: pairs.pop(n) for n in list(pairs) if _is_stack(n, config.get("target_parameters") or ())}
+        adapter = PeftAdapter(config, pairs, others, stacks)
+        for name, (a, b) in stacks.items():
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not len(a):
+                raise ValueError(
+                    f"{op}: lora_A and lora_B of '{name}' must be [experts r, in] and [out, r experts], got "
+                    f"{list(a.shape)} and {list(b.shape)}"
+                )
         for name, (a, b) in adapter.factors.items():
             if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == adapter.rank(name):
                 raise ValueError(
                     f"{op}: lora_A and lora_B of '{name}' must be [r, in] and [out, r] with r = {adapter.rank(name)}, "
                     f"got {list(a.shape)} and {list(b.shape)}"
                 )
-    if not adapter.factors:
+    if not adapter.factors and not adapter.stacks:
         raise ValueError(f"{op}: adapter must hold lora_A and lora_B of linear layers, got none")
     return adapter
 
 
 _NONE = torch.empty(0)
+
+
+def _is_stack(name: str, parameters: Sequence[str]) -> bool:
+    """Tell whether factors belong to a parameter of a module that PEFT's wrappers nest around."""
+    module = re.sub(r"(\.base_layer)+$", "", name)
+    return any(f".{module}".endswith(f".{parent}") for parent in (p.rpartition(".")[0] for p in parameters) if parent)
 
 
 def _parse_config(data: bytes, op: str, must: str) -> Mapping[str, Any]:

@@ -45,18 +45,70 @@ class Exported:
 
 
 def truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the best factors of B A of this rank, and what is lost: QR of both, SVD of the small core."""
-    (qa, ra), (qb, rb) = torch.linalg.qr(a.double().T), torch.linalg.qr(b.double())
-    u, values, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = values[:rank].sqrt()
-    lost = float(values[rank:].norm() / values.norm().clamp(min=1e-300))
-    return (root[:, None] * (vh[:rank] @ qa.T)).float(), ((qb @ u[:, :rank]) * root).float(), lost
+    """Return the best factors of B A of this rank, and what is lost: QR of both, SVD of the small core.
+
+    Of a stack, the best of each expert; what is lost is a share of all.
+    """
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.double().mT), torch.linalg.qr(b.double())
+    u, values, vh = torch.linalg.svd(rb @ ra.mT, full_matrices=False)
+    root = values[..., :rank].sqrt()
+    lost = float(values[..., rank:].norm() / values.norm().clamp(min=1e-300))
+    return (
+        (root[..., None] * (vh[..., :rank, :] @ qa.mT)).float(),
+        ((qb @ u[..., :rank]) * root[..., None, :]).float(),
+        lost,
+    )
 
 
 def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
-    out = rows.new_zeros(rank, rows.shape[1])
-    out[: rows.shape[0]] = rows
+    out = rows.new_zeros(*rows.shape[:-2], rank, rows.shape[-1])
+    out[..., : rows.shape[-2], :] = rows
     return out
+
+
+@dataclass(frozen=True)
+class StackPlace:
+    """How PEFT sees a stack of experts.
+
+    Attributes:
+        order: of the parameter among the stacks of its module: PEFT's wrappers nest in it, the first innermost.
+        exchanged: whether PEFT takes the outputs for inputs: [experts, in, out] that the module does not call
+            transposed.
+    """
+
+    order: int
+    exchanged: bool
+
+
+def stack_prefixes(stacks: Mapping[str, StackPlace]) -> dict[str, str]:
+    """Return where PEFT keeps the factors of each stack by the full name of its parameter: `module[.base_layer]*`."""
+    found = {}
+    for name, place in stacks.items():
+        module = name.rpartition(".")[0]
+        outside = [n for n, p in stacks.items() if n.rpartition(".")[0] == module and p.order > place.order]
+        found[name] = module + ".base_layer" * len(outside)
+    return found
+
+
+def pack_stack(a: torch.Tensor, b: torch.Tensor, exchanged: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return PEFT's lora_A [experts r, in] and lora_B [out, r experts]: the expert is slowest in A, fastest in B.
+
+    Args:
+        a: [experts, r, in].
+        b: [experts, out, r].
+        exchanged: see `StackPlace`.
+    """
+    if exchanged:
+        a, b = b.mT, a.mT
+    return a.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()
+
+
+def unpack_stack(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, experts: int, exchanged: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (a [experts, r, in], b [experts, out, r]): undoes `pack_stack`."""
+    a, b = lora_A.view(experts, -1, lora_A.shape[1]), lora_B.view(len(lora_B), -1, experts).permute(2, 0, 1)
+    return (b.mT, a.mT) if exchanged else (a, b)
 
 
 def peft_files(
@@ -66,25 +118,28 @@ def peft_files(
     about: Mapping[str, Any],
     form: Form,
     limit: int | None,
+    stacks: Mapping[str, StackPlace],
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], Exported]:
     """Return PEFT's adapter_config, its tensors, and what became of the ranks.
 
     Args:
-        folded: plain factors (A [r, in_features], B [out_features, r]) by module, their product the update.
+        folded: plain factors (A [r, in_features], B [out_features, r]) by module, their product the update. Of stacks
+            of experts by parameter, with a leading axis of experts.
         magnitudes: DoRA's, by module; none for other methods.
         saved: tensors of `modules_to_save` and rows of embeddings by full name.
         about: what the config says of the base model.
         form: see `save_pretrained`.
         limit: largest rank of a module, or None.
+        stacks: which of `folded` are stacks of experts.
     """
     dora = bool(magnitudes)
-    live = {name: factors for name, factors in folded.items() if dora or len(factors[0]) > 0}
+    live = {name: factors for name, factors in folded.items() if dora or factors[0].shape[-2] > 0}
     errors = dict.fromkeys(live, 0.0)
     for name, (a, b) in live.items():
-        if limit is not None and len(a) > limit:
+        if limit is not None and a.shape[-2] > limit:
             a, b, errors[name] = truncated(a, b, limit)
             live[name] = a, b
-    ranks = {name: max(1, len(a)) for name, (a, _) in live.items()}
+    ranks = {name: max(1, a.shape[-2]) for name, (a, _) in live.items()}
     rank = max((1, *ranks.values()))
     if form == "portable":
         served = next((r for r in _SERVED_RANKS if r >= rank), rank)
@@ -92,12 +147,15 @@ def peft_files(
         ranks = dict.fromkeys(ranks, rank)
     patterns = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
     tensors = {}
+    places = stack_prefixes({name: place for name, place in stacks.items() if name in live})
     for name, (a, b) in live.items():
-        prefix = f"base_model.model.{name}"
+        prefix = f"base_model.model.{places.get(name, name)}"
+        a, b = _padded(a, ranks[name]), _padded(b.mT, ranks[name]).mT.contiguous()
         if dora:  # PEFT takes the norm of W + B A itself, at a scale of 1
             tensors[f"{prefix}.lora_magnitude_vector"] = magnitudes[name]
-        tensors[f"{prefix}.lora_A.weight"] = _padded(a, ranks[name])
-        tensors[f"{prefix}.lora_B.weight"] = _padded(b.T, ranks[name]).T.contiguous()
+        if name in places:
+            a, b = pack_stack(a, b, stacks[name].exchanged)
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
     tensors |= {f"base_model.model.{name}": value for name, value in saved.items()}
     config: dict[str, Any] = {
         **about,
@@ -108,7 +166,8 @@ def peft_files(
         "use_rslora": False,
         "use_dora": dora,
         "bias": "none",
-        "target_modules": sorted(live),
+        "target_modules": sorted(live.keys() - places.keys()),
+        "target_parameters": sorted(places) or None,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
     }

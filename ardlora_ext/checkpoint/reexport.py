@@ -16,6 +16,7 @@ from ardlora_ext.checkpoint.peft_write import (
     PEFT_ROWS,
     Exported,
     Form,
+    StackPlace,
     check_form,
     peft_files,
     to_json,
@@ -25,6 +26,7 @@ from ardlora_ext.config.registry import config_from_dict
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import checksums, parse_json
+from ardlora_ext.layers.experts import fold_stack
 from ardlora_ext.layers.linear import fold
 from ardlora_ext.native.units import UnitLayout
 
@@ -61,7 +63,9 @@ def reexport(
         magnitudes = _of(tensors, "", ".lora_magnitude_vector")
         whole = _of(tensors, "saved.", "")
         whole |= {f"{name}{PEFT_ROWS}": rows for name, rows in _of(tensors, "", ".token_rows").items()}
-        peft_config, peft_tensors, exported = peft_files(folded, magnitudes, whole, _about(source, old), form, compress)
+        stacks = {name: StackPlace(**entry["stack"]) for name, entry in state["modules"].items() if "stack" in entry}
+        about = _about(source, old)
+        peft_config, peft_tensors, exported = peft_files(folded, magnitudes, whole, about, form, compress, stacks)
     state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: old[STATE_WEIGHTS]})  # older ones had none of the state
     files = {
         ADAPTER_WEIGHTS: save_tensors(peft_tensors, {"format": "pt"}),
@@ -95,7 +99,7 @@ def _of(tensors: Tensors, prefix: str, suffix: str) -> Tensors:
 def stored_factors(
     name: str, entry: Mapping[str, Any], config: AdapterConfig, tensors: Tensors
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return plain factors (A [r, in_features], B [out_features, r]) of a module's trained update.
+    """Return plain factors (A [r, in_features], B [out_features, r]) of a module's trained update, stacked of experts.
 
     Args:
         name: of the module.
@@ -119,6 +123,8 @@ def stored_factors(
     if gate is not None and gate.numel() != sum(ranks):
         raise ValueError(f"gate of '{name}' must have {sum(ranks)} entries, got {gate.numel()}")
     scaling = config.scaling(name)
+    if layout.kind == "experts":
+        return fold_stack(layout, ranks, a, b, gate, scaling)
     a, b = fold(layout, ranks, a, b, gate, scaling)
     if f"{name}.initial_A" in tensors:  # PiSSA trains what is left after its start
         start = [min(config.start_rank(name), layout.max_rank)] * layout.units

@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ardlora_ext.checkpoint.adapter_state import FORMAT, STATE, STATE_WEIGHTS, layer_state, raw_tensors, saved_modules
+from ardlora_ext.checkpoint.adapter_state import (
+    FORMAT,
+    STATE,
+    STATE_WEIGHTS,
+    layer_state,
+    raw_tensors,
+    saved_modules,
+    stack_place,
+)
 from ardlora_ext.checkpoint.peft_write import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,6 +35,8 @@ from ardlora_ext.config import ArdConfig, DoraConfig
 from ardlora_ext.config.registry import config_to_dict
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import checksums
+from ardlora_ext.layers.expert_stacks import expert_stacks
+from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.peft.loads import (
     peft_saved,
@@ -37,7 +47,6 @@ from ardlora_ext.model.peft.loads import (
 )
 from ardlora_ext.model.record import adapters, home, injection
 from ardlora_ext.model.saved_modules import inside
-from ardlora_ext.model.targets import fused_experts
 from ardlora_ext.model.token_rows import own_rows
 
 
@@ -50,11 +59,17 @@ def _peft_files(
     folded = {name: layer.fold() for name, layer in layers.items()}
     magnitudes = {name: layers[name].extras["lora_magnitude_vector"].detach().clone() for name in layers if dora}
     base = getattr(model, "config", None)
-    live = {name: layer for name, layer in layers.items() if dora or len(folded[name][0])}
+    live = {name: layer for name, layer in layers.items() if dora or folded[name][0].shape[-2]}
+    stacks = {
+        name: stack_place(layer.base_layer, layer.parameter, layer.transposed)
+        for name, layer in layers.items()
+        if isinstance(layer, ExpertStack)
+    }
     about: dict[str, Any] = {
         "task_type": task_type(model),
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
-        "lora_dropout": record.config.lora_dropout,
+        # PEFT takes no dropout with experts; it plays no part once training is over
+        "lora_dropout": 0.0 if stacks else record.config.lora_dropout,
         "fan_in_fan_out": bool(live) and all(isinstance(layer.base_layer, Conv1D) for layer in live.values()),
         "modules_to_save": peft_saved(model, record.modules_to_save, live) or None,
     }
@@ -62,7 +77,7 @@ def _peft_files(
     about["trainable_token_indices"] = {name: rows.indices for name, rows in tokens.items()} or None
     say_what_peft_leaves_untied(model, record.tokens)
     whole = saved_modules(model) | {f"{name}{PEFT_ROWS}": rows.token_rows.detach() for name, rows in tokens.items()}
-    return peft_files(folded, magnitudes, whole, about, form, limit)
+    return peft_files(folded, magnitudes, whole, about, form, limit, stacks)
 
 
 def _say_what_is_not_saved(model: nn.Module, saved: Sequence[str]) -> None:
@@ -126,7 +141,8 @@ def adapter_files(
         )
     _say_what_is_not_saved(model, record.modules_to_save)
     say_what_peft_adapts_once(model, layers)
-    say_what_peft_takes_for_experts(model, layers, bool(fused_experts(model)))
+    dense = [name for name, layer in layers.items() if not isinstance(layer, ExpertStack)]
+    say_what_peft_takes_for_experts(model, dense, bool(expert_stacks(model)))
     config, tensors, exported = _peft_files(model, layers, form, compress)
     weights, raw_weights = save_tensors(tensors, {"format": "pt"}), save_tensors(raw, {"format": "pt"})
     controller = record.controller.state_dict() if record.controller is not None else record.controller_state

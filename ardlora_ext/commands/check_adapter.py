@@ -27,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Print a line per module and a verdict per loader; 1 if one is wrong."""
-    from ardlora_ext.checkpoint.check_adapter import LOADERS, check_adapter, refusals
+    from ardlora_ext.checkpoint.check_adapter import LOADERS, check_adapter, of_experts, refusals
 
     try:
         modules, refused = check_adapter(arguments.folder), refusals(arguments.folder)
+        experts = of_experts(arguments.folder)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     width = max(len(module.name) for module in modules)
@@ -45,4 +46,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     if refused:
         print(f"vLLM does not load adapters with {' or '.join(refused)}")
         print(f"llama.cpp's converter rejects adapters with {' or '.join(refused)}")
+    if experts:
+        print("vLLM loads stacked experts where it stacks them itself (gpt-oss), else with its mixed MoE LoRA format")
+        print("llama.cpp's converter has no names for adapters of stacked experts")
     return int(any(wrong.values()))

@@ -140,6 +140,15 @@ class LoraLinear(nn.Module):
         return bias
 
     @property
+    def replacement(self) -> nn.Module:
+        """What stands in the place of the base layer."""
+        return self
+
+    def placed(self, update: torch.Tensor) -> torch.Tensor:
+        """Return an update [out_features, in_features] in the layout of the base weight."""
+        return update.T if isinstance(self.base_layer, Conv1D) else update
+
+    @property
     def in_features(self) -> int:
         """Of the matrix, as nn.Linear's."""
         return self.layout.in_features

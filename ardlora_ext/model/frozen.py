@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.tokens import TokenRows
-from ardlora_ext.model.inject import replace_modules
+from ardlora_ext.model.inject import replace_modules, replacement
 from ardlora_ext.model.record import Model, adapters, check_unmerged, home, injection
 
 
@@ -51,14 +52,17 @@ def lend_adapter(model: nn.Module, other: nn.Module) -> None:
     if adapters(other):
         raise ValueError("lend_adapter: the other model must not be wrapped")
     modules = dict(other.named_modules(remove_duplicate=False))
-    missing = [name for name in (*layers, *tokens) if name not in modules]
+    places = {name: name.rpartition(".")[0] if isinstance(x, ExpertStack) else name for name, x in layers.items()}
+    places |= {name: name for name in tokens}
+    missing = [name for name, place in places.items() if place not in modules]
     if missing:
         raise ValueError(f"lend_adapter: the other model must have the layers of the first, got no '{missing[0]}'")
-    bases: dict[int, Any] = {id(layer.base_layer): modules[name] for name, layer in [*layers.items(), *tokens.items()]}
+    both = [*layers.items(), *tokens.items()]
+    bases: dict[int, Any] = {id(layer.base_layer): modules[places[name]] for name, layer in both}
     copies: dict[str, LoraLinear | TokenRows] = copy.deepcopy({**layers, **tokens}, dict(bases))
     for layer in copies.values():
         layer.eval().requires_grad_(False)
-    replace_modules(other, {id(layer.base_layer): layer for layer in copies.values()})
+    replace_modules(other, {id(layer.base_layer): replacement(layer) for layer in copies.values()})
     for name in injection(part).modules_to_save:
         other.get_submodule(name).load_state_dict(part.get_submodule(name).state_dict())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 from ardlora_ext import processes
 from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.layers.dora import DoraLinear
+from ardlora_ext.layers.expert_stacks import is_transposed
+from ardlora_ext.layers.experts import ExpertStack, LoraExperts
 from ardlora_ext.layers.linear import Capacity, LoraLinear
 from ardlora_ext.layers.orthogonal_start import start_orthogonal
 from ardlora_ext.layers.pissa import PissaLinear
@@ -73,6 +76,7 @@ def new_record(model: nn.Module, config: AdapterConfig | PeftLoraConfig, adapter
     capacity = _capacity(config)
     generator = torch.Generator().manual_seed(config.seed)
     layers = [_adapter(name, module, layouts[name], config, capacity, generator) for name, module in chosen.items()]
+    _join_stacks(layers)
     if config.packed:
         _pack(dict(zip(chosen, layers, strict=True)))
     plans = plan_tokens(model, config, chosen, saved)
@@ -82,6 +86,16 @@ def new_record(model: nn.Module, config: AdapterConfig | PeftLoraConfig, adapter
     record.values = _saved_values(model, record)
     record.named[adapter_name] = record
     return record
+
+
+def _join_stacks(layers: Sequence[LoraLinear]) -> None:
+    """Give the adapters of one experts module their common owner."""
+    groups: dict[int, list[ExpertStack]] = {}
+    for layer in layers:
+        if isinstance(layer, ExpertStack):
+            groups.setdefault(id(layer.base_layer), []).append(layer)
+    for stacks in groups.values():
+        LoraExperts(stacks[0].base_layer, stacks)  # each stack knows it
 
 
 def _pack(layers: Mapping[str, LoraLinear]) -> None:
@@ -161,8 +175,8 @@ def _put_in(model: nn.Module, record: Injection, own: dict[str, torch.Tensor]) -
     _write_values(model, record)
     record.values = own
     for layer in record.layers:
-        layer.train(layer.base_layer.training)
-    replace_modules(model, {id(layer.base_layer): layer for layer in _parts(record)})
+        layer.replacement.train(layer.base_layer.training)
+    replace_modules(model, {id(layer.base_layer): replacement(layer) for layer in _parts(record)})
     close_fast_paths(model)
     setattr(model, ATTRIBUTE, record)
     _tell_transformers(model, True)
@@ -170,7 +184,7 @@ def _put_in(model: nn.Module, record: Injection, own: dict[str, torch.Tensor]) -
 
 def _take_out(model: nn.Module, record: Injection, learned: dict[str, torch.Tensor] | None) -> None:
     """Take the adapter of `record` out; `learned` are copies of what it has in `modules_to_save`, None: that stays."""
-    replace_modules(model, {id(layer): layer.base_layer for layer in _parts(record)})
+    replace_modules(model, {id(replacement(layer)): layer.base_layer for layer in _parts(record)})
     record.trains = _flags(model)
     open_fast_paths(model)
     for name, parameter in model.named_parameters():
@@ -194,6 +208,11 @@ def _write_values(model: nn.Module, record: Injection) -> None:
     for name in record.modules_to_save:
         for key, value in model.get_submodule(name).state_dict(keep_vars=True).items():
             value.copy_(record.values[f"{name}.{key}"])
+
+
+def replacement(layer: LoraLinear | TokenRows) -> nn.Module:
+    """Return what stands in the place of the layer's base."""
+    return layer.replacement if isinstance(layer, LoraLinear) else layer
 
 
 def replace_modules(model: nn.Module, replacement: Mapping[int, nn.Module]) -> None:
@@ -231,9 +250,13 @@ def _adapter(
     capacity: Capacity,
     generator: torch.Generator,
 ) -> LoraLinear:
-    weight = getattr(module, "weight", None)
+    parameter = name.rpartition(".")[2] if layout.kind == "experts" else "weight"
+    weight = getattr(module, parameter, None)
     auto = config.adapter_dtype == "auto" and isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    kind: Callable[..., LoraLinear]
     kind = DoraLinear if isinstance(config, DoraConfig) else PissaLinear if config.init == "pissa" else LoraLinear
+    if layout.kind == "experts":
+        kind = partial(ExpertStack, parameter=parameter, transposed=is_transposed(module, parameter))
     layer = kind(
         module,
         layout,

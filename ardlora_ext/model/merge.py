@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ardlora_ext.layers.linear import Conv1D, LoraLinear, is_dense
+from ardlora_ext.layers.experts import ExpertStack
+from ardlora_ext.layers.linear import LoraLinear, is_dense
 from ardlora_ext.model.inject import remove
 from ardlora_ext.model.record import Model, adapters, check_unmerged, injection
 from ardlora_ext.model.targets import is_sharded
@@ -67,9 +68,9 @@ class _Sums:
         }
 
     def update(self, layer: LoraLinear, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return B A [out_features, in_features] float32, until the next call."""
+        """Return B A [out_features, in_features] float32, of experts each its own, until the next call."""
         weight = _weight(layer)
-        return torch.mm(b, a, out=self._memory[weight.device][0, : weight.numel()].view(weight.shape))
+        return torch.matmul(b, a, out=self._memory[weight.device][0, : weight.numel()].view(weight.shape))
 
     def of(self, layer: LoraLinear, terms: _Terms) -> torch.Tensor:
         """Return the merged weight [out_features, in_features] float32, until the next call."""
@@ -86,7 +87,7 @@ def _check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool) -
         ValueError: it cannot.
     """
     check_unmerged("merge", name, layer)
-    weight = getattr(layer.base_layer, "weight", None)
+    weight = getattr(layer, "weight", None)
     if isinstance(weight, torch.Tensor) and is_sharded(weight):
         raise ValueError(
             f"merge: '{name}' must have a whole weight, got a shard of it (FSDP2); call "
@@ -138,7 +139,7 @@ def merge_adapter(model: nn.Module, safe_merge: bool = True) -> None:
     terms, sums = _prepare(model, waiting, safe_merge)
     undo: dict[str, tuple[torch.Tensor, ...]] = {}
     for name, layer in waiting.items():
-        exact = _weight(layer).dtype == torch.float32 and type(layer) is LoraLinear
+        exact = _weight(layer).dtype == torch.float32 and type(layer) in (LoraLinear, ExpertStack)
         undo[name] = terms[name][:2] if exact else (_weight(layer).clone(),)
     rows = [part.ready_to_merge() for part in injection(model).tokens.values()]
     with unbroken():
@@ -173,6 +174,5 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def _weight(layer: LoraLinear) -> torch.Tensor:
-    """Return the base weight as [out_features, in_features]."""
-    weight: torch.Tensor = getattr(layer.base_layer, "weight").detach()  # noqa: B009 - mypy reads Tensor | Module
-    return weight.T if isinstance(layer.base_layer, Conv1D) else weight
+    """Return the base weight as [out_features, in_features], with a leading axis of experts if there is one."""
+    return layer.placed(layer.weight.detach())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,11 +11,13 @@ from torch import nn
 
 from ardlora_ext.config import AdapterConfig, ArdConfig
 from ardlora_ext.config.patterns import check_expression, in_layers, pattern_key
+from ardlora_ext.layers.expert_stacks import Stack, expert_stacks
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
 from ardlora_ext.model.heads import uncut, unit_layout
 from ardlora_ext.model.peft.guard import check_foreign
 from ardlora_ext.model.saved_modules import HEADS, heads, inside, with_tied
 from ardlora_ext.model.token_rows import plan_tokens
+from ardlora_ext.model.unheard import adaptable, is_router, listed, matches, output_head, say_uncovered, why_no_stacks
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.dispatch import device_rule
 from ardlora_ext.native.units import UnitLayout
@@ -24,8 +25,6 @@ from ardlora_ext.native.units import UnitLayout
 # PEFT refuses these by their last name: fused kernels of Mamba read the weight itself.
 _REFUSED = ("out_proj", "conv1d")
 _REFUSING = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-
-_EXPERTS = "; the model's experts are fused 3-D parameters, which cannot be adapted"
 
 
 def plan_targets(
@@ -46,7 +45,11 @@ def plan_targets(
     plan_tokens(model, config, chosen, saved)
     _check_tensors(chosen)
     layouts = {}
+    stacks = expert_stacks(model)
     for name, module in chosen.items():
+        if (stack := stacks.get(name)) is not None:
+            layouts[name] = UnitLayout("experts", "independent", stack.experts, stack.in_features, stack.out_features)
+            continue
         sizes = _features(module)
         assert sizes is not None
         layouts[name] = unit_layout(model, name, *sizes, config)
@@ -58,16 +61,9 @@ def plan_targets(
             "head_dim={name: width} to cut them",
             stacklevel=4,
         )
-    _say_experts(model)
+    say_uncovered(model, config, chosen, saved)
     _say_statistics(model, saved)
     return chosen, layouts, saved
-
-
-def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Tell whether PEFT's rule for target_modules takes `name`: full name, dotted suffix, or one regex on all of it."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith("." + p) for p in patterns)
 
 
 def _taken(name: str, config: AdapterConfig) -> bool:
@@ -77,6 +73,11 @@ def _taken(name: str, config: AdapterConfig) -> bool:
     lists = [patterns] if isinstance(patterns, str) else patterns
     exact = targets != "all-linear" and name in targets
     return exact or in_layers(name, config.layers_to_transform, lists)
+
+
+def _takes(name: str, patterns: str | Sequence[str], stacks: Mapping[str, Stack]) -> bool:
+    """Tell whether patterns take a target: a stack of experts also by the name of its module."""
+    return matches(name, patterns) or (name in stacks and matches(name.rpartition(".")[0], patterns))
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -122,12 +123,6 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
-
-
 def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
     names = [name for name, _ in model.named_modules() if name]
     if config.modules_to_save is None:
@@ -141,27 +136,6 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]
             )
         saved += found
     return with_tied(model, saved)
-
-
-def fused_experts(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return the experts that are one 3-D parameter for all of them, [experts, ., .], with no layer to adapt."""
-    return [
-        (f"{name}.{key}", parameter)
-        for name, module in model.named_modules()
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
-    ]
-
-
-def _say_experts(model: nn.Module) -> None:
-    experts = fused_experts(model)
-    if experts:
-        share = sum(p.numel() for _, p in experts) / sum(p.numel() for p in model.parameters())
-        warnings.warn(
-            f"wrap: experts that are 3-D parameters stay frozen, {100 * share:.0f} % of the model's weights: "
-            f"{listed([name for name, _ in experts])}; adapters reach the other layers only",
-            stacklevel=4,
-        )
 
 
 def _say_statistics(model: nn.Module, saved: Sequence[str]) -> None:
@@ -182,11 +156,6 @@ def _say_statistics(model: nn.Module, saved: Sequence[str]) -> None:
         )
 
 
-def listed(names: Sequence[str]) -> str:
-    """Return the first names and how many more there are."""
-    return ", ".join(f"'{n}'" for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _near(patterns: str | Sequence[str], names: Sequence[str]) -> str:
     leaves = sorted({n.split(".")[-1] for n in names} | set(names))
     asked = [patterns] if isinstance(patterns, str) else patterns
@@ -200,10 +169,15 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
     Raises:
         ValueError: there is nothing to adapt; near misses are listed.
     """
-    linears = dict(_linears(model))
+    stacks = expert_stacks(model)
+    linears = dict(_linears(model)) | adaptable(stacks, config)
     if not linears:
         raise ValueError(f"wrap: model must have linear layers, got {type(model).__name__} without any")
-    named = _all_linear(model, linears) if config.target_modules == "all-linear" else _by_name(model, linears, config)
+    named = (
+        _all_linear(model, linears, stacks)
+        if config.target_modules == "all-linear"
+        else _by_name(model, linears, stacks, config)
+    )
     chosen = {n: m for n, m in named.items() if _taken(n, config)}
     if not chosen:
         raise ValueError(
@@ -212,12 +186,14 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
         )
     excluded = config.exclude_modules
     for pattern in [excluded] if isinstance(excluded, str) else excluded:
-        if not any(matches(n, pattern if isinstance(excluded, str) else [pattern]) for n in linears):
+        if not any(_takes(n, pattern if isinstance(excluded, str) else [pattern], stacks) for n in linears):
             warnings.warn(
                 f"wrap: exclude_modules matches no linear layer by {pattern!r}{_near(pattern, list(linears))}",
                 stacklevel=5,
             )
-    chosen = {n: m for n, m in chosen.items() if not inside(n, saved) and not (excluded and matches(n, excluded))}
+    chosen = {
+        n: m for n, m in chosen.items() if not inside(n, saved) and not (excluded and _takes(n, excluded, stacks))
+    }
     if not chosen:
         raise ValueError(
             "wrap: target_modules must leave something to adapt after exclude_modules and modules_to_save"
@@ -227,27 +203,30 @@ def _select(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> di
     return chosen
 
 
-def _all_linear(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    head, left_out = _output_head(model), ("lm_head", *HEADS, *_refused(model))
+def _all_linear(model: nn.Module, linears: dict[str, nn.Module], stacks: Mapping[str, Stack]) -> dict[str, nn.Module]:
+    head, left_out = output_head(model), ("lm_head", *HEADS, *_refused(model))
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # tied: heads that are not told
     heads_too = {n for n, m in linears.items() if m is head or id(getattr(m, "weight", None)) in embedded}
+    heads_too |= {n for n, m in linears.items() if n not in stacks and is_router(n, m, stacks)}
     chosen = {n: m for n, m in linears.items() if n not in heads_too and n.rpartition(".")[2] not in left_out}
     return chosen or linears  # a model that is nothing but its head
 
 
-def _by_name(model: nn.Module, linears: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
+def _by_name(
+    model: nn.Module, linears: dict[str, nn.Module], stacks: Mapping[str, Stack], config: AdapterConfig
+) -> dict[str, nn.Module]:
     targets = config.target_modules
     patterns: list[str | list[str]] = [targets] if isinstance(targets, str) else [[name] for name in targets]
-    unmatched = [p for p in patterns if not any(matches(n, p) for n in linears)]
+    unmatched = [p for p in patterns if not any(_takes(n, p, stacks) for n in linears)]
     if unmatched:
         asked = [p if isinstance(p, str) else p[0] for p in unmatched]
         names = ", ".join(sorted({n.split(".")[-1] for n in linears}))
         raise ValueError(
             f"wrap: target_modules must match linear layers, got no match for {', '.join(map(repr, asked))}"
             f"{_other_kinds(model, unmatched) or _near(asked, list(linears))}; linear layers are named: {names}"
-            f"{_EXPERTS if fused_experts(model) else ''}"
+            f"{why_no_stacks(stacks, config)}"
         )
-    return {n: m for n, m in linears.items() if matches(n, targets)}
+    return {n: m for n, m in linears.items() if _takes(n, targets, stacks)}
 
 
 def _other_kinds(model: nn.Module, patterns: Sequence[str | list[str]]) -> str:
@@ -295,7 +274,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def _check_tensors(chosen: dict[str, nn.Module]) -> None:
     for name, module in chosen.items():
-        for tensor in module.parameters(recurse=False):
+        for tensor in module.parameters(recurse=False):  # of experts, all stacks and biases
             if is_sharded(tensor):
                 raise ValueError(
                     f"wrap: parameters must be whole, got '{name}' sharded already (DTensor); wrap first, then call "

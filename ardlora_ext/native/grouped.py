@@ -34,7 +34,9 @@ def _check(x: torch.Tensor, offsets: torch.Tensor, adapter: Adapter) -> None:
     lora_A, lora_B, gate = adapter[:3]
     for t in (x, lora_A, lora_B):
         if not t.is_cpu:
-            raise NotImplementedError(f"lora_grouped: tensors must be on the CPU, experts have no kernels on {t.device}")
+            raise NotImplementedError(
+                f"lora_grouped: tensors must be on the CPU, experts have no kernels on {t.device}"
+            )
         if t.dtype not in DTYPE_CODES:
             raise ValueError(f"lora_grouped: dtype must be float32, bfloat16 or float16, got {t.dtype}")
     if offsets.dtype != torch.int64 or not offsets.is_cpu:

@@ -1,7 +1,8 @@
 """Units of an adapted matrix: what gets a rank of its own, and the shapes that follow.
 
 A unit is the whole matrix, one attention head's slice of it (a block of output columns, q, k, v, or of input columns,
-the attention output), or one matrix of a stack of experts. See `csrc/include/ardlora/unit_table.h` for how components are stored.
+the attention output), or one matrix of a stack of experts. See `csrc/include/ardlora/unit_table.h` for how components
+are stored.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ void on_threads(int threads, F&& fn) {
 struct Mask {
   Mask(const Dropout& dropout, const MatrixView& x) {
     if (!dropout.active()) return;
-    bits.stride = (x.cols + 127) / 128 * 4;
-    memory = std::make_unique<std::uint32_t[]>(static_cast<std::size_t>(x.rows * bits.stride + 2));
+    bits.stride = (x.cols + 127) / 128 * 4 + 2;  // as take_keep_bits
+    memory = std::make_unique<std::uint32_t[]>(static_cast<std::size_t>(x.rows * bits.stride));
     bits.words = memory.get();
   }
   KeepBits of(const Expert& e) const {

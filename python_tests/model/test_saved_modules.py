@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], set[str]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:wrap. no adapter covers")  # XLNet's attention
 @pytest.mark.parametrize("name", CASES)
 def test_a_head_is_kept_whole(name: str, tmp_path: Path) -> None:
     body, full, options, expected = CASES[name]
@@ -222,6 +223,7 @@ def test_what_trains_and_is_not_saved_is_named(tmp_path: Path) -> None:
         ard.save_pretrained(model, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:wrap. no adapter covers")  # Whisper's convolutions
 def test_the_task_type_is_one_whose_inputs_are_text(tmp_path: Path) -> None:
     sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, **BART}
     audio = transformers.WhisperConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_source_positions=8)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import ardlora_ext as ard
+from ardlora_ext.config import AdapterConfig
+
+from helpers.experts import tiny_experts
 
 
+@pytest.mark.filterwarnings("ignore:wrap. no adapter covers")  # nn.MultiheadAttention
 @pytest.mark.parametrize("padded", [False, True])
 def test_transformer_encoder_calls_its_adapters_in_eval(padded: bool) -> None:
     torch.manual_seed(0)
@@ -79,23 +83,53 @@ def test_adapters_that_are_not_called_are_named_in_few_words() -> None:
         optimizer.step()
 
 
-def test_fused_experts_are_named_with_their_share() -> None:
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=50,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    with pytest.warns(UserWarning, match=r"stay frozen, \d+ % .* 'model.layers.0.mlp.experts.gate_up_proj'"):
-        ard.wrap(transformers.Qwen3MoeForCausalLM(config), ard.LoraConfig(r=2))
-    with pytest.raises(ValueError, match="experts are fused 3-D parameters, which cannot be adapted"):
-        ard.wrap(transformers.Qwen3MoeForCausalLM(config), ard.LoraConfig(r=2, target_modules=["gate_proj"]))
+def test_experts_without_adapters_are_named_with_what_to_write() -> None:
+    attention = ["q_proj", "v_proj"]
+    with pytest.warns(
+        UserWarning, match=r"no adapter covers \d+ % .*'model.layers.0.mlp.experts.gate_up_proj'"
+    ) as told:
+        ard.wrap(tiny_experts("qwen3_moe"), ard.LoraConfig(r=2, target_modules=attention))
+    assert "add ['down_proj', 'gate_up_proj'] to target_modules" in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both = ["gate_up_proj", "down_proj"]
+        model = ard.wrap(tiny_experts("qwen3_moe"), ard.LoraConfig(r=2, target_modules=[*attention, *both]))
+        ard.wrap(tiny_experts("qwen3_moe"), ard.LoraConfig(r=2, target_modules=attention, exclude_modules=["experts"]))
+    assert {name.rpartition(".")[2] for name in ard.adapters(model)} == {*attention, *both}
+
+
+def test_what_no_adapter_reaches_of_other_layers_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8))
+    with pytest.warns(UserWarning, match="'1.weight_ih_l0', '1.weight_hh_l0'; train some whole by modules_to_save"):
+        ard.wrap(model, ard.LoraConfig(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ard.wrap(ard.unwrap(model), ard.LoraConfig(r=2, modules_to_save=["1"]))
+
+
+def test_codes_of_quantised_experts_are_named_and_refused() -> None:
+    model = tiny_experts("gpt_oss")
+    for layer in model.model.layers:
+        codes = layer.mlp.experts.gate_up_proj.detach().to(torch.uint8)
+        layer.mlp.experts.gate_up_proj = nn.Parameter(codes, requires_grad=False)
+    with pytest.warns(UserWarning, match=r"gate_up_proj.* hold codes, load the model without quantisation"):
+        ard.unwrap(ard.wrap(model, ard.LoraConfig(r=2)))
+    with pytest.raises(ValueError, match=r"gate_up_proj.* hold codes: experts must not be quantised"):
+        ard.wrap(model, ard.LoraConfig(r=2, target_modules=["gate_up_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [(ard.DoraConfig(r=2), "DoRA"), (ard.LoraConfig(r=2, init="pissa"), "init='pissa'")],
+    ids=["dora", "pissa"],
+)
+def test_what_has_no_form_for_experts_says_so(config: AdapterConfig, option: str) -> None:
+    with pytest.warns(UserWarning, match=f"{option} has no form for experts"):
+        model = ard.wrap(tiny_experts("mixtral"), config)
+    assert all(layer.layout.kind != "experts" for layer in ard.adapters(model).values())
+    named = dataclasses.replace(config, target_modules=["gate_up_proj"])
+    with pytest.raises(ValueError, match=f"{option} has no form for experts"):
+        ard.wrap(tiny_experts("mixtral"), named)
 
 
 def test_a_peft_model_is_refused_untouched() -> None:

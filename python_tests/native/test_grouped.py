@@ -146,14 +146,14 @@ def test_offsets_are_checked(offsets: list[int], message: str) -> None:
 def test_other_arguments_are_checked() -> None:
     layout, offsets, x, (a, b, gate) = setup([5], [2])
     table = layout.encode([2])
-    with pytest.raises(ValueError, match="offsets must be int64 on the CPU, got torch.int32"):
+    with pytest.raises(ValueError, match=r"offsets must be int64 on the CPU, got torch\.int32"):
         lora_grouped(x, None, offsets.int(), a, b, gate, table, 1.0)
     with pytest.raises(ValueError, match="gate must be contiguous float32 of at least 4 entries"):
         lora_grouped(x, None, offsets, a, b, gate[:1], table, 1.0)
     with pytest.raises(ValueError, match="must be contiguous"):
         lora_grouped(x, None, offsets, a.T.contiguous().T, b, gate, table, 1.0)
+    matrix = UnitLayout("matrix", "independent", 1, K, N).encode([2])
     with pytest.raises(ValueError, match="table must be of experts, got kind 0"):
-        matrix = UnitLayout("matrix", "independent", 1, K, N).encode([2])
         lora_grouped(x, None, offsets, a, b, gate, matrix, 1.0)
     with pytest.raises(NotImplementedError, match="on the CPU"):
         lora_grouped(x.to("meta"), None, offsets, a, b, gate, table, 1.0)

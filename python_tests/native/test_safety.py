@@ -58,7 +58,7 @@ def test_the_core_refuses_numbers_that_no_unit_has() -> None:
     for ranks, message in (([1 << 40], "ranks must be at most"), ([-1], "ranks must be >= 0")):
         with pytest.raises(ValueError, match=message):
             core.UnitTable(0, 0, 8, 8, ranks)
-    for codes, message in (((7, 0), "kind must be 0 to 2, got 7"), ((0, 9), "factoring must be 0 or 1, got 9")):
+    for codes, message in (((7, 0), "kind must be 0 to 3, got 7"), ((0, 9), "factoring must be 0 or 1, got 9")):
         with pytest.raises(ValueError, match=message):
             core.UnitTable(*codes, 8, 8, [1])
     with pytest.raises(ValueError, match="sizes must be at most"):

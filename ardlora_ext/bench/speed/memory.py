@@ -22,7 +22,7 @@ from ardlora_ext.bench.output import (
     groups,
     publish,
 )
-from ardlora_ext.bench.speed.models import COMPILED, MODELS, Runner, implementations, make_model, make_runner
+from ardlora_ext.bench.speed.models import COMPILED, MODELS, Runner, fitting, implementations, make_model, make_runner
 from ardlora_ext.errors import InputError
 
 _DTYPES = ("float32", "bfloat16")
@@ -82,7 +82,7 @@ def measure(model: str, dtype: str, names: list[str], tokens: int, r: int, small
     """Return one row per implementation."""
     base, batch = make_model(model, getattr(torch, dtype), tokens, small)
     rows: list[Json] = []
-    for name in names:
+    for name in fitting(model, names):
         runner = make_runner(name, base, batch, r)
         runner.step()  # what is kept from the first step on
         trained = sum(p.numel() * p.element_size() for p in runner.model.parameters() if p.requires_grad) / _MIB

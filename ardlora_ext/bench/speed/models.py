@@ -15,14 +15,21 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig, ArdConfig, ElaConfig, LoraConfig
+from ardlora_ext.layers.expert_stacks import expert_stacks
+from ardlora_ext.model.record import adapters
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 
 Batch = dict[str, torch.Tensor]
 Prepare = Callable[[nn.Module], nn.Module]
@@ -63,7 +70,50 @@ def _vit(tokens: int, small: bool) -> tuple[nn.Module, Batch]:
     return ViTForImageClassification(config), {"pixel_values": pixels, "labels": labels}
 
 
-MODELS: dict[str, Callable[[int, bool], tuple[nn.Module, Batch]]] = {"llama": _llama, "bert": _bert, "vit": _vit}
+def _decoder_sizes(small: bool) -> dict[str, int]:
+    d = 128 if small else 512
+    return {
+        "vocab_size": 512,
+        "hidden_size": d,
+        "num_hidden_layers": 2,
+        "num_attention_heads": d // 64,
+        "num_key_value_heads": d // 64,
+    }
+
+
+def _ids(tokens: int) -> Batch:
+    ids = torch.randint(0, 512, (max(tokens // 128, 1), min(tokens, 128)))
+    return {"input_ids": ids, "labels": ids}
+
+
+def _mixtral(tokens: int, small: bool) -> tuple[nn.Module, Batch]:
+    experts = {"num_local_experts": 4 if small else 16, "num_experts_per_tok": 2, "intermediate_size": 1024}
+    return MixtralForCausalLM(MixtralConfig(**_decoder_sizes(small), **experts)), _ids(tokens)
+
+
+def _qwen3_moe(tokens: int, small: bool) -> tuple[nn.Module, Batch]:
+    experts = {"num_experts": 8 if small else 64, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+    sizes = {**_decoder_sizes(small), "head_dim": 64, "intermediate_size": 1024}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)), _ids(tokens)
+
+
+MODELS: dict[str, Callable[[int, bool], tuple[nn.Module, Batch]]] = {
+    "llama": _llama,
+    "bert": _bert,
+    "vit": _vit,
+    "mixtral": _mixtral,
+    "qwen3-moe": _qwen3_moe,
+}
+MIXTURES = ("mixtral", "qwen3-moe")
+STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_NOT_ON_EXPERTS = ("peft-lora-dropout", "peft-adalora", "peft-dora")  # PEFT refuses them there
+
+
+def fitting(model: str, names: list[str]) -> list[str]:
+    """Return the implementations that there are for a model."""
+    if model in MIXTURES:
+        return [name for name in names if name not in _NOT_ON_EXPERTS and not name.endswith(COMPILED)]
+    return [name for name in names if name != "ours-lora-ragged"]
 
 
 def make_model(name: str, dtype: torch.dtype, tokens: int, small: bool) -> tuple[nn.Module, Batch]:
@@ -82,7 +132,9 @@ def _peft(kind: str, dropout: float, r: int) -> Prepare:
     def build(model: nn.Module) -> nn.Module:
         import peft
 
-        targets = {"target_modules": "all-linear", "lora_dropout": dropout}
+        targets: dict[str, Any] = {"target_modules": "all-linear", "lora_dropout": dropout}
+        if expert_stacks(model):
+            targets["target_parameters"] = STACKS
         if kind == "adalora":
             # Its allocator needs more to start with than in the end; 1.5 times is its paper's.
             config = peft.AdaLoraConfig(init_r=r + (r + 1) // 2, target_r=r, total_step=STEPS, **targets)
@@ -90,6 +142,23 @@ def _peft(kind: str, dropout: float, r: int) -> Prepare:
             config = peft.LoraConfig(r=r, use_dora=kind == "dora", **targets)
         wrapped: nn.Module = peft.get_peft_model(model, config)
         return wrapped
+
+    return build
+
+
+def _ragged(r: int) -> Prepare:
+    """Ranks 0 to 2 r over the experts of each stack, as many components as `r` everywhere."""
+
+    def build(model: nn.Module) -> nn.Module:
+        wrap(model, LoraConfig(r=r))
+        update = {}
+        for name, layer in adapters(model).items():
+            if layer.layout.kind == "experts":
+                layer.max_rank = min(2 * r, layer.layout.max_rank)
+                wanted = (2 * r * e // (layer.layout.units - 1) for e in range(layer.layout.units))
+                update[name] = tuple(UnitUpdate(tuple(range(min(r, w))), max(w - r, 0)) for w in wanted)
+        apply(model, RankUpdate(update))
+        return model
 
     return build
 
@@ -108,6 +177,7 @@ def implementations(r: int) -> dict[str, Prepare]:
         "frozen": lambda model: model.requires_grad_(False),
         "ours-lora": _ours(LoraConfig(r=r)),
         "ours-lora-dropout": _ours(LoraConfig(r=r, lora_dropout=DROPOUT)),
+        "ours-lora-ragged": _ragged(r),
         "ours-ard": _ours(ArdConfig(r0=r)),
         "ours-ela": _ours(ElaConfig(r=r, total_steps=STEPS)),
         "peft-lora": _peft("lora", 0.0, r),

@@ -12,6 +12,7 @@ from torch import nn
 
 from ardlora_ext.config import LoraConfig
 from ardlora_ext.layers.dora import DoraLinear
+from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.inject import inject
 from ardlora_ext.model.record import Injection, adapters, home, injection
@@ -85,6 +86,8 @@ def _records(
     for name, record in zip(names, records, strict=True):
         if any(isinstance(layer, DoraLinear) for layer in record.layers):
             raise ValueError(f"{_OP}: adapters must be sums of low rank, got {name!r}: DoRA rescales the base")
+        if any(isinstance(layer, ExpertStack) for layer in record.layers):
+            raise ValueError(f"{_OP}: adapters must be of linear layers, got experts in {name!r}; exclude them")
     if sum(bool(r.modules_to_save or r.tokens) for r in records) > 1:
         raise ValueError(
             f"{_OP}: at most one adapter must have modules_to_save or trainable_token_indices, got several"

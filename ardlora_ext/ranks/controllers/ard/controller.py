@@ -159,7 +159,7 @@ class ArdController(Controller[ArdConfig]):
             self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
             self.skip = True
             return
-        slope = self.slope(dots, self._unit_rho(), self.step)
+        slope = self.slope(dots, self._unit_rho(), self.step, self.processes)
         gradient = self._by_group(slope)
         if self.config.normalize:
             correction = 1.0 - EMA ** (self.step + 1)

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ardlora_ext import processes
 from ardlora_ext.config import ArdConfig
+from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.spectra import singular_values
 from ardlora_ext.native import dispatch
 from ardlora_ext.native.compiled import core
+from ardlora_ext.processes import Group
 from ardlora_ext.ranks.controllers.ard.gates import Gates
 from ardlora_ext.ranks.controllers.base import Units, kinds, present
 from ardlora_ext.ranks.controllers.costs import Floats
@@ -51,6 +54,24 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
     return out[: rows[:, 0].sum()], out[rows[:, 0].sum() :]
 
 
+def token_weights(units: Units, group: Group = None) -> Floats:
+    """Return what each unit's squared dot counts, [units], and begin to count tokens anew; 1 but for experts.
+
+    n / mean n of an expert that saw n of its module's tokens, at most 1. The square of a sum over n tokens is their
+    noise, which grows with n, and what they agree in, which grows with n^2: weighed by n, the noise of an expert that
+    sees few tokens is worth no more than what such an expert can learn.
+    """
+    weights: Floats = np.ones(len(units))
+    stacks = [(m, layer) for m, layer in enumerate(units.layers) if isinstance(layer, ExpertStack)]
+    processes.average([layer.tokens for _, layer in stacks], group)
+    for m, layer in stacks:
+        tokens = layer.tokens.numpy()
+        if tokens.any():
+            weights[units.first[m] : units.first[m + 1]] = np.minimum(tokens / tokens.mean(), 1.0)
+        layer.tokens.zero_()
+    return weights
+
+
 class SlopeEstimator:
     """dL/drho of every unit, from the row dots of its components.
 
@@ -64,9 +85,15 @@ class SlopeEstimator:
         self.fisher: Floats = np.zeros(len(units))
         self.spectrum: Floats | None = None
 
-    def __call__(self, dots: Dots, rho: Floats, step: int) -> Floats:
-        """Return the slope [units] at soft ranks rho [units]."""
-        return self._secant(dots, rho, step) if self.config.slope == "secant" else self._tangent(dots, rho)
+    def __call__(self, dots: Dots, rho: Floats, step: int, group: Group = None) -> Floats:
+        """Return the slope [units] at soft ranks rho [units]; `group` are the processes that decide the same."""
+        if self.config.slope == "tangent":
+            return self._tangent(dots, rho)
+        seen = np.sqrt(token_weights(self.units, group))
+        return self._secant(dots if seen.min() == 1.0 else dots * self._rows(seen), rho, step)
+
+    def _rows(self, values: Floats) -> Dots:
+        return np.repeat(values, self.units.live()).astype(np.float32)
 
     def _tangent(self, dots: Dots, rho: Floats) -> Floats:
         """The derivative through the gates: dL/dm_j = dots_j / m_j, times dm_j/drho."""

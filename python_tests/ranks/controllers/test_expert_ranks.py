@@ -1,0 +1,80 @@
+"""Ranks of experts: found where they are planted, whoever sees the tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch.optim import Adam
+
+import ardlora_ext as ard
+from ardlora_ext.config import AdapterConfig
+from ardlora_ext.layers.experts import ExpertStack
+from ardlora_ext.ranks.controllers.ard.slopes import token_weights
+
+from helpers.experts import ExpertBed
+from helpers.models import trainable
+
+PLANTED = (1, 1, 2, 3, 4, 5, 6, 7)
+
+
+def fit(bed: ExpertBed, config: AdapterConfig, steps: int = 250) -> tuple[list[int], Any]:
+    torch.manual_seed(0)
+    bed = ard.wrap(bed, config)
+    optimizer = Adam(trainable(bed), lr=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / steps)
+    controller = ard.attach(bed, optimizer, total_steps=steps)
+    for _ in range(steps):
+        bed.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return controller.ranks()["experts.weight"], controller
+
+
+def test_planted_ranks_of_experts_are_found() -> None:
+    bed = ExpertBed(PLANTED, [16] * len(PLANTED))
+    ranks, _ = fit(bed, ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05))
+    assert spearmanr(ranks, PLANTED).statistic > 0.9
+    assert sum(ranks) <= 3 * len(PLANTED)
+    assert ard.adapters(bed)["experts.weight"].ranks == ranks
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ard.ElaConfig(r=3, lora_alpha=3), ard.AdaConfig(init_r=5, target_r=3, lora_alpha=3)],
+    ids=["elalora", "adalora"],
+)
+def test_importance_moves_ranks_between_experts(config: AdapterConfig) -> None:
+    bed = ExpertBed(PLANTED, [16] * len(PLANTED))
+    ranks, _ = fit(bed, config)
+    assert spearmanr(ranks, PLANTED).statistic > 0.6
+    assert sum(ranks) == 3 * len(PLANTED)
+
+
+def test_an_expert_that_sees_few_tokens_gets_no_rank_for_its_noise() -> None:
+    """Half of the experts see few tokens and have nothing to learn; unweighed slopes give them rank 1.75."""
+    bed = ExpertBed((2,) * 8 + (0,) * 8, (30,) * 8 + (2,) * 8, noise=3.0, vary=True)
+    ranks, _ = fit(bed, ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05))
+    assert np.mean(ranks[8:]) < 1.3
+    assert min(ranks[:8]) > max(ranks[8:])
+
+
+def test_tokens_are_counted_weighed_and_forgotten() -> None:
+    bed = ard.wrap(ExpertBed((1, 1, 1, 1), [1, 2, 3, 10]), ard.ArdConfig(r0=2))
+    controller = ard.attach(bed, Adam(trainable(bed)), total_steps=10)
+    stack = ard.adapters(bed)["experts.weight"]
+    assert isinstance(stack, ExpertStack)
+    for _ in range(2):  # accumulation
+        bed.loss().backward()
+    with torch.no_grad():
+        bed.loss()
+    assert stack.tokens.tolist() == [2, 4, 6, 20]
+    np.testing.assert_allclose(token_weights(controller.units), [2 / 8, 4 / 8, 6 / 8, 1])
+    assert not stack.tokens.any()
+    assert (token_weights(controller.units) == 1).all()
+    bed.eval().loss()
+    assert not stack.tokens.any()
