@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from itertools import chain
@@ -14,6 +15,8 @@ from ardlora_ext.report import plots
 from ardlora_ext.report.console import make_console
 from ardlora_ext.report.numbers import format_amount, format_duration, format_metric
 from ardlora_ext.report.run_files import Json
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 
 
 def print_summary(metrics: Json, folder: Path, console: Console | None = None) -> None:
@@ -35,6 +38,20 @@ def print_summary(metrics: Json, folder: Path, console: Console | None = None) -
         bar = "█" * round(24 * mean / max(widest, 1e-9))
         layers.add_row(name, str(len(units)), f"{mean:.2f}", str(min(units)), str(max(units)), bar)
     console.print(layers, table)
+    for line in _loading(metrics, folder):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _loading(metrics: Json, folder: Path) -> list[str]:
+    """Return how the adapter is loaded by those that can serve such a model."""
+    base = metrics["settings"].get("model") or "BASE"
+    lines = [f'PEFT: PeftModel.from_pretrained(base, "{folder}")']
+    if metrics["task"] in ("lm", "sft"):
+        r = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        most = next((size for size in _VLLM_RANKS if size >= r), r)
+        lines.append(f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules tuned={folder}")
+        lines.append(f"llama.cpp: python convert_lora_to_gguf.py {folder} --base {base}")
+    return lines
 
 
 def _summary_rows(metrics: Json, folder: Path) -> list[tuple[str, str]]:

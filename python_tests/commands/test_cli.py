@@ -105,13 +105,19 @@ def test_every_method_runs_and_saves(tmp_path: Path, encoder: Path, reviews: Pat
     assert {path.name for path in (tmp_path / "run").iterdir()} >= ADAPTER_FILES | RUN_FILES
 
 
-def test_causal_language_model(tmp_path: Path, decoder: Path) -> None:
+def test_causal_language_model(tmp_path: Path, decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS) * 80)
     options = ("--epochs", 6, "--max-length", 16, "--batch-size", 4, "--lr", 1e-2, "--threads", 1)
     assert finetune("--out", tmp_path / "run", "--model", decoder, "--data", text, *options) == 0
     metrics = saved(tmp_path / "run")
     assert (metrics["task"], metrics["metric_name"]) == ("lm", "perplexity")
+    shown = capsys.readouterr().out
+    assert f'PEFT: PeftModel.from_pretrained(base, "{tmp_path / "run"}")' in shown
+    r = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"]
+    served = re.search(rf"vllm serve {decoder} --enable-lora --max-lora-rank (\d+) --lora-modules tuned=", shown)
+    assert served is not None
+    assert r <= int(served[1]) < 2 * max(r, 5)
     assert metrics["metric_after"] == pytest.approx(math.exp(metrics["loss_after"]))
     assert metrics["metric_after"] < metrics["metric_before"]
 
