@@ -230,7 +230,8 @@ def hidden_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, rows: Ma
 
 def peft_parameters(layouts: Layouts, rank: int) -> int:
     """Return the parameters of plain LoRA at this rank."""
-    return sum(rank * (layout.in_features + layout.out_features) for layout in layouts.values())
+    matrices = {name: lay.units if lay.kind == "experts" else 1 for name, lay in layouts.items()}
+    return sum(rank * n * (layouts[name].in_features + layouts[name].out_features) for name, n in matrices.items())
 
 
 def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, length: int) -> Plan:
@@ -313,6 +314,9 @@ def _point(context: _Context, rank: int, total: int) -> Point:
     return Point(rank, live, live / total, ours.state, ours.activations, theirs, peft.state, peft.activations)
 
 
+_CUTS = {"matrix": "whole", "out_heads": "output rows", "in_heads": "input columns", "experts": "experts"}
+
+
 def _kinds(layouts: Layouts) -> list[Kind]:
     groups: dict[tuple[str, UnitLayout], int] = {}
     for name, layout in layouts.items():
@@ -325,7 +329,9 @@ def _kinds(layouts: Layouts) -> list[Kind]:
             count * layout.units,
             layout.in_features,
             layout.out_features,
-            {"matrix": "whole", "out_heads": "output rows", "in_heads": "input columns"}[layout.kind],
+            {"matrix": "whole", "out_heads": "output rows", "in_heads": "input columns", "experts": "experts"}[
+                layout.kind
+            ],
             layout.parameters([1] * layout.units),
         )
         for (leaf, layout), count in groups.items()

@@ -20,7 +20,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     LlamaConfig,
+    MixtralConfig,
     PaliGemmaConfig,
+    Qwen3MoeConfig,
     ViTConfig,
 )
 from transformers.models.auto.modeling_auto import (
@@ -76,6 +78,28 @@ BUILT_IN: dict[str, Callable[[], Any]] = {
     "llama-3.1-70b": lambda: _llama(8192, 28672, 80, 64),
     "llama-3.1-405b": lambda: _llama(16384, 53248, 126, 128),
     "paligemma-2-3b": _paligemma,
+    "mixtral-8x7b": lambda: MixtralConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    "qwen3-30b-a3b": lambda: Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+    ),
     "all-minilm-l6-v2": lambda: BertConfig(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
     ),

@@ -110,6 +110,8 @@ def trace(model: nn.Module, config: AdapterConfig, batch: int, length: int) -> T
         length: tokens of each; images have their own.
     """
     chosen, layouts, _ = plan_targets(model, config)
+    if any(layout.kind == "experts" for layout in layouts.values()):
+        return Trace({}, 0, 0, (), 0, f"{type(model).__name__} chooses by values which rows an expert sees")
     model.train()
     with fake_mode(model), _one_text_a_row():
         try:

@@ -184,3 +184,10 @@ def test_an_unknown_option_in_the_file_is_refused(tmp_path: Path, capsys: pytest
     options.write_text('{"rank": 3}')
     assert main(["plan", "bert-base", "--config", str(options)]) == 2
     assert "must hold options of plan, got 'rank'" in capsys.readouterr().err
+
+
+def test_experts_are_planned_without_their_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "mixtral-8x7b"]) == 0
+    said = capsys.readouterr().out
+    assert "chooses by values which rows an expert sees" in said
+    assert "experts" in said
