@@ -87,6 +87,8 @@ def _fill(model: nn.Module, state: dict[str, Any], tensors: dict[str, torch.Tens
     saved = {key.removeprefix("saved."): value for key, value in tensors.items() if key.startswith("saved.")}
     model.load_state_dict(saved, strict=False)
     injection(model).controller_state = state["controller"]
+    for layer in adapters(model).values():
+        layer.loaded = False  # `attach` is told by the state
     injection(model).started = True
     return saved
 

@@ -32,12 +32,13 @@ from ardlora_ext.checkpoint.peft_write import (
     to_json,
 )
 from ardlora_ext.config import ArdConfig, DoraConfig
-from ardlora_ext.config.registry import config_to_dict
+from ardlora_ext.config.registry import config_to_dict, name_of
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import checksums
 from ardlora_ext.layers.expert_stacks import expert_stacks
 from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import Conv1D, LoraLinear
+from ardlora_ext.model.parameters import parameters_report
 from ardlora_ext.model.peft.loads import (
     peft_saved,
     say_what_peft_adapts_once,
@@ -48,6 +49,7 @@ from ardlora_ext.model.peft.loads import (
 from ardlora_ext.model.record import adapters, home, injection
 from ardlora_ext.model.saved_modules import inside
 from ardlora_ext.model.token_rows import own_rows
+from ardlora_ext.report.model_card import CARD, may_write_card, model_card
 
 
 def _peft_files(
@@ -99,8 +101,8 @@ def save_pretrained(
     """Write the adapters as a PEFT LoRA checkpoint plus `ardlora_state.*` to resume from.
 
     Files: `adapter_config.json` and `adapter_model.safetensors` (load with `peft.PeftModel.from_pretrained`),
-    `ardlora_state.json` (config, ranks, controller) and `ardlora_state.safetensors` (live rows). A crash leaves the
-    previous checkpoint or the new one.
+    `ardlora_state.json` (config, ranks, controller) and `ardlora_state.safetensors` (live rows), and `README.md`, the
+    model card, unless you have written one. A crash leaves the previous checkpoint or the new one.
 
     Args:
         model: a wrapped model.
@@ -118,8 +120,13 @@ def save_pretrained(
         OSError: the directory cannot be written; the previous checkpoint is still there (the message tells).
     """
     files, exported = adapter_files(model, form, compress)
-    write_set(Path(directory), files)
+    write_set(Path(directory), without_users_card(files, Path(directory)))
     return exported
+
+
+def without_users_card(files: dict[str, bytes], directory: Path) -> dict[str, bytes]:
+    """Return the files without the model card where the user has written one."""
+    return files if may_write_card(directory) else {name: data for name, data in files.items() if name != CARD}
 
 
 def adapter_files(
@@ -155,7 +162,10 @@ def adapter_files(
     }
     check_json("save_pretrained", state)
     state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: raw_weights})
+    ranks = {name: layer.ranks for name, layer in layers.items()}
+    about = (config["base_model_name_or_path"], config["task_type"], ranks, parameters_report(model).live)
     files = {
+        CARD: model_card(name_of(record.config), *about).encode(),
         ADAPTER_WEIGHTS: weights,
         ADAPTER_CONFIG: to_json(config),
         STATE_WEIGHTS: raw_weights,

@@ -7,20 +7,26 @@ Trainer resumes from, `model.safetensors` with all that training changes; the fr
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from ardlora_ext.checkpoint.save_pretrained import save_pretrained
+from ardlora_ext.checkpoint.save_pretrained import adapter_files, save_pretrained
 from ardlora_ext.checkpoint.training_state import moving_state
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
-from ardlora_ext.model.inject import RESIZE, SAVE, activate, new_record, part_to_wrap, withdraw
+from ardlora_ext.model.inject import GIVEN, RESIZE, SAVE, activate, new_record, part_to_wrap, withdraw
+from ardlora_ext.model.parameters import parameters_report
 from ardlora_ext.model.peft.convert import PeftLoraConfig
 from ardlora_ext.model.record import ATTRIBUTE, Model, adapters
-from ardlora_ext.unbroken import nothing, undone_by
+from ardlora_ext.report.model_card import CARD, may_write_card, with_metadata_of
+from ardlora_ext.unbroken import undone_by
 
 WEIGHTS = "model.safetensors"  # transformers' SAFE_WEIGHTS_NAME
 
@@ -46,13 +52,21 @@ def wrap(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: str
     """
     part = part_to_wrap(model)
     record = new_record(part, config, adapter_name)
-    activate(part, record, (lambda: save_adapters(part)) if hasattr(part, SAVE) else nothing)
+    activate(part, record, lambda: _give(part))
     return model
+
+
+def _give(part: Any) -> None:
+    """Give a wrapped model the methods of a PEFT model."""
+    if hasattr(part, SAVE):
+        save_adapters(part)
+    if not hasattr(part, "print_trainable_parameters"):
+        part.print_trainable_parameters = ParametersPrinter(part)
 
 
 def or_unwrapped(model: nn.Module) -> undone_by:
     """Take out what the `with` block puts into the model if it fails or is interrupted: the model is as it was."""
-    before, own = getattr(model, ATTRIBUTE, None), {key: vars(model).get(key) for key in (SAVE, RESIZE)}
+    before, own = getattr(model, ATTRIBUTE, None), {key: vars(model).get(key) for key in GIVEN}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
 
     def undo() -> None:
@@ -73,6 +87,9 @@ def save_adapters(model: Any) -> None:
     setattr(model, SAVE, AdapterSaver(model))
     if hasattr(model, RESIZE):
         setattr(model, RESIZE, EmbeddingKeeper(model))
+    if hasattr(model, "push_to_hub"):
+        model.push_to_hub = HubPusher(model)
+        model.create_or_update_model_card = CardWriter(model)
     if _forgive_missing_base not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_post_hook(_forgive_missing_base)
 
@@ -106,6 +123,72 @@ class AdapterSaver:
         if is_main_process:
             write_set(Path(save_directory), {WEIGHTS: save_tensors(moving_state(model), {"format": "pt"})})
             save_pretrained(model, Path(save_directory))
+
+
+class HubPusher:
+    """`push_to_hub` of a wrapped model: the adapter and its card; a card that is in the repository stays."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload adapter",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload what `save_pretrained` writes; a model without an adapter goes up as ever. Options as there."""
+        if not adapters(self.model):
+            about = {"commit_message": commit_message, "commit_description": commit_description, "private": private}
+            options = {**about, "token": token, "revision": revision, "create_pr": create_pr, **kwargs}
+            return type(self.model).push_to_hub(self.model, repo_id, **options)
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as there:
+            save_pretrained(self.model, folder)
+            with suppress(EntryNotFoundError):
+                api.hf_hub_download(repository, CARD, revision=revision, local_dir=there)
+            if not may_write_card(Path(there)):
+                Path(folder, CARD).unlink()
+            return api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+class CardWriter:
+    """`create_or_update_model_card`, which Trainer calls after it has written a card over the adapter's."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the adapter's card, or the metadata of an adapter into the page that is there."""
+        folder = Path(output_dir)
+        card = adapter_files(self.model)[0][CARD].decode()
+        text = card if may_write_card(folder) else with_metadata_of(card, (folder / CARD).read_text(encoding="utf-8"))
+        write_set(folder, {CARD: text.encode()})
+
+
+class ParametersPrinter:
+    """`print_trainable_parameters` of a wrapped model, as of PEFT's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> None:
+        """Print what trains, of how much."""
+        print(parameters_report(self.model))
 
 
 class EmbeddingKeeper:

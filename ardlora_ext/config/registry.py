@@ -21,6 +21,14 @@ _CONFIGS: dict[str, type[AdapterConfig]] = {
 }
 
 
+_TITLES = {"ard": "ARD-LoRA", "elalora": "ElaLoRA", "adalora": "AdaLoRA", "lora": "LoRA", "dora": "DoRA"}
+
+
+def name_of(config: AdapterConfig) -> str:
+    """Return the method's name for people."""
+    return next(_TITLES[name] for name, cls in _CONFIGS.items() if cls is type(config))
+
+
 def config_for(method: Method, r: int, options: Mapping[str, Any]) -> AdapterConfig:
     """Return the config of a method at its own defaults, but for `options`.
 

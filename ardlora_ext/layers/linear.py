@@ -68,6 +68,7 @@ class LoraLinear(nn.Module):
         lora_E: [capacity, 1] gates that the optimizer trains (the singular values of the P Lambda Q form), or None.
         readers: shared with the layers that may read the same tensor, see `packing`, or None.
         undo_merge: what takes the update out of the base weight again while it is merged, else None.
+        loaded: whether its ranks came with a state_dict and no controller has taken them over yet.
     """
 
     changes: ClassVar[int] = 0  # of ranks, gate buffers and devices of all layers: what was derived is stale
@@ -75,6 +76,7 @@ class LoraLinear(nn.Module):
     lora_gate: torch.Tensor | None
     lora_E: nn.Parameter | None  # noqa: N815
     undo_merge: tuple[torch.Tensor, ...] | None
+    loaded: bool = False
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class LoraLinear(nn.Module):
         self.capacity = capacity
         self.lora_dropout = lora_dropout
         self.undo_merge = None
+        self.loaded = False
         self.readers: Readers | None = None
         self.ranks: list[int] = []
         self.rank_table = layout.encode([0] * layout.units)
@@ -204,6 +207,7 @@ class LoraLinear(nn.Module):
                 lists[-1].append(f"ranks of '{prefix.removesuffix('.')}' must {problem}, got {ranks.tolist()}")
             else:  # a state of another capacity differs in the rows past the live ones
                 sizes = {name: len(value) for name, value in self.factors.items()} | {"lora_gate": len(self.gated)}
+                self.loaded = True
                 found = {prefix + name: size for name, size in sizes.items() if prefix + name in state_dict}
                 state_dict.update({name: fit_rows(state_dict[name], size) for name, size in found.items()})
         for name in (prefix + "lora_gate", prefix + "lora_E"):  # with assign=True the tensors themselves are taken

@@ -33,6 +33,7 @@ from ardlora_ext.unbroken import nothing, unbroken, undone_by
 _TRAINABLE = "_hf_peft_config_loaded"  # transformers' own mark
 RESIZE = "resize_token_embeddings"
 SAVE = "save_pretrained"  # both of a transformers model; `wrap` gives it some of its own
+GIVEN = (SAVE, RESIZE, "push_to_hub", "create_or_update_model_card", "print_trainable_parameters")
 
 
 def part_to_wrap(model: nn.Module) -> nn.Module:
@@ -313,7 +314,7 @@ def remove(model: Model) -> Model:
         for record in injection(part).named.values():
             detach(record)
         _take_out(part, injection(part), None)
-        for name in (SAVE, RESIZE):
+        for name in GIVEN:
             vars(part).pop(name, None)
     return model
 

@@ -104,8 +104,11 @@ def _check_merge(model: nn.Module, name: str, layer: LoraLinear, finite: bool) -
     for other, parameter in model.named_parameters(remove_duplicate=False):
         owner = other.rpartition(".")[0]
         if parameter is weight and model.get_submodule(owner) is not layer.base_layer:
+            adapted = owner.removesuffix(".base_layer")
+            has = "has no adapter" if adapted == owner else "has an adapter of its own"
             raise ValueError(
-                f"merge: '{name}' must not share its weight with '{owner}', which has no adapter; untie them"
+                f"merge: '{name}' must not share its weight with '{adapted}', which {has}; give one of them a weight "
+                "of its own (layer.weight = nn.Parameter(layer.weight.detach().clone())) and merge then"
             )
 
 

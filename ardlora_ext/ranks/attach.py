@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from ardlora_ext import processes
 from ardlora_ext.config import LoraConfig
 from ardlora_ext.distributed.placement import bare, check_placement, check_running
 from ardlora_ext.errors import written_by_strangers
+from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import Injection, adapters, check_unmerged, injection, is_active
 from ardlora_ext.model.unheard import warn_unheard
 from ardlora_ext.ranks import resize
@@ -78,6 +80,7 @@ def attach(
     if torch_optimizer is not None:
         _check(model, record, outermost(optimizer))
 
+    _warn_rounding(record.layers, torch_optimizer)
     controller = make_controller(model, record.config, total_steps, holdout)
     with written_by_strangers(f"attach: the adapter's saved state must be one of {type(controller).__name__}"):
         _take_up(controller, record, total_steps)
@@ -85,7 +88,8 @@ def attach(
     follower = _Follower(wrapper, model, record, controller, torch_optimizer)
 
     def attached() -> None:
-        controller.applied()
+        if not follower.waits:
+            controller.applied()
         controller.apply = follower.apply
         if torch_optimizer is None:
             controller.handles = [_wait(follower)]
@@ -94,7 +98,13 @@ def attach(
         record.controller = controller
         record.optimizer = None if torch_optimizer is None else weakref.ref(torch_optimizer)
 
-    follower.apply(controller.start(), attached)
+    # Ranks that came with a state_dict are those of a run: who resumes it by hand gives the controller its state next.
+    follower.waits = not controller.given and any(layer.loaded for layer in record.layers)
+    if follower.waits:
+        with unbroken():
+            attached()
+    else:
+        follower.apply(controller.start(), attached)
     return controller
 
 
@@ -142,6 +152,17 @@ def _check(model: nn.Module, record: Injection, optimizer: Optimizer) -> None:
         rehearse(optimizer, adapters(model))
 
 
+def _warn_rounding(layers: Sequence[LoraLinear], optimizer: Optimizer | None) -> None:
+    """Say that weights of few digits lose small updates, unless the optimizer rounds at random."""
+    dtype = layers[0].lora_A.dtype
+    if dtype in (torch.bfloat16, torch.float16) and not getattr(optimizer, "bf16_stochastic_round", False):
+        warnings.warn(
+            f"attach: adapters in {dtype} lose updates that are small beside a weight and stop learning as the rate "
+            "falls; keep them in float32 (adapter_dtype='float32', the default; the base may be of any dtype)",
+            stacklevel=3,
+        )
+
+
 def _check_state(model: nn.Module, optimizer: Optimizer) -> None:
     check_optimizer(optimizer, [(f"{n}.{f}", p) for n, g in adapters(model).items() for f, p in g.trained.items()])
 
@@ -160,6 +181,8 @@ class _Follower:
         self.wrapper, self.model, self.record, self.controller = wrapper, model, record, controller
         self.optimizer = optimizer
         self.skipped = False  # this step: a gradient is not finite
+        self.made_for = controller.units.live()
+        self.waits = False  # for a state of the controller, or the first step
 
     def follow(self, optimizer: Optimizer) -> None:
         """Hook into the steps of an optimizer, the one that runs now included."""
@@ -187,11 +210,40 @@ class _Follower:
             made()
 
         if update is not None:
+            copies = [copy for found in self.controller.copies if (copy := found()) is not None]
             resize.apply(self.model, update, self.optimizer, first=self.controller.settle, then=then)
+            for copy in copies:
+                resize.apply_to_copy(self.model, copy, update)
             return
         with unbroken():
             self.controller.settle()
             made()
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        """Begin a new schedule at the first step where ranks were loaded without a state of the controller.
+
+        Raises:
+            ValueError: the optimizer was resumed, or the controller was made for other ranks.
+        """
+        controller = self.controller
+        loaded = any(layer.loaded for layer in self.record.layers)
+        if isinstance(self.record.config, LoraConfig) or controller.given or not loaded:
+            return
+        if any(optimizer.state.get(p) for layer in self.record.layers for p in layer.factors.values()):
+            raise ValueError(
+                "attach: the controller must be resumed with model and optimizer, got one at step 0; call "
+                "controller.load_state_dict(saved) before the first step (accelerator.register_for_checkpointing("
+                "controller) does), or controller.begin_anew() for a new schedule"
+            )
+        if self.waits:
+            controller.begin_anew()
+            self.apply(controller.start())
+            controller.applied()
+        elif not np.array_equal(self.made_for, controller.units.live()):
+            raise ValueError(
+                "attach: ranks must not be loaded after it without a state of the controller; call "
+                "controller.load_state_dict(saved) to go on, or attach after model.load_state_dict for a new schedule"
+            )
 
     def observe(self, optimizer: Optimizer) -> None:
         check_running(self.wrapper)
@@ -205,6 +257,8 @@ class _Follower:
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if not self.active:
             return None
+        if self.controller.step == 0:
+            self._begin(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self.observe(optimizer)

@@ -340,3 +340,21 @@ def apply(
         if optimizer is not None and update.optimizer == "restarted":
             restart(optimizer)
         then()
+
+
+def apply_to_copy(model: nn.Module, copy: nn.Module, update: RankUpdate) -> None:
+    """Change the ranks of an average of the model, which has changed; its new rows begin as the model's.
+
+    Raises:
+        ValueError: the update does not fit; nothing of the copy has changed then.
+    """
+    ours, theirs = adapters(model), adapters(copy)
+    new = {n: row_plans(theirs[n].layout, theirs[n].ranks, units) for n, units in update.modules.items()}
+    apply(copy, update)
+    with torch.no_grad():
+        for name, (of_a, of_b) in new.items():
+            layer = theirs[name]
+            for factor, average in layer.factors.items():
+                plan = of_a if factor == "lora_A" or (factor == "lora_E" and layer.layout.gate_on_a) else of_b
+                fresh = [row for row, source in enumerate(plan) if source == ZERO]
+                average.data[fresh] = ours[name].factors[factor].data[fresh].to(average)

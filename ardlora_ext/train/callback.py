@@ -43,7 +43,8 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     writes, are as large as the adapter and load with PEFT; `resume_from_checkpoint` continues ranks and decisions.
 
     Args:
-        config: wraps Trainer's model when Trainer is made, unless it is wrapped already. None: it must be.
+        config: wraps Trainer's model when Trainer is made, and each that `model_init` makes, unless it is wrapped
+            already. None: it must be.
 
     Attributes:
         controller: what `attach` returned, from the beginning of training on.
@@ -73,12 +74,19 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.wrap(model)
         trainer = hooks.running_trainer()
         self._reference_is_theirs = hooks.users_reference()
+        if trainer is not None:
+            hooks.before_each_training(trainer, self._begin_anew)
         if trainer is None or not adapters(model):
             return
         if not self._reference_is_theirs:
             hooks.check_precomputed_reference(trainer, model)
         if home(model) is not model:
             hooks.load_parts_on_resume(trainer)
+
+    def _begin_anew(self, model: nn.Module) -> None:
+        """Take note of another model: what is known belongs to the last one, also where its training was stopped."""
+        self.controller, self.restored, self._training = None, None, False
+        self.wrap(model)
 
     def wrap(self, model: nn.Module) -> None:
         """Wrap the model if that is left to us and not done."""
@@ -93,6 +101,9 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "base by now; or call ardlora_ext.wrap(model, config) before Trainer"
             )
         injection(model)
+        trainer = hooks.running_trainer()
+        if trainer is not None:
+            hooks.check_fused_head(trainer, model)
         kept = state.stateful_callbacks.get(type(self).__name__)
         saved = self.restored or (kept["attributes"]["restored"] if isinstance(kept, dict) else None)
         self.restored = None
@@ -101,7 +112,6 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.controller, self._training, self._written = None, True, -1
         self._attach(state, model, kwargs.get("optimizer"))
         hooks.precede_reporters(self)
-        trainer = hooks.running_trainer()
         if trainer is not None and not self._reference_is_theirs:
             hooks.complete_reference(trainer, model)
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ardlora_ext import processes
-from ardlora_ext.checkpoint.save_pretrained import adapter_files
+from ardlora_ext.checkpoint.save_pretrained import adapter_files, without_users_card
 from ardlora_ext.errors import InputError, SavedElsewhere
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import parse_json
@@ -44,7 +44,7 @@ def save_run(model: nn.Module, records: Sequence[Mapping[str, Any]], metrics: Ma
     page = {REPORT_FILE: render(metrics, list(records)).encode()}
     files = {**page, **run_files(metrics, records), **adapter_files(model)[0]}
     try:
-        write_set(out, files)
+        write_set(out, without_users_card(files, out))
     except OSError as error:
         raise SavedElsewhere(f"finetune: {error}; the run is saved in {_save_elsewhere(files)}") from error
 

@@ -51,6 +51,39 @@ def running_trainer() -> Trainer | None:
     return next((trainer for trainer in found if isinstance(trainer, Trainer)), None)
 
 
+def before_each_training(trainer: Trainer, act: Callable[[nn.Module], None]) -> None:
+    """Call `act(model)` for each model that a Trainer with `model_init` makes, one for each training and each trial."""
+    if trainer.model_init is None or "call_model_init" in vars(trainer):
+        return
+    own = trainer.call_model_init
+
+    def made(trial: Any = None) -> nn.Module:
+        model: nn.Module = own(trial)
+        act(model)
+        return model
+
+    trainer.call_model_init = made
+
+
+def check_fused_head(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse an adapter on the head where TRL computes the loss from `lm_head.weight` itself.
+
+    Raises:
+        ValueError: it would not be trained.
+    """
+    forward = vars(model).get("forward")
+    if forward is None or "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
+        return
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    name = next((name for name, layer in adapters(model).items() if layer is head), None)
+    if name is not None:
+        raise ValueError(
+            f"RankCallback: target_modules must not take '{name}', because {type(trainer).__name__} multiplies by its "
+            f"weight itself and an adapter would never be trained; leave it out (exclude_modules=['{name}']), or train "
+            f"it whole by modules_to_save=['{name}']"
+        )
+
+
 def before_quantisation_check(act: Callable[[Any, nn.Module], None]) -> None:
     """Call `act(callback, model)` for each callback of a Trainer before it refuses a quantised model without adapters.
 

@@ -158,3 +158,19 @@ def test_a_tied_head_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'lm_head' must not share its weight with 'transformer\.wte'"):
         ard.merge_adapter(model)
     assert fingerprint(model) == before
+
+
+def test_two_adapted_layers_with_one_weight_are_named() -> None:
+    model = Attention()
+    model.o_proj.weight = model.q_proj.weight
+    ard.wrap(model, ard.LoraConfig(r=2))
+    with pytest.raises(ValueError, match="'q_proj' must not share its weight with 'o_proj', which has an adapter of"):
+        ard.merge(model)
+
+
+def test_a_merged_adapter_cannot_be_disabled_and_says_so() -> None:
+    model = ard.wrap(Attention(), ard.LoraConfig(r=2))
+    ard.merge_adapter(model)
+    message = r"'q_proj' must not be merged; call ardlora_ext\.unmerge_adapter"
+    with pytest.raises(ValueError, match=message), ard.disable_adapter(model):
+        pass

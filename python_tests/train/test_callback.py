@@ -223,3 +223,41 @@ def test_importing_the_package_does_not_import_trainer() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'ardlora_ext' has no attribute 'RankCallbacks'"):
         ard.RankCallbacks  # noqa: B018
+
+
+class Stop(TrainerCallback):
+    """Ends one training in the middle, as a pruned trial does."""
+
+    def __init__(self) -> None:
+        self.at = 6
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            self.at = -1
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_each_model_of_model_init_gets_its_own_ranks(given: bool, tmp_path: Path) -> None:
+    """Trainer makes one for each training and each trial, an earlier one that was stopped included."""
+
+    def base(trial: Any = None) -> nn.Module:
+        torch.manual_seed(0)
+        model = bert()[0]
+        return model if given else ard.wrap(model, config())
+
+    callback = ard.RankCallback(config() if given else None)
+    made = Trainer(model_init=base, args=arguments(tmp_path), train_dataset=examples(40), callbacks=[callback, Stop()])
+    made.pop_callback(PrinterCallback)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    ends = []
+    for _ in range(2):
+        made.train()
+        assert callback.controller is not None
+        assert callback.controller.step == STEPS
+        assert callback.controller.summary()["phase"] == "frozen"
+        ends.append((made.model, callback.controller.ranks()))
+    assert ends[0][0] is not ends[1][0]
+    assert ends[0][1] == ends[1][1]
+    assert {name: layer.ranks for name, layer in ard.adapters(made.model).items()} == ends[1][1]

@@ -250,3 +250,13 @@ def test_a_wrapped_inner_model_is_found(encoder: Path, tmp_path: Path) -> None:
     sentences(tmp_path, model, callback).train()
     assert callback.controller is not None
     assert callback.controller.step == 12
+
+
+def test_an_adapter_on_a_head_that_trl_reads_itself_is_refused(llama: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"text": f"w{i} w{i + 1} w{i + 2}"} for i in range(10)])
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "bf16": False}
+    config = SFTConfig(str(tmp_path), **options, disable_tqdm=True, max_length=16, save_strategy="no")
+    callback = ard.RankCallback(ard.ArdConfig(r0=2, target_modules=["q_proj", "lm_head"]))
+    trainer = SFTTrainer(str(llama), config, train_dataset=rows, callbacks=[callback])
+    with pytest.raises(ValueError, match="must not take 'lm_head', because SFTTrainer multiplies by its weight itself"):
+        trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -165,6 +166,34 @@ class Controller(Generic[Config]):
         self.apply: Callable[..., None] | None = None  # (update, called once it is made): set by attach
         self.handles: list[RemovableHandle] = []  # of the optimizer's hooks, set by attach
         self.processes: Group = None  # processes that decide the same, set by attach
+        self.copies: list[weakref.ref[nn.Module]] = []  # whose ranks follow
+        self.given = False  # whether its state was, by a checkpoint or by the wish for a new schedule
+
+    def follow(self, copy: nn.Module) -> None:
+        """Let the ranks of a copy of the model (EMA, SWA) change with the model's, for as long as the copy lives.
+
+        Components that stay keep the copy's values, new ones begin as the model's, so that
+        `torch.optim.swa_utils.AveragedModel` can average on.
+
+        Args:
+            copy: a copy made when ranks were what they are now, or one of those within it, such as an AveragedModel.
+
+        Raises:
+            ValueError: it has other adapters or ranks.
+
+        Example:
+            averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+            controller.follow(averaged)
+        """
+        theirs = {name: layer.ranks for name, layer in adapters(copy).items()}
+        ours = {name: layer.ranks for name, layer in zip(self.units.names, self.units.layers, strict=True)}
+        if theirs != ours:
+            wrong = next((name for name in ours if theirs.get(name) != ours[name]), next(iter(theirs), ""))
+            raise ValueError(
+                f"follow: copy must have the model's adapters and ranks ('{wrong}': {ours.get(wrong)}), got "
+                f"{theirs.get(wrong)}; copy the model after attach"
+            )
+        self.copies.append(weakref.ref(copy))
 
     def detach(self) -> None:
         """Stop following the optimizer."""
@@ -244,12 +273,19 @@ class Controller(Generic[Config]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state from `state_dict`."""
+        self._is_given()
         self.step = int(state["step"])
         self.total_steps = self.total_steps if state["total_steps"] is None else state["total_steps"]
         self.records = list(state["records"])
 
     def begin_anew(self) -> None:
         """Begin the schedule at step 0 from the ranks that units have."""
+        self._is_given()
+
+    def _is_given(self) -> None:
+        self.given = True
+        for layer in self.units.layers:
+            layer.loaded = False
 
     def extend(self, total_steps: int) -> None:
         """Let the run have another length; what was decided for the old one stays where the new one allows it."""

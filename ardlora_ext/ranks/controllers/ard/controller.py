@@ -81,6 +81,7 @@ class ArdController(Controller[ArdConfig]):
 
     def begin_anew(self) -> None:
         """Start from the ranks that units have instead of from r0."""
+        super().begin_anew()
         ranks = np.zeros(len(self.limit))
         np.maximum.at(ranks, self.group, self.units.live())
         self.alpha = self.previous = ranks / self.config.r0
