@@ -42,6 +42,7 @@ from ardlora_ext.model.several.weighted import add_weighted_adapter
 from ardlora_ext.native.compiled import VERSION as __version__
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.compress import Compression, compress
+from ardlora_ext.ranks.controllers.ard.anneal import AnnealController
 from ardlora_ext.ranks.controllers.ard.controller import ArdController
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.controllers.svd.ada import AdaController
@@ -57,6 +58,7 @@ __all__ = [
     "AdaConfig",
     "AdaController",
     "AdapterConfig",
+    "AnnealController",
     "ArdConfig",
     "ArdController",
     "Compression",

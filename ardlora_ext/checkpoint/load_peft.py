@@ -26,7 +26,7 @@ from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.model.token_rows import own_rows
 from ardlora_ext.model.unheard import matches
 from ardlora_ext.native import reference
-from ardlora_ext.ranks.controllers.ard.controller import ArdController
+from ardlora_ext.ranks.controllers import make_controller
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 
 # Options of PEFT that change what an adapter computes, and that nothing here computes.
@@ -266,7 +266,7 @@ def _take_over(model: nn.Module, adapter: PeftAdapter) -> None:
             layer.lora_magnitude_vector.copy_(layer.weight_norm() if magnitude is None else magnitude.flatten())
     record = injection(model)
     if isinstance(record.config, ArdConfig):
-        controller = ArdController(model, record.config)
+        controller = make_controller(model, record.config, None)
         controller.begin_anew()
         record.controller_state = {**controller.state_dict(), "total_steps": None}  # attach tells
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 
 from ardlora_ext.json_file import non_finite
+from ardlora_ext.model.parameters import served_rank
 
 Form = Literal["portable", "compact"]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_ROWS = ".token_adapter.trainable_tokens_delta"  # after the name of an embedding: trained rows, not their change
-_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def peft_files(
     ranks = {name: max(1, a.shape[-2]) for name, (a, _) in live.items()}
     rank = max((1, *ranks.values()))
     if form == "portable":
-        served = next((r for r in _SERVED_RANKS if r >= rank), rank)
-        rank = served if limit is None else min(served, limit)
+        rank = served_rank(rank) if limit is None else min(served_rank(rank), limit)
         ranks = dict.fromkeys(ranks, rank)
     patterns = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
     tensors = {}

@@ -96,6 +96,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 def _add_ranks(group: argparse._ArgumentGroup) -> None:
     _option(group, "--method", choices=METHODS, help="what decides the ranks")
+    _option(
+        group,
+        "--mode",
+        choices=("anneal", "paper", "code"),
+        help="ard: anneal (fat start, thin end; the default) or paper; elalora: paper or code",
+    )
     _option(group, "--r", type=int, metavar="RANK", help="rank of every unit at the start (adalora: at the end)")
     _option(
         group,

@@ -68,6 +68,8 @@ def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
     method = fields.pop("method", None)
     if method not in _CONFIGS:
         raise ValueError(f"config: method must be one of {', '.join(_CONFIGS)}, got {method!r}")
+    if method == "ard":
+        fields.setdefault("mode", "paper")  # files from before there was another
     for entry in dataclasses.fields(_CONFIGS[method]):
         _check_kind(entry, fields.get(entry.name, entry.default))
     try:

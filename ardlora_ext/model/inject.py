@@ -14,7 +14,7 @@ from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.layers.dora import DoraLinear
 from ardlora_ext.layers.expert_stacks import is_transposed
 from ardlora_ext.layers.experts import ExpertStack, LoraExperts
-from ardlora_ext.layers.linear import Capacity, LoraLinear
+from ardlora_ext.layers.linear import Capacity, Gate, LoraLinear
 from ardlora_ext.layers.orthogonal_start import start_orthogonal
 from ardlora_ext.layers.pissa import PissaLinear
 from ardlora_ext.layers.svd_start import start_svd
@@ -266,7 +266,7 @@ def _adapter(
         max_rank=config.limit(name),
         capacity=capacity,
         lora_dropout=config.lora_dropout,
-        gate="controlled" if isinstance(config, ArdConfig) else "trained" if isinstance(config, SvdConfig) else "none",
+        gate=_gate(config),
         dtype=weight.dtype if auto and isinstance(weight, torch.Tensor) else torch.float32,
         generator=generator,
     )
@@ -276,6 +276,12 @@ def _adapter(
         start_orthogonal(layer, generator)
     _follow(layer, layer.lora_A)
     return layer
+
+
+def _gate(config: AdapterConfig) -> Gate:
+    if isinstance(config, ArdConfig):
+        return "controlled" if config.mode == "paper" else "none"
+    return "trained" if isinstance(config, SvdConfig) else "none"
 
 
 def _follow(layer: LoraLinear | TokenRows, own: torch.Tensor) -> None:

@@ -8,6 +8,13 @@ from torch import nn
 
 from ardlora_ext.model.record import adapters, injection
 
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
+
+
+def served_rank(rank: int) -> int:
+    """Return the smallest rank that a server can be started with for a module of this rank."""
+    return next((r for r in SERVED_RANKS if r >= rank), rank)
+
 
 @dataclass(frozen=True)
 class ParametersReport:
@@ -18,12 +25,18 @@ class ParametersReport:
         allocated: adapter parameters held, with the slack of their capacity.
         trainable: everything that gets a gradient: live adapters and `modules_to_save`.
         total: the whole model with its live adapters.
+        exported: in the PEFT file of the portable form, which pads every module to one rank.
+        compact: in that of the compact form, where every module keeps its rank.
+        served_rank: that rank: the smallest that a server accepts and no module exceeds.
     """
 
     live: int
     allocated: int
     trainable: int
     total: int
+    exported: int = 0
+    compact: int = 0
+    served_rank: int = 0
 
     def __str__(self) -> str:
         return (
@@ -44,9 +57,14 @@ def parameters_report(model: nn.Module) -> ParametersReport:
     own = {id(p) for layer in layers for p in layer.trained.values()}
     live = sum(layer.live_parameters for layer in layers)
     others = [p for p in model.parameters() if id(p) not in own]
+    hidden = [(layer.table.hidden, layer.in_features + layer.out_features) for layer in layers]
+    served = served_rank(max((rank for rank, _ in hidden), default=0))
     return ParametersReport(
         live=live,
         allocated=sum(p.numel() for layer in layers for p in layer.trained.values()),
         trainable=live + sum(p.numel() for p in others if p.requires_grad),
         total=live + sum(p.numel() for p in others),
+        exported=sum(served * width for rank, width in hidden if rank),
+        compact=sum(rank * width for rank, width in hidden),
+        served_rank=served,
     )

@@ -286,9 +286,9 @@ def _check_tensors(chosen: dict[str, nn.Module]) -> None:
                 raise ValueError(f"wrap: '{name}' must be float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def parameter_range(layouts: dict[str, UnitLayout], max_rank: int) -> tuple[int, int]:
-    """Return the adapter parameters at rank 1 everywhere and at the largest rank everywhere."""
-    floor = sum(lay.parameters([1] * lay.units) for lay in layouts.values())
+def parameter_range(layouts: dict[str, UnitLayout], max_rank: int, min_rank: int = 1) -> tuple[int, int]:
+    """Return the adapter parameters at the smallest rank everywhere and at the largest rank everywhere."""
+    floor = sum(lay.parameters([min(min_rank, lay.max_rank)] * lay.units) for lay in layouts.values())
     full = sum(lay.parameters([min(max_rank, lay.max_rank)] * lay.units) for lay in layouts.values())
     return floor, full
 
@@ -311,9 +311,9 @@ def _check_head_dim(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> No
 def _check_budget(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> None:
     if not isinstance(config, ArdConfig) or config.budget is None:
         return
-    floor, full = parameter_range(layouts, config.max_rank)
+    floor, full = parameter_range(layouts, config.max_rank, config.min_rank)
     if not floor <= config.budget <= full:
         raise ValueError(
-            f"wrap: budget must be between {floor:,} parameters (rank 1 everywhere) and {full:,} "
+            f"wrap: budget must be between {floor:,} parameters (rank {config.min_rank} everywhere) and {full:,} "
             f"(rank {config.max_rank} everywhere), got {config.budget:,}"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ardlora_ext.native import observers
 from ardlora_ext.native.compiled import DTYPE_CODES, NO_MATRIX, as_rows, core, matrix
 from ardlora_ext.native.dispatch import check_device, hidden_dtype, lora_call
 from ardlora_ext.native.packing import GradientSum
@@ -193,6 +194,8 @@ def _backward_kernel(
         _address(d_gate) if need_dgate else 0,
         dropout=_dropout(p, seed),
     )
+    if observers.watched:
+        observers.tell(rank_table, x2, h, dy2, d_h)
     if lora_A.dtype != torch.float32:
         d_a, d_b = d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
     return (dx.view(x.shape) if need_dx and x2 is not x else dx), d_a, d_b, d_gate

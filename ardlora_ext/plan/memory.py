@@ -210,7 +210,7 @@ def adapter_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, itemsiz
         a, b = _capacities(layout, ranks[name], config)
         trained += itemsize * (a * layout.a_width + b * layout.b_width)
         gated = a if layout.gate_on_a else b
-        if isinstance(config, ArdConfig):
+        if isinstance(config, ArdConfig) and config.mode == "paper":
             fixed += 4 * gated
             scores += 8 * layout.units * (_ARRAYS + max(ranks[name]))
         if isinstance(config, SvdConfig):
@@ -258,8 +258,9 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
     itemsize = dtype.itemsize if config.adapter_dtype == "auto" else 4
     context = _Context(layouts, config, traced, base, 3 * sum(p.numel() * p.element_size() for p in whole), itemsize)
     start = config.initial_rank
-    moving = start + 1 if isinstance(config, ArdConfig) else start  # the look-ahead component
-    last = int(getattr(config, "target_r", None) or start)
+    ahead = isinstance(config, ArdConfig) and config.mode == "paper"
+    moving = start + 1 if ahead else start  # the look-ahead component
+    last = int(getattr(config, "target_r", None) or getattr(config, "r0", None) or start)
     largest = start if not isinstance(config, ArdConfig) else config.max_rank
     parameters = sum(p.numel() for p in unique)
     training = context.ours(moving)

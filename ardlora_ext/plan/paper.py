@@ -60,7 +60,7 @@ def readings(model: nn.Module, plan: Plan) -> list[Reading]:
 
 def _config(names: list[str], factoring: str) -> AdapterConfig:
     literal: Factoring = "independent" if factoring == "independent" else "shared"
-    return ArdConfig(target_modules=names, granularity="head", factoring=literal, modules_to_save=())
+    return ArdConfig(mode="paper", target_modules=names, granularity="head", factoring=literal, modules_to_save=())
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ardlora_ext.ranks.controllers import make_controller
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.optimizer import check_optimizer, outermost, settle_loss_scale, unwrapped
 from ardlora_ext.ranks.rehearsal import rehearse
+from ardlora_ext.ranks.svd_prune import prune
 from ardlora_ext.unbroken import nothing, unbroken, undone_by
 
 
@@ -211,9 +212,16 @@ class _Follower:
 
         if update is not None:
             copies = [copy for found in self.controller.copies if (copy := found()) is not None]
-            resize.apply(self.model, update, self.optimizer, first=self.controller.settle, then=then)
+            first = self.controller.settle
+            if update.leave == "recompress":
+                ranks = {name: [unit.rank for unit in units] for name, units in update.modules.items()}
+                prune(self.model, ranks, self.optimizer, self.controller.metric, first=first, then=then)
+            else:
+                resize.apply(self.model, update, self.optimizer, first=first, then=then)
             for copy in copies:
                 resize.apply_to_copy(self.model, copy, update)
+                if update.leave == "recompress":  # components are new: the copy begins at the model's again
+                    self._renew(copy, update)
             return
         with unbroken():
             self.controller.settle()
@@ -244,6 +252,14 @@ class _Follower:
                 "attach: ranks must not be loaded after it without a state of the controller; call "
                 "controller.load_state_dict(saved) to go on, or attach after model.load_state_dict for a new schedule"
             )
+
+    @torch.no_grad()
+    def _renew(self, copy: nn.Module, update: resize.RankUpdate) -> None:
+        """Give a copy the model's factors where these were recompressed."""
+        ours, theirs = adapters(self.model), adapters(copy)
+        for name in update.modules:
+            for factor, parameter in theirs[name].factors.items():
+                parameter.copy_(ours[name].factors[factor])
 
     def observe(self, optimizer: Optimizer) -> None:
         check_running(self.wrapper)

@@ -1,6 +1,7 @@
 """Train big, then compress: one threshold over the singular values of all updates (PARA, arXiv:2604.27796).
 
-A component of unit u is worth the squared singular value sigma^2 that its loss takes from the update, and costs the
+A component of unit u is worth the squared singular value sigma^2 that its loss takes from the update (or the loss, see
+`controllers/worth.py`), and costs the
 parameters of its rows. At a price p the best ranks maximise  sum sigma_kept^2 - p * parameters,  layer by layer; for
 units with factors of their own that is the threshold sigma^2 / cost >= p. The price is one for the model, the smallest
 that meets the budget; around it ranks are chosen that spend the budget to the last parameter that costs allow
@@ -9,20 +10,20 @@ that meets the budget; around it ranks are chosen that spend the budget to the l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.model.record import adapters
-from ardlora_ext.ranks.controllers.knapsack import SharedMenu, spend
-from ardlora_ext.ranks.recompress import cores, groups, top_directions
-from ardlora_ext.ranks.svd_prune import check_settled, svd_prune
-
-_NOISE = 1e-14  # of the largest sigma^2 of a unit: rounding of float32 factors
+from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.ranks.controllers.worth import Choice, allocate, least_cost, offers
+from ardlora_ext.ranks.loss_metric import Batch, LossFunction
+from ardlora_ext.ranks.recompress import check_finite, cores, groups
+from ardlora_ext.ranks.svd_prune import Basis, check_settled, known_metric, prune
+from ardlora_ext.unbroken import nothing
 
 
 @dataclass(frozen=True)
@@ -45,44 +46,10 @@ class Compression:
     change: float
 
 
-@dataclass(frozen=True)
-class _Units:
-    """Units that use one common factor, what their ranks cost and what they are worth.
-
-    Attributes:
-        name: of the module.
-        indices: in the module.
-        menu: squared singular values kept, by cost.
-    """
-
-    name: str
-    indices: list[int]
-    menu: SharedMenu
-
-
-def _units(name: str, layer: LoraLinear, least: int) -> list[_Units]:
-    """Return the menus of a layer's units, in the basis that serves all units of a shared factor best.
-
-    Ranks go from `least`, or the present one, to the last component that is more than rounding.
-    """
-    lay = layer.layout
-    widths = (lay.a_width, lay.b_width) if lay.gate_on_a else (lay.b_width, lay.a_width)
-    own, common = (widths[0], widths[1]) if lay.shared else (sum(widths), 0)
-    own += layer.lora_E is not None  # a trained gate
-    found = []
-    for group in groups(layer):
-        stack, width = cores(group), len(group.common)
-        basis = top_directions(stack, width, group.common)
-        worth = np.full((len(stack), width + 1), -np.inf)
-        for u, core in enumerate(stack):
-            gain = (layer.scaling**2 * (core @ basis).square().sum(0)).cpu().numpy()
-            present = len(group.own[u])
-            floor = min(least, present)
-            useful = np.flatnonzero(gain[:present] > _NOISE * gain.sum())
-            last = max(floor, int(useful[-1]) + 1 if len(useful) else 0)
-            worth[u, floor : last + 1] = np.concatenate([[0.0], np.cumsum(gain)])[floor : last + 1]
-        found.append(_Units(name, group.units, SharedMenu.of(worth, own, common)))
-    return found
+def _cores(name: str, layer: LoraLinear) -> list[torch.Tensor]:
+    """Return a core for each unit of a layer, of the size of its update; raises ValueError where it is not finite."""
+    check_finite(name, layer)
+    return [core for group in groups(layer) for core in cores(group)]
 
 
 def _allowed(budget: int | float, present: int) -> int:
@@ -97,9 +64,16 @@ def _allowed(budget: int | float, present: int) -> int:
 
 @torch.no_grad()
 def compress(
-    model: nn.Module, budget: int | float, *, optimizer: Optimizer | None = None, min_rank: int = 0
+    model: nn.Module,
+    budget: int | float,
+    *,
+    optimizer: Optimizer | None = None,
+    min_rank: int = 0,
+    metric: Basis = "update",
+    batches: Iterable[Batch] | None = None,
+    loss_fn: LossFunction | None = None,
 ) -> Compression:
-    """Lower ranks until the live adapter parameters fit `budget`, with little change of the updates.
+    """Lower ranks until the live adapter parameters fit `budget`, with little change of the updates or of the loss.
 
     One price for all units decides what stays (see the module's docstring) and the most is spent that `budget` and the
     costs of components allow: all of it where they divide it. Then each update is recompressed by QR and a rank-sized
@@ -111,13 +85,18 @@ def compress(
         budget: adapter parameters allowed (int), or a share of the present ones (float below 1).
         optimizer: to go on training: its state is carried over.
         min_rank: smallest rank of a unit (or its present one, if less). 0: whole units may go.
+        metric: what a component is worth: its share of the `update` (squared singular value), or what the `loss` would
+            lose by it to second order, from rank-sized statistics of a few backward passes.
+        batches: for `metric="loss"`, a few batches that the loss is looked at on; None: what the run itself saw
+            (ARD-LoRA in `mode="anneal"`).
+        loss_fn: `loss_fn(model, batch)` returns a scalar; None: `model(**batch).loss`.
 
     Returns:
         The new ranks, the threshold and the change. Nothing is done if the budget is met already.
 
     Raises:
         ValueError: the model is not wrapped or was never trained, its controller still moves ranks, the budget is below
-            `min_rank` everywhere. Nothing changes then.
+            `min_rank` everywhere, or nothing is known of the loss. Nothing changes then.
         TypeError: budget is not a number.
     """
     check_settled(model, "compress")
@@ -128,21 +107,24 @@ def compress(
         raise ValueError(f"compress: min_rank must be >= 0, got {min_rank}")
     if before <= allowed:
         return Compression({name: list(layer.ranks) for name, layer in layers.items()}, 0.0, before, before, 0.0)
-    units = [found for name, layer in layers.items() for found in _units(name, layer, min_rank)]
-    total = sum(float(found.menu.units.max(axis=1).sum()) for found in units)
-    if total == 0.0:
+    size = sum(layer.scaling**2 * float(c.square().sum()) for n, layer in layers.items() for c in _cores(n, layer))
+    if size == 0.0:
         raise ValueError("compress: adapters must have been trained, got updates that are all zero")
+    known = known_metric(model, metric, batches, loss_fn, "compress")
+    choices = [
+        Choice.of([offer])
+        for name, layer in layers.items()
+        for offer in offers(name, layer, min_rank, None if known is None else known.of(name))
+    ]
     fixed = sum(layer.parameters_at([0] * layer.layout.units) for layer in layers.values())
-    floor = fixed + sum(int(found.menu.cost[0]) for found in units)
+    floor = fixed + least_cost(choices)
     if allowed < floor:
         raise ValueError(
             f"compress: budget must be at least {floor:,} parameters (rank {min_rank} everywhere), got {allowed:,}"
         )
-    entries, price = spend([found.menu for found in units], allowed - fixed)
-    wanted = {name: [0] * layer.layout.units for name, layer in layers.items()}
-    for found, entry in zip(units, entries, strict=True):
-        for u, rank in zip(found.indices, found.menu.ranks(entry).tolist(), strict=True):
-            wanted[found.name][u] = rank
-    change = svd_prune(model, wanted, optimizer)
+    found = allocate(choices, allowed - fixed)
+    controller = injection(model).controller
+    applied = nothing if controller is None else controller.applied
+    change = prune(model, found.ranks, optimizer, known, then=applied)
     after = sum(layer.live_parameters for layer in layers.values())
-    return Compression(wanted, price, before, after, change / total**0.5)
+    return Compression(found.ranks, found.price, before, after, change / size**0.5)

@@ -70,6 +70,14 @@ class EightBit:
         scale = torch.where(same, self.scale[(first // self.block).clamp(min=0)], largest).view(-1)
         return EightBit(codes.view(shape), scale, self.qmap, self.block)
 
+    def with_values(self, values: torch.Tensor) -> EightBit:
+        """Return the moment of these values [rows, width] float32 in the same map and blocks."""
+        flat = values.reshape(-1)
+        blocks = F.pad(flat, (0, -len(flat) % self.block)).view(-1, self.block)
+        largest = blocks.abs().amax(1, keepdim=True)
+        codes = self._encode(blocks / largest.clamp(min=_TINY)).view(-1)[: len(flat)]
+        return EightBit(codes.view(values.shape), largest.view(-1), self.qmap, self.block)
+
     def _encode(self, values: torch.Tensor) -> torch.Tensor:
         """Return the nearest codes of values in [-1, 1]. 0 stays 0, and in a map without signs only 0 becomes 0.
 

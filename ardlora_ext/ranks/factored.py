@@ -40,6 +40,14 @@ class Factored:
         ratio = torch.where((before > 0) & (after > 0), after / before, 1.0)
         return Factored(row.view(-1, *self.row.shape[1:]), self.column * ratio, self.column_key)
 
+    def with_rows(self, row: torch.Tensor, rows: int) -> Factored:
+        """Return the moment whose first rows have these numbers, of a parameter of so many rows."""
+        flat = self.row.new_zeros(rows)
+        flat[: len(row)] = row.to(flat.dtype)
+        before, after = self.row.mean(), flat.mean()
+        ratio = torch.where((before > 0) & (after > 0), after / before, 1.0)
+        return Factored(flat.view(-1, *self.row.shape[1:]), self.column * ratio, self.column_key)
+
 
 def find(state: Mapping[str, Any], rows: int, width: int) -> dict[str, Factored]:
     """Return the factored moments among the optimizer state of a parameter [rows, width], by the key of their rows."""

@@ -133,10 +133,16 @@ def remember_copies(optimizer: Optimizer, keys: set[str]) -> None:
     setattr(optimizer, _COPIES, keys)
 
 
+def copied(optimizer: Optimizer) -> set[str]:
+    """Return the keys of state that is a copy of the weights."""
+    found: set[str] = getattr(optimizer, _COPIES, set())
+    return found
+
+
 def copies(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
     """Return the state of `parameter` that is a copy of it, [rows, width], by key."""
     state = optimizer.state.get(parameter, {})
-    found = {key: state[key] for key in getattr(optimizer, _COPIES, ()) if key in state}
+    found = {key: state[key] for key in copied(optimizer) if key in state}
     return {key: value.view(parameter.shape) for key, value in found.items() if value.numel() == parameter.numel()}
 
 

@@ -24,6 +24,13 @@ coefficients, E[(sum d_i x_i)^2] = sum d_i^2 E[x_i^2] for uncorrelated x_i.
 **Trained gates** (P Lambda Q form): c = 1, O_u' gets rows of norm 1 and their norms n become the gates. So dC' = D dC
 as before, dO_u' = diag(n) T diag(g_u)^-1 dO_u, and d(g')_j = O'_j G C'_j^T is carried by its diagonal terms, the sum
 over i of D_ji T_ji g_i d(g)_i / n_j.
+
+**Metric of the loss.** R_C and R_u enter by their Grams alone: R_C^T R_C = C C^T and R_u^T R_u = O_u O_u^T, which say
+how large M_u is. With the second moments P of h = C x and Q_u of k = O_u dy in their place (`loss_metric`), cores say
+what M_u is worth to the loss, and the same equations keep what costs least to second order; the optimum over all
+matrices of the rank lies in the span of the present factors. Rows of C' then are orthonormal for the inputs; they are
+made orthonormal plainly, C' = L Z with L lower triangular (a unit uses the first rows): T' = c L^-1 T,
+D' = L^T D / c.
 """
 
 from __future__ import annotations
@@ -59,6 +66,21 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """Second moments of a group's hidden activations.
+
+    Attributes:
+        common: P [R, R].
+        own: Q_u [r_u, r_u] by unit.
+        damping: share of the plain Gram matrices that is mixed in, at equal traces.
+    """
+
+    common: torch.Tensor
+    own: list[torch.Tensor]
+    damping: float
+
+
+@dataclass(frozen=True)
 class Recompressed:
     """New rows of a group and the matrices by which gradients turn; shapes as in the module's notation."""
 
@@ -68,12 +90,27 @@ class Recompressed:
     turn_common: torch.Tensor  # [R', R]
     turn_own: list[torch.Tensor]  # by unit [r'_u, r_u]
     turn_gate: list[torch.Tensor]  # by unit [r'_u, r_u]
+    common_map: torch.Tensor  # [R', R], common' = common_map common
+    own_map: list[torch.Tensor]  # by unit [r'_u, r_u], own' = own_map own
     lost: float  # sum_u ||M_u - M_u'||^2
 
 
 def factor_names(layer: LoraLinear) -> tuple[str, str]:
     """Return the names of the common and the own factor of a layer's units; gates act on the own one."""
     return ("lora_B", "lora_A") if layer.layout.gate_on_a else ("lora_A", "lora_B")
+
+
+def check_finite(name: str, layer: LoraLinear) -> None:
+    """Check that the factors hold numbers; no SVD says so in words.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in layer.factors.values()):
+        raise ValueError(
+            f"rank change: adapters must be finite, got NaN or Inf in '{name}'; a loss or gradient was not finite at "
+            "an earlier step"
+        )
 
 
 def groups(layer: LoraLinear) -> list[Group]:
@@ -106,10 +143,38 @@ def _qr(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, r
 
 
-def cores(group: Group) -> list[torch.Tensor]:
-    """Return K_u of each unit: orthogonally equivalent to its update, rank-sized [min(r_u, .), R]."""
-    r_common = _qr(group.common)[1]
-    return [(_qr(own)[1] * gate) @ r_common[:, : len(own)].T for own, gate in zip(group.own, group.gate, strict=True)]
+def _root(rows: torch.Tensor, moment: torch.Tensor | None, damping: float) -> torch.Tensor:
+    """Return R with R^T R = rows rows^T, or the damped `moment` in its place."""
+    if moment is None:
+        return _qr(rows)[1]
+    plain = rows @ rows.T
+    size = float(plain.diagonal().sum())
+    if size > 0.0:
+        moment = moment + plain * (damping * float(moment.diagonal().sum()) / size)
+    values, vectors = torch.linalg.eigh(moment)
+    root: torch.Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
+    return root
+
+
+def cores(group: Group, metric: Metric | None = None) -> list[torch.Tensor]:
+    """Return K_u of each unit, rank-sized [min(r_u, .), R].
+
+    Orthogonally equivalent to its update, or in the metric of the loss to sqrt(Q_u) X sqrt(P).
+    """
+    moments = [None] * len(group.own) if metric is None else metric.own
+    damping = 0.0 if metric is None else metric.damping
+    r_common = common_root(group, metric)
+    return [
+        (_root(own, moment, damping) * gate) @ r_common[:, : len(own)].T
+        for own, gate, moment in zip(group.own, group.gate, moments, strict=True)
+    ]
+
+
+def common_root(group: Group, metric: Metric | None) -> torch.Tensor:
+    """Return R_C [., R]."""
+    if metric is None:
+        return _root(group.common, None, 0.0)
+    return _root(group.common, metric.common, metric.damping)
 
 
 def top_directions(stack: Sequence[torch.Tensor], width: int, like: torch.Tensor) -> torch.Tensor:
@@ -173,7 +238,9 @@ def _refined(basis: torch.Tensor, stack: Sequence[torch.Tensor], ranks: Sequence
     return basis
 
 
-def best_basis(group: Group, stack: Sequence[torch.Tensor], ranks: Sequence[int]) -> torch.Tensor:
+def best_basis(
+    group: Group, stack: Sequence[torch.Tensor], ranks: Sequence[int], metric: Metric | None = None
+) -> torch.Tensor:
     """Return orthonormal columns W [R, max rank] that keep most of sum_u ||K_u W[:, :r'_u]||^2.
 
     Equal ranks (or one unit): the exact optimum. Unequal ranks: from each of five starts (all units' top directions;
@@ -193,7 +260,7 @@ def best_basis(group: Group, stack: Sequence[torch.Tensor], ranks: Sequence[int]
     for own, gate in zip(group.own, group.gate, strict=True):
         energy[: len(own)] += (gate[:, None] * own).square().sum(1)
     order = torch.argsort(energy * group.common.square().sum(1), descending=True, stable=True)
-    r_common = _qr(group.common)[1]
+    r_common = common_root(group, metric)
     spans = [torch.linalg.qr(r_common[:, o]).Q[:, :most] for o in (slice(None), order)]
     starts = [everything, _forward(stack, ranks, group.common), _backward(stack, ranks, group.common), *spans]
     best: torch.Tensor = max((_refined(start, stack, ranks) for start in starts), key=kept)
@@ -207,10 +274,12 @@ def _first(group: Group, ranks: Sequence[int]) -> Recompressed:
     own = [rows[:r] for rows, r in zip(group.own, ranks, strict=True)]
     gate = [values[:r] for values, r in zip(group.gate, ranks, strict=True)]
     lost = sum(float(core.square().sum()) for core, r in zip(cores(group), ranks, strict=True) if r == 0)
-    return Recompressed(group.common[: max(ranks)], own, gate, common, turns, turns, lost)
+    return Recompressed(group.common[: max(ranks)], own, gate, common, turns, turns, common, turns, lost)
 
 
-def recompress(group: Group, ranks: Sequence[int], trained_gate: bool = False) -> Recompressed:
+def recompress(
+    group: Group, ranks: Sequence[int], trained_gate: bool = False, metric: Metric | None = None
+) -> Recompressed:
     """Return the factors of these ranks nearest to the present update, by the module's equations.
 
     Units whose update is zero, and groups whose ranks stay, keep their first components bit for bit.
@@ -219,31 +288,56 @@ def recompress(group: Group, ranks: Sequence[int], trained_gate: bool = False) -
         group: the present factors.
         ranks: new rank of each unit, none above its present one.
         trained_gate: put singular values into the gates instead of folding gates into the factors.
+        metric: what the loss says of the group; None: all changes of one size are worth the same.
     """
-    stack = cores(group)
+    stack = cores(group, metric)
     same = list(ranks) == [len(own) for own in group.own]
     if same or max(ranks) == 0 or not any(float(core.abs().max()) > 0 for core in stack if core.numel()):
         return _first(group, ranks)
-    basis = best_basis(group, stack, ranks)
-    q_common, r_common = _qr(group.common)
+    r_common = common_root(group, metric)
+    basis = best_basis(group, stack, ranks, metric)
     scale = 1.0 if trained_gate else float(group.common.square().sum(1).mean().sqrt())
     turn = basis.T @ r_common / scale  # D
     back = scale * basis.T @ torch.linalg.pinv(r_common, rtol=_NOISE).T  # T
-    own, gate, turn_own, turn_gate, lost = [], [], [], [], 0.0
-    for rows, old_gate, core, r in zip(group.own, group.gate, stack, ranks, strict=True):
-        kept = core @ basis[:, :r]
-        lost += max(0.0, float(core.square().sum() - kept.square().sum()))
-        new = (_qr(rows)[0] @ kept).T / scale
+    lower = basis.new_zeros(0, 0)  # L, where rows are not orthonormal already
+    if metric is not None:
+        lower = torch.linalg.qr((back @ group.common).T).R.T / scale
+        diagonal = lower.diagonal().abs()
+        if lower.shape[0] != lower.shape[1] or float(diagonal.min()) <= _NOISE * float(diagonal.max()):
+            lower = basis.new_zeros(0, 0)
+    whole = turn
+    if len(lower):
+        whole, back = lower.T @ turn, torch.linalg.solve_triangular(lower, back, upper=False)
+    own, gate, turn_own, turn_gate, own_map = [], [], [], [], []
+    for rows, old_gate, r in zip(group.own, group.gate, ranks, strict=True):
+        d, t = turn[:r, : len(rows)], back[:r, : len(rows)]
+        if len(lower):
+            d = lower[:r, :r].T @ d
+        new = (d * old_gate) @ rows
         norm = new.new_ones(r)
         if trained_gate:
             new, norm = _normalised(new, rows)
         inverse = torch.where(old_gate == 0, 0.0, 1.0 / old_gate)
-        t, d = back[:r, : len(rows)], turn[:r, : len(rows)]
         own.append(new)
         gate.append(norm)
+        own_map.append(torch.where(norm[:, None] == 0, 0.0, d * old_gate / norm[:, None]))
         turn_own.append(norm[:, None] * t * inverse)
         turn_gate.append(torch.where(norm[:, None] == 0, 0.0, d * t * old_gate / norm[:, None]))
-    return Recompressed(scale * (q_common @ basis).T, own, gate, turn, turn_own, turn_gate, lost)
+    common = back @ group.common
+    lost = _distance(group, common, own, gate)
+    return Recompressed(common, own, gate, whole, turn_own, turn_gate, back, own_map, lost)
+
+
+def _distance(group: Group, common: torch.Tensor, own: list[torch.Tensor], gate: list[torch.Tensor]) -> float:
+    """Return sum_u ||M_u - M_u'||^2 from rank-sized products."""
+    both = torch.cat([group.common, common])
+    wide = both @ both.T
+    total, first = 0.0, len(group.common)
+    for rows, old_gate, new, norm in zip(group.own, group.gate, own, gate, strict=True):
+        change = torch.cat([old_gate[:, None] * rows, -norm[:, None] * new])
+        at = [*range(len(rows)), *range(first, first + len(new))]
+        total += float(((change @ change.T) * wide[at][:, at]).sum())
+    return max(0.0, total)
 
 
 def _normalised(new: torch.Tensor, old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,8 @@ from ardlora_ext.ranks.factored import Factored
 from ardlora_ext.ranks.optimizer import copies, moments, pin_lr, restart, stored
 from ardlora_ext.unbroken import nothing, unbroken
 
-Rows = Mapping[tuple[str, str], torch.Tensor]  # by (factor, "" | "grad" | "lora_gate" | state key), its first rows
+# By (factor, "" | "grad" | "lora_gate" | state key), its first rows, or a whole moment in a form of its own.
+Rows = Mapping[tuple[str, str], torch.Tensor | EightBit | Factored]
 ZERO = -1  # plan entry of a new row
 _OWN = {"", "grad", "lora_gate"}  # of what has the rows of a factor: not the optimizer's
 
@@ -61,17 +62,20 @@ class RankUpdate:
         init: how new components start, see `ardlora_ext.layers.svd_start`.
         optimizer: `follow`: moments move with their rows. What ElaLoRA's code does: `restarted`, all state is
             forgotten and the learning rate stays at its peak from then on; `pinned`, only the latter.
+        leave: how components go: they are dropped, or the update is recompressed to the new ranks (`svd_prune`).
     """
 
     modules: Mapping[str, tuple[UnitUpdate, ...]]
     seed: int = 0
     init: NewRows = "zero"
     optimizer: Literal["follow", "pinned", "restarted"] = "follow"
+    leave: Literal["drop", "recompress"] = "drop"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and lists."""
         modules = {n: [{"keep": list(u.keep), "grow": u.grow} for u in units] for n, units in self.modules.items()}
-        return {"seed": self.seed, "init": self.init, "optimizer": self.optimizer, "modules": modules}
+        how = {"seed": self.seed, "init": self.init, "optimizer": self.optimizer, "leave": self.leave}
+        return {**how, "modules": modules}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RankUpdate:
@@ -79,7 +83,7 @@ class RankUpdate:
         modules = {
             n: tuple(UnitUpdate(tuple(u["keep"]), u["grow"]) for u in units) for n, units in values["modules"].items()
         }
-        return cls(modules, values["seed"], values["init"], values["optimizer"])
+        return cls(modules, values["seed"], values["init"], values["optimizer"], values.get("leave", "drop"))
 
 
 def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
@@ -266,7 +270,9 @@ def _start(change: _Change, init: NewRows, seed: int) -> tuple[dict[str, torch.T
     return {"lora_A": a}, [Fresh(a, fresh, ROW_NORM)] if room else []
 
 
-def _plan_writes(change: _Change, started: Mapping[str, torch.Tensor], given: Rows) -> None:
+def _plan_writes(
+    change: _Change, started: Mapping[str, torch.Tensor], given: Rows, optimizer: Optimizer | None
+) -> None:
     """Note what is written once rows have moved: the new rows, and what the caller gives."""
     for name, rows in started.items():
         factor = change.factors[name]
@@ -277,9 +283,13 @@ def _plan_writes(change: _Change, started: Mapping[str, torch.Tensor], given: Ro
             for key in ("", *factor.copies) if new else ():
                 change.writes.append((factor.new[key][place], rows[place].to(factor.new[key])))
             begin = place.stop
-    for (name, key), rows in given.items():
-        target = change.factors[name].new[key][: len(rows)]
-        change.writes.append((target, rows.to(target)))
+    for (name, key), value in given.items():
+        factor = change.factors[name]
+        if isinstance(value, (EightBit, Factored)):
+            factor.state |= stored(optimizer, factor.parameter, key, value)
+        else:
+            target = factor.new[key][: len(value)]
+            change.writes.append((target, value.to(target)))
 
 
 @torch.no_grad()
@@ -327,7 +337,7 @@ def apply(
         fresh += unfinished
     orthogonal_rows(fresh)
     for change, values in zip(changes, started, strict=True):
-        _plan_writes(change, values, {} if rows is None else rows[change.name])
+        _plan_writes(change, values, {} if rows is None else rows[change.name], optimizer)
     moves = _moves(changes)
     with unbroken():
         first()

@@ -54,6 +54,19 @@ def _loading(metrics: Json, folder: Path) -> list[str]:
     return lines
 
 
+def _export_rows(metrics: Json) -> list[tuple[str, str]]:
+    """Return what the PEFT file holds, and why where that is more than the budget; nothing for runs of before."""
+    exported = metrics.get("params_exported")
+    if exported is None:
+        return []
+    rank, budget = metrics["served_rank"], metrics["params_budget"]
+    rows = [("PEFT file", f"{exported:,} parameters, every module at rank {rank}, which a server must hold")]
+    if budget is not None and exported > budget:
+        why = "more than the budget: it pads to the largest rank. --serve-rank N caps it; the compact form has "
+        rows.append(("", why + f"{metrics['params_compact']:,}"))
+    return rows
+
+
 def _summary_rows(metrics: Json, folder: Path) -> list[tuple[str, str]]:
     metric: Callable[[float], str] = lambda value: format_metric(metrics["metric_name"], value)  # noqa: E731
     units = list(chain.from_iterable(metrics["ranks"].values()))
@@ -65,6 +78,7 @@ def _summary_rows(metrics: Json, folder: Path) -> list[tuple[str, str]]:
         ("loss", f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}"),
         ("adapter parameters", f"{metrics['params_live']:,} live ({share:.2%} of the model)"),
         ("", f"{metrics['params_peak']:,} at the peak, budget {'none' if budget is None else f'{budget:,}'}"),
+        *_export_rows(metrics),
         ("rank", f"mean {statistics.fmean(units):.2f}, min {min(units)}, max {max(units)}, {len(units):,} units"),
         ("time", f"{format_duration(metrics['seconds'])}, {metrics['step_ms_median']:.0f} ms a step (median)"),
         ("speed", f"{metrics['tokens_per_s']:,.0f} tokens/s"),

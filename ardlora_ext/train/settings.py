@@ -73,6 +73,7 @@ class Settings:
         r: Rank of every unit at the start (adalora: at the end, it starts at 1.5 times that).
         lora_dropout: Dropout of the adapters' input.
         budget: Most live adapter parameters at the end; None for what plain LoRA with `r` has.
+        mode: Of the method: "anneal" or "paper" (ard), "paper" or "code" (elalora); None for the method's default.
         granularity: What has a rank of its own: "head", "matrix" or "layer"; None for the method's default.
         factoring: Of heads: "shared" or "independent", see `AdapterConfig`; None for the method's default.
         target_modules: Suffixes of the modules to adapt, as in PEFT, or ("all-linear",).
@@ -115,6 +116,7 @@ class Settings:
     r: int = 8
     lora_dropout: float = 0.0
     budget: int | None = None
+    mode: Literal["anneal", "paper", "code"] | None = None
     granularity: Literal["head", "matrix", "layer"] | None = None
     factoring: Literal["shared", "independent"] | None = None
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -181,6 +183,7 @@ class Settings:
             "target_modules": "all-linear" if self.target_modules == ("all-linear",) else self.target_modules,
             "modules_to_save": heads,
             "lora_dropout": self.lora_dropout,
+            "mode": self.mode,
             "granularity": self.granularity,
             "factoring": self.factoring,
             "budget": self.budget,

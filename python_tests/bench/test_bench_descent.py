@@ -18,7 +18,7 @@ from helpers.models import trainable
 def prepared(gate: descent.Gate) -> tuple[descent.Bed, ArdController]:
     bed = descent.Bed(1)
     options = {"gate_floor": descent.FLOOR, "gate_width": descent.GATE_WIDTH}
-    config = ard.ArdConfig(r0=2, r_max=4, lora_alpha=2, gate=gate, granularity="matrix", **options)  # type: ignore[arg-type]
+    config = ard.ArdConfig(mode="paper", r0=2, r_max=4, lora_alpha=2, gate=gate, granularity="matrix", **options)  # type: ignore[arg-type]
     ard.wrap(bed, config)
     controller = ard.attach(bed, SGD(trainable(bed), lr=0.1))
     assert isinstance(controller, ArdController)

@@ -129,7 +129,9 @@ def test_marginal_gains_meet_the_price(price: float) -> None:
     ratios = []
     for seed in range(3):
         task = PlantedBed().task(seed)
-        config = ard.ArdConfig(r0=3, lora_alpha=3, granularity="matrix", l1=price, total_steps=300, seed=seed)
+        config = ard.ArdConfig(
+            mode="paper", r0=3, lora_alpha=3, granularity="matrix", l1=price, total_steps=300, seed=seed
+        )
         ard.wrap(task.model, config)
         optimizer = torch.optim.AdamW(task.groups(0.01), weight_decay=0.0)
         controller = ard.attach(task.model, optimizer)

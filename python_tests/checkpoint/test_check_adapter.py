@@ -90,8 +90,8 @@ def test_the_rules_of_the_loaders(options: dict[str, Any], tmp_path: Path) -> No
 
 
 CONFIGS: dict[str, Callable[[], ard.AdapterConfig]] = {
-    "heads": lambda: ard.ArdConfig(r0=3, lora_alpha=5.0),
-    "own factors": lambda: ard.ArdConfig(r0=2, factoring="independent"),
+    "heads": lambda: ard.ArdConfig(mode="paper", granularity="head", r0=3, lora_alpha=5.0),
+    "own factors": lambda: ard.ArdConfig(mode="paper", granularity="head", r0=2, factoring="independent"),
     "rslora": lambda: ard.LoraConfig(r=4, use_rslora=True),
     "P Lambda Q": lambda: ard.ElaConfig(r=3),
     "dora": lambda: ard.DoraConfig(r=3),
@@ -119,7 +119,7 @@ def test_our_exports_are_scaled_right(kind: str, form: Any, tmp_path: Path) -> N
 @NOT_ATTACHED
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
 def test_compact_form_on_every_architecture(name: str, tmp_path: Path) -> None:
-    model, written = exported(tmp_path, ard.ArdConfig(r0=3, granularity="matrix"), name, form="compact")
+    model, written = exported(tmp_path, ard.ArdConfig(mode="paper", r0=3, granularity="matrix"), name, form="compact")
     batch = base(name)[1]
     loaded = peft.PeftModel.from_pretrained(base(name)[0], tmp_path).eval()
     assert_same(logits(loaded, batch), logits(model, batch))
@@ -132,7 +132,9 @@ def test_compact_form_on_every_architecture(name: str, tmp_path: Path) -> None:
 @NOT_ATTACHED
 @pytest.mark.parametrize("form", ["portable", "compact"])
 def test_compress_cuts_to_the_best_approximation(form: Any, tmp_path: Path) -> None:
-    model, written = exported(tmp_path, ard.ArdConfig(r0=3, factoring="independent"), form=form, compress=6)
+    model, written = exported(
+        tmp_path, ard.ArdConfig(mode="paper", granularity="head", r0=3, factoring="independent"), form=form, compress=6
+    )
     assert written.r == 6
     assert max(written.ranks.values()) == 6
     factors = load_file(tmp_path / "adapter_model.safetensors")
@@ -153,7 +155,7 @@ def test_compress_cuts_to_the_best_approximation(form: Any, tmp_path: Path) -> N
 
 @NOT_ATTACHED
 def test_a_wrong_export_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exported(tmp_path, ard.ArdConfig(r0=3))
+    exported(tmp_path, ard.ArdConfig(mode="paper", granularity="head", r0=3))
     assert main(["check-adapter", str(tmp_path)]) == 0
     path = tmp_path / "adapter_config.json"
     right = path.read_text()

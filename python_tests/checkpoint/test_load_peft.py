@@ -24,9 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 METHODS: dict[str, AdapterConfig] = {
     "lora": ard.LoraConfig(r=6),
-    "ard, heads": ard.ArdConfig(r0=2),
-    "ard, own factors": ard.ArdConfig(r0=4, factoring="independent", granularity="head"),
-    "ard, matrices, in bf16-like scale": ard.ArdConfig(r0=3, lora_alpha=7.0, granularity="matrix"),
+    "ard, heads": ard.ArdConfig(mode="paper", granularity="head", r0=2),
+    "ard, own factors": ard.ArdConfig(mode="paper", r0=4, factoring="independent", granularity="head"),
+    "ard, matrices, in bf16-like scale": ard.ArdConfig(mode="paper", r0=3, lora_alpha=7.0, granularity="matrix"),
     "elalora": ard.ElaConfig(r=4, total_steps=20, deltaT=2),
     "adalora": ard.AdaConfig(init_r=8, target_r=2, total_steps=20),
     "dora": ard.DoraConfig(r=6),
@@ -87,7 +87,7 @@ def test_every_method_goes_on_from_there(method: str, tmp_path: Path) -> None:
 
 def test_ranks_grow_past_those_of_peft(tmp_path: Path) -> None:
     _, batch = trained_by_peft(tmp_path, "llama", r=2, lora_alpha=2)
-    config = ard.ArdConfig(r0=2, l1=0.0, tv=0.0, update_interval=1, lr_alpha=0.2, granularity="matrix")
+    config = ard.ArdConfig(mode="paper", r0=2, l1=0.0, tv=0.0, update_interval=1, lr_alpha=0.2, granularity="matrix")
     model = ard.load_peft(base("llama")[0], tmp_path, config)
     optimizer = AdamW(trainable(model), lr=1e-2)
     controller = ard.attach(model, optimizer, total_steps=30)
@@ -133,8 +133,16 @@ def test_a_pickled_checkpoint_is_read_without_running_it(tmp_path: Path) -> None
         ({"target_modules": ["embed_tokens", "q_proj"]}, ard.LoraConfig(), "linear layers only, got the embedding"),
         ({"bias": "all"}, ard.LoraConfig(), "adapter must have bias='none', got 'all'"),
         ({}, ard.LoraConfig(r=3), r"must be at most 3 per unit, got 4; use a config with a larger rank limit"),
-        ({"r": 12}, ard.ArdConfig(), r"at most 8 per unit, got 12; use granularity='matrix'"),
-        ({}, ard.ArdConfig(gate="sigmoid"), "gate must be 'ramp' or 'ste', which start fully open, got 'sigmoid'"),
+        (
+            {"r": 12},
+            ard.ArdConfig(mode="paper", granularity="head"),
+            r"at most 8 per unit, got 12; use granularity='matrix'",
+        ),
+        (
+            {},
+            ard.ArdConfig(mode="paper", granularity="head", gate="sigmoid"),
+            "gate must be 'ramp' or 'ste', which start fully open, got 'sigmoid'",
+        ),
         ({}, ard.LoraConfig(exclude_modules=["v_proj"]), "v_proj', and config must not exclude it"),
     ],
 )

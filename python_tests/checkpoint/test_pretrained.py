@@ -64,7 +64,7 @@ def test_peft_gives_the_same_logits(architecture: Architecture, factoring: Any, 
     model, batch = architecture
     base = copy.deepcopy(model)
     plain = logits(model, batch)
-    tuned(model, ard.ArdConfig(r0=3, factoring=factoring, lora_alpha=6))
+    tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=3, factoring=factoring, lora_alpha=6))
     expected = logits(model, batch)
     assert (expected - plain).abs().max() > 0.01 * plain.abs().max(), "the adapters do something"
     theirs = PeftModel.from_pretrained(base, save(model, tmp_path)).eval()
@@ -76,7 +76,7 @@ def test_peft_gives_the_same_logits(architecture: Architecture, factoring: Any, 
 
 def test_adapter_config(architecture: Architecture, tmp_path: Path) -> None:
     model, _ = architecture
-    save(tuned(model, ard.ArdConfig(r0=3)), tmp_path)
+    save(tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=3)), tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
     config = json.loads(text)
     assert list(config) == sorted(config)
@@ -93,7 +93,7 @@ def test_adapter_config(architecture: Architecture, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_scale_rules_of_servers_give_one(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name]()[0]
-    save(tuned(model, ard.ArdConfig(r0=3, lora_alpha=5)), tmp_path)
+    save(tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=3, lora_alpha=5)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     vllm = config["lora_alpha"] / config["r"]  # one scale for the whole adapter
@@ -116,7 +116,10 @@ def test_load_restores_every_bit(factoring: Any, options: Any, tmp_path: Path) -
     dtype = torch.bfloat16 if options.get("adapter_dtype") else torch.float32
     model, batch = llama()
     base = copy.deepcopy(model).to(dtype)
-    tuned(model.to(dtype), ard.ArdConfig(r0=3, modules_to_save=["norm"], factoring=factoring, **options))
+    tuned(
+        model.to(dtype),
+        ard.ArdConfig(mode="paper", granularity="head", r0=3, modules_to_save=["norm"], factoring=factoring, **options),
+    )
     clone = ard.load_pretrained(base, save(model, tmp_path))
     assert clone is base
     for name, layer in ard.adapters(model).items():
@@ -138,7 +141,16 @@ STEPS = 60
 
 @pytest.mark.parametrize("at", [10, 24, 25, 38, 50])  # warm-up, before and after a rank change, hardening, frozen
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(at: int, tmp_path: Path) -> None:
-    config = ard.ArdConfig(r0=2, head_dim=8, update_interval=6, lr_alpha=0.05, warmup_ratio=0.2, harden_ratio=0.1)
+    config = ard.ArdConfig(
+        mode="paper",
+        granularity="head",
+        r0=2,
+        head_dim=8,
+        update_interval=6,
+        lr_alpha=0.05,
+        warmup_ratio=0.2,
+        harden_ratio=0.1,
+    )
     data = torch.randn(STEPS, 2, 16, 32)
 
     def train(model: nn.Module, optimizer: AdamW, steps: range) -> None:
@@ -174,7 +186,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(at: int, tmp_path: Path)
 
 
 def test_saving_an_ard_model_that_was_never_attached_says_so(tmp_path: Path) -> None:
-    model = ard.wrap(Attention(), ard.ArdConfig())
+    model = ard.wrap(Attention(), ard.ArdConfig(mode="paper", granularity="head"))
     with pytest.warns(UserWarning, match=r"ardlora_ext\.attach\(model, optimizer\) was never called"):
         ard.save_pretrained(model, tmp_path / "ard")
     ard.save_pretrained(ard.wrap(Attention(), ard.LoraConfig()), tmp_path / "lora")  # nothing to say here
@@ -243,7 +255,7 @@ def test_saving_needs_a_wrapped_model_and_a_directory(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = ard.ArdConfig(r0=3, head_dim=8, modules_to_save=["down"])
+    config = ard.ArdConfig(mode="paper", granularity="head", r0=3, head_dim=8, modules_to_save=["down"])
     return save(tuned(Attention(), config), tmp_path_factory.mktemp("checkpoint"))
 
 
@@ -370,7 +382,7 @@ def test_a_checkpoint_of_another_model(checkpoint: Path, make: Callable[[], nn.M
 
 def test_other_heads_in_the_same_matrices(tmp_path: Path) -> None:
     model = llama()[0]
-    save(tuned(model, ard.ArdConfig(r0=2)), tmp_path)
+    save(tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=2)), tmp_path)
     config = copy.deepcopy(model.config)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 16
     other = type(model)(config)

@@ -48,7 +48,11 @@ def test_impossible_configs(cls: type[AdapterConfig], options: Mapping[str, Any]
 
 
 @pytest.mark.parametrize(
-    "config", [ard.LoraConfig(r=4, use_rslora=True), ard.ArdConfig(r0=3, l1=0.1, head_dim={"up": ("in", 8)})]
+    "config",
+    [
+        ard.LoraConfig(r=4, use_rslora=True),
+        ard.ArdConfig(mode="paper", granularity="head", r0=3, l1=0.1, head_dim={"up": ("in", 8)}),
+    ],
 )
 def test_configs_survive_json(config: AdapterConfig) -> None:
     values = config_to_dict(config)
@@ -63,7 +67,7 @@ def test_configs_survive_json(config: AdapterConfig) -> None:
 def test_scaling_is_fixed_by_the_initial_rank(rslora: bool, expected: float) -> None:
     for config in (
         ard.LoraConfig(r=4, lora_alpha=16, use_rslora=rslora),
-        ard.ArdConfig(r0=4, lora_alpha=16, use_rslora=rslora),
+        ard.ArdConfig(mode="paper", granularity="head", r0=4, lora_alpha=16, use_rslora=rslora),
     ):
         model = ard.wrap(Attention(), config)
         scramble(model)

@@ -153,7 +153,12 @@ class Causal:
     def __init__(self, wrapper: Wrapper) -> None:
         self.model = self.base()
         self.tokens = torch.randint(0, 64, (STEPS, 4, 12))
-        ard.wrap(self.model, ard.ArdConfig(**{**ARD, "head_dim": None}, modules_to_save=["norm"]))
+        ard.wrap(
+            self.model,
+            ard.ArdConfig(
+                **{"mode": "paper", "granularity": "head", **ARD, "head_dim": None}, modules_to_save=["norm"]
+            ),
+        )
         self.wrapped = wrapper(self.model)
         self.optimizer = torch.optim.AdamW(trainable(self.model), lr=0.01, eps=1e-4)
         self.controller = ard.attach(self.wrapped, self.optimizer, total_steps=STEPS)
@@ -228,7 +233,7 @@ def _train_named(rank: int, size: int, wrapper: Wrapper) -> list[Trained]:
     model = Causal.base()
     tokens = torch.randint(0, 64, (STEPS, 4, 12))
     options = {"modules_to_save": ["norm"]}
-    ard.wrap(model, ard.ArdConfig(**{**ARD, "head_dim": None}, **options))
+    ard.wrap(model, ard.ArdConfig(**{"mode": "paper", "granularity": "head", **ARD, "head_dim": None}, **options))
     ard.add_adapter(model, "other", ard.ElaConfig(r=4, r_max=8, k=2, b=3, **{**SVD, **options}))
     wrapped = wrapper(model)
     found = []

@@ -73,7 +73,10 @@ def notice(rank: int) -> dict[str, Any]:
 
     refused("join", join)
     refused("join, all stop", lambda: join(throw_on_early_termination=True))
-    refused("elastic", lambda: ard.attach(*small(ard.ArdConfig(capacity="elastic", head_dim=8))))
+    refused(
+        "elastic",
+        lambda: ard.attach(*small(ard.ArdConfig(mode="paper", granularity="head", capacity="elastic", head_dim=8))),
+    )
     refused("unbounded", lambda: small(ard.ElaConfig()))
 
     mesh = init_device_mesh("cpu", (2,))
@@ -110,7 +113,7 @@ def notice(rank: int) -> dict[str, Any]:
 
 def sent(rank: int) -> list[int]:
     """Return the elements of each all-reduce of a replicated model, the first backward of which fails half-way."""
-    model, _ = small(ard.ArdConfig(capacity="fixed", r0=2, head_dim=8))
+    model, _ = small(ard.ArdConfig(mode="paper", granularity="head", capacity="fixed", r0=2, head_dim=8))
     ard.replicate(model)
     sizes: list[int] = []
     reduce = dist.all_reduce

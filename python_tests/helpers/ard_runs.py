@@ -36,4 +36,15 @@ def run(config: ard.ArdConfig, steps: int, watch: EveryStep | None = None, lr: f
 
 def fast(**options: Any) -> ard.ArdConfig:
     """Ranks that move within a few steps."""
-    return ard.ArdConfig(**{"r0": 3, "r_max": 6, "head_dim": 8, "update_interval": 2, "lr_alpha": 0.1, **options})
+    return ard.ArdConfig(
+        **{
+            "mode": "paper",
+            "granularity": "head",
+            "r0": 3,
+            "r_max": 6,
+            "head_dim": 8,
+            "update_interval": 2,
+            "lr_alpha": 0.1,
+            **options,
+        }
+    )

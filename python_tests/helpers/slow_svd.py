@@ -153,11 +153,16 @@ class SlowModel:
                     total = total + square / (4 * len(self.matrices) * first)
         return self.gamma * total
 
-    def step(self, x: torch.Tensor, y: torch.Tensor, lr: float) -> tuple[float, list[torch.Tensor]]:
-        """Take one Adam step on the whole loss; return the loss of the task and all gradients."""
+    def step(
+        self, x: torch.Tensor, y: torch.Tensor, lr: float, clip: float | None = None
+    ) -> tuple[float, list[torch.Tensor]]:
+        """Take one Adam step on the whole loss, clipped as a whole; return the loss of the task and all gradients."""
         task = ((self.forward(x.double()) - y.double()) ** 2).mean()
         components = self.components()
         gradients = list(torch.autograd.grad(task + self.regulariser(), [c.value for c in components]))
+        if clip is not None:
+            norm = torch.cat(gradients).norm()
+            gradients = [g * torch.clamp(clip / (norm + 1e-6), max=1.0) for g in gradients]
         self.count += 1
         for c, gradient in zip(components, gradients, strict=True):
             c.adam(gradient, lr, self.count)

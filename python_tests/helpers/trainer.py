@@ -27,7 +27,9 @@ def config(**options: Any) -> ard.ArdConfig:
     Not packed: under checkpointing layers do not share a sum, whose order is in the last bits.
     """
     fast = {"r0": 2, "update_interval": 2, "lr_alpha": 0.1, "warmup_ratio": 0.1, "freeze_ratio": 0.2}
-    return ard.ArdConfig(**{"harden_ratio": 0.13, "packed": False, **fast, **options})
+    return ard.ArdConfig(
+        **{"mode": "paper", "granularity": "head", "harden_ratio": 0.13, "packed": False, **fast, **options}
+    )
 
 
 def examples(n: int) -> list[dict[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ STEPS = 60
 def fast_config(**options: Any) -> ard.ArdConfig:
     """Ranks that move within a few steps."""
     fast = {"r0": 2, "head_dim": 8, "update_interval": 2, "lr_alpha": 0.1, "warmup_ratio": 0.05, "freeze_ratio": 0.2}
-    return ard.ArdConfig(**{**fast, **options})
+    return ard.ArdConfig(**{"mode": "paper", "granularity": "head", **fast, **options})
 
 
 def bed(seed: int = 0) -> tuple[nn.Module, Callable[[int], torch.Tensor]]:

@@ -159,7 +159,7 @@ def test_what_has_a_rank_per_head(base: tuple[str, nn.Module, Batch]) -> None:
     name, model, batch = base
     plain = logits(model, batch)
     linears = {id(module) for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))}
-    ard.wrap(model, ard.ArdConfig(r0=2))
+    ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=2))
     assert torch.equal(logits(model, batch), plain), "nothing is changed at the start"
     for module, layer in ard.adapters(model).items():
         cuts = [cut for pattern, cut in HEADS[name].items() if re.search(rf"{pattern}$", module)]
@@ -186,7 +186,7 @@ def delta(layer: LoraLinear) -> torch.Tensor:
 def test_gradients_are_those_of_dense_weights(base: tuple[str, nn.Module, Batch]) -> None:
     _, model, batch = base
     dense = copy.deepcopy(model).requires_grad_(True)
-    ard.wrap(model, ard.ArdConfig(r0=2))
+    ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=2))
     scramble(model)
     layers = ard.adapters(model)
     updates = {module: delta(layer) for module, layer in layers.items()}
@@ -242,7 +242,7 @@ def test_an_output_head_is_adapted_only_by_name(tmp_path: Path) -> None:
     model, batch = phi3()
     model.eval()
     original = copy.deepcopy(model)
-    ard.wrap(model, ard.ArdConfig(r0=2, target_modules=["lm_head", "qkv_proj"]))
+    ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=2, target_modules=["lm_head", "qkv_proj"]))
     scramble(model)
     assert ard.adapters(model)["lm_head"].layout.units == 1
     ard.save_pretrained(model, tmp_path)

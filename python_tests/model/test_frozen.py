@@ -18,7 +18,7 @@ from helpers.models import ARCHITECTURES, Batch, llama, trainable
 def trained(name: str = "llama") -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     model, batch = ARCHITECTURES[name]()
-    scramble(ard.wrap(model.eval(), ard.ArdConfig(r0=2)))
+    scramble(ard.wrap(model.eval(), ard.ArdConfig(mode="paper", granularity="head", r0=2)))
     ard.attach(model, torch.optim.AdamW(trainable(model)), total_steps=10)
     return model, batch
 

@@ -50,7 +50,7 @@ class PerLayer:
 
 def test_gemma4_has_heads_of_each_layers_own_width() -> None:
     config = transformers.Gemma4TextConfig(**GEMMA4)
-    model = ard.wrap(transformers.Gemma4ForCausalLM(config), ard.ArdConfig(r0=2))
+    model = ard.wrap(transformers.Gemma4ForCausalLM(config), ard.ArdConfig(mode="paper", granularity="head", r0=2))
     layers = ard.adapters(model)
     widths = {}
     for name in ("q_proj", "k_proj", "o_proj"):
@@ -80,7 +80,9 @@ def test_mla_has_a_width_for_q_and_another_for_the_output() -> None:
         vocab_size=50,
         first_k_dense_replace=1,
     )
-    layers = ard.adapters(ard.wrap(transformers.DeepseekV3ForCausalLM(config), ard.ArdConfig(r0=2)))
+    layers = ard.adapters(
+        ard.wrap(transformers.DeepseekV3ForCausalLM(config), ard.ArdConfig(mode="paper", granularity="head", r0=2))
+    )
     units = {n.rpartition(".")[2]: layer.layout.units for n, layer in layers.items() if "self_attn" in n}
     assert units["q_proj"] == units["o_proj"] == 4
 
@@ -100,17 +102,19 @@ def test_mla_has_a_width_for_q_and_another_for_the_output() -> None:
 )
 def test_a_config_without_one_fitting_number_leaves_whole_matrices_with_a_word(config: object) -> None:
     with pytest.warns(UserWarning, match="no head width is stated that divides 'q_proj'"):
-        model = ard.wrap(Stated(config), ard.ArdConfig(r0=2))
+        model = ard.wrap(Stated(config), ard.ArdConfig(mode="paper", granularity="head", r0=2))
     assert ard.adapters(model)["q_proj"].layout.kind == "matrix"
 
 
 def test_the_module_is_asked_before_the_config() -> None:
     model = Stated(types.SimpleNamespace(head_dim=16))
     model.head_dim = 8  # type: ignore[assignment]
-    assert ard.adapters(ard.wrap(model, ard.ArdConfig(r0=2)))["q_proj"].layout.units == 4
+    assert (
+        ard.adapters(ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=2)))["q_proj"].layout.units == 4
+    )
 
 
 def test_who_asks_for_whole_matrices_hears_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ard.wrap(Stated(PerLayer()), ard.ArdConfig(r0=2, granularity="matrix"))
+        ard.wrap(Stated(PerLayer()), ard.ArdConfig(mode="paper", r0=2, granularity="matrix"))

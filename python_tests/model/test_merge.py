@@ -17,7 +17,7 @@ from helpers.models import ARCHITECTURES, Attention, Batch, trainable
 from helpers.training import bed, fast_config
 
 CONFIGS: dict[str, Callable[[], ard.AdapterConfig]] = {
-    "heads": lambda: ard.ArdConfig(r0=3),
+    "heads": lambda: ard.ArdConfig(mode="paper", granularity="head", r0=3),
     "P Lambda Q": lambda: ard.ElaConfig(r=3),
     "dora": lambda: ard.DoraConfig(r=3),
     "pissa": lambda: ard.LoraConfig(r=3, init="pissa"),

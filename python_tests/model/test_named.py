@@ -125,7 +125,7 @@ def test_disabled_is_the_base_bit_for_bit(name: str) -> None:
     of.eval()
     with torch.no_grad():
         before, plain = fingerprint(of), of(**batch).logits
-    ard.wrap(of, ard.ArdConfig(r0=3))
+    ard.wrap(of, ard.ArdConfig(mode="paper", granularity="head", r0=3))
     scramble(of)
     for parameter in trainable(of):
         parameter.data += 0.1  # the classification head as well
@@ -165,7 +165,7 @@ def test_each_is_saved_and_loaded_by_name(tmp_path: Path) -> None:
     of, batch = gpt2()
     of.eval()
     base = copy.deepcopy(of)
-    ard.wrap(of, ard.ArdConfig(r0=3))
+    ard.wrap(of, ard.ArdConfig(mode="paper", granularity="head", r0=3))
     ard.add_adapter(of, "second", ard.LoraConfig(r=2, target_modules=["c_fc"]))
     found = {}
     for seed, name in enumerate(("default", "second")):
@@ -261,7 +261,7 @@ def test_what_is_refused_changes_nothing() -> None:
 def test_copies_have_all_adapters(copier: Callable[[nn.Module], nn.Module]) -> None:
     of, batch = llama()
     ard.wrap(of, ard.LoraConfig(r=2))
-    ard.add_adapter(of, "second", ard.ArdConfig(r0=3))
+    ard.add_adapter(of, "second", ard.ArdConfig(mode="paper", granularity="head", r0=3))
     scramble(of)
     clone = copier(of)
     ard.set_adapter(of, "second")

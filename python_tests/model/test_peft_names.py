@@ -95,7 +95,7 @@ def test_layers_by_number_are_those_of_peft(options: dict[str, Any]) -> None:
 
 
 def test_layers_by_number_of_all_linear_and_what_is_refused() -> None:
-    model = ard.wrap(base("llama")[0], ard.ArdConfig(r0=2, layers_to_transform=[1]))
+    model = ard.wrap(base("llama")[0], ard.ArdConfig(mode="paper", granularity="head", r0=2, layers_to_transform=[1]))
     assert {name.split(".")[2] for name in ard.adapters(model)} == {"1"}
     for options, said in (
         ({"layers_to_transform": [7]}, r"layers_to_transform must be numbers of layers, got \(7,\) and no layer"),
@@ -155,7 +155,7 @@ def test_ranks_and_scales_by_pattern_are_those_of_peft(more: dict[str, Any], tmp
 
 
 def test_learned_ranks_start_where_the_pattern_says() -> None:
-    config = ard.ArdConfig(r0=4, r_max=8, granularity="matrix", rank_pattern={"q_proj": 6, "v_proj": 1})
+    config = ard.ArdConfig(mode="paper", r0=4, r_max=8, granularity="matrix", rank_pattern={"q_proj": 6, "v_proj": 1})
     model, batch = base("llama")
     ard.wrap(model, config)
     size = ard.parameters_report(model).live
@@ -169,7 +169,7 @@ def test_learned_ranks_start_where_the_pattern_says() -> None:
         optimizer.step()
         optimizer.zero_grad()
     with pytest.raises(ValueError, match="rank_pattern must be at most r_max = 8, got 9 for 'q_proj'"):
-        ard.ArdConfig(r0=4, r_max=8, rank_pattern={"q_proj": 9})
+        ard.ArdConfig(mode="paper", granularity="head", r0=4, r_max=8, rank_pattern={"q_proj": 9})
 
 
 @pytest.mark.parametrize(

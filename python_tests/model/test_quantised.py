@@ -90,7 +90,9 @@ def base(request: pytest.FixtureRequest) -> tuple[str, Callable[[nn.Linear], nn.
 def wrapped(quantise: Callable[[nn.Linear], nn.Module], dtype: torch.dtype, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(quantise(nn.Linear(WIDTH, WIDTH).to(dtype)))
-    return ard.wrap(model, ard.ArdConfig(**{"r0": 3, "granularity": "matrix", "target_modules": ["0"], **options}))
+    return ard.wrap(
+        model, ard.ArdConfig(**{"mode": "paper", "r0": 3, "granularity": "matrix", "target_modules": ["0"], **options})
+    )
 
 
 def dense_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:

@@ -189,7 +189,7 @@ def test_gradient_start_is_the_dense_svd(
 
 
 def test_gradient_start_with_a_loss_of_ones_own_and_errors() -> None:
-    model = ard.wrap(Attention(), ard.ArdConfig(r0=2, granularity="matrix", init="gradient"))
+    model = ard.wrap(Attention(), ard.ArdConfig(mode="paper", r0=2, granularity="matrix", init="gradient"))
     x = torch.randn(6, 32)
 
     def loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,10 @@ def test_trained_rows_are_those_of_peft(name: str, tmp_path: Path) -> None:
     assert_same(out(peft.PeftModel.from_pretrained(make(), tmp_path / "again")), out(model))
     assert torch.equal(out(ard.load_pretrained(make(), tmp_path / "ours")), out(model))
     theirs.save_pretrained(tmp_path / "theirs")
-    assert_same(out(ard.load_peft(make(), tmp_path / "theirs", ard.ArdConfig(r0=2))), out(theirs))
+    assert_same(
+        out(ard.load_peft(make(), tmp_path / "theirs", ard.ArdConfig(mode="paper", granularity="head", r0=2))),
+        out(theirs),
+    )
     before = out(model)
     ard.merge_adapter(model)
     assert_same(out(model), before)
@@ -126,13 +129,17 @@ def same_start(ours: nn.Module, theirs: nn.Module) -> None:
 
 def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def run(stop: bool) -> torch.Tensor:
-        model = ard.wrap(llama(), ard.ArdConfig(r0=2, trainable_token_indices=[60, 3]))
+        model = ard.wrap(
+            llama(), ard.ArdConfig(mode="paper", granularity="head", r0=2, trainable_token_indices=[60, 3])
+        )
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
         ard.attach(model, optimizer, total_steps=8)
         for step in range(8):
             if stop and step == 4:
                 ard.save_state(model, optimizer, tmp_path)
-                model = ard.wrap(llama(), ard.ArdConfig(r0=2, trainable_token_indices=[60, 3]))
+                model = ard.wrap(
+                    llama(), ard.ArdConfig(mode="paper", granularity="head", r0=2, trainable_token_indices=[60, 3])
+                )
                 optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
                 ard.attach(model, optimizer, total_steps=8)
                 ard.load_state(model, optimizer, tmp_path)

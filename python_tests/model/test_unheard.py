@@ -47,7 +47,7 @@ class Functional(nn.Module):
 
 
 def test_an_adapter_that_is_never_called_is_named_at_the_first_step() -> None:
-    model = ard.wrap(Functional(), ard.ArdConfig(r0=2, granularity="matrix"))
+    model = ard.wrap(Functional(), ard.ArdConfig(mode="paper", r0=2, granularity="matrix"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ard.attach(model, optimizer, total_steps=10)
     model(torch.randn(4, 8)).square().mean().backward()

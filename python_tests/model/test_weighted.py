@@ -75,7 +75,7 @@ def test_one_adapter_is_scaled_and_two_learned_ones_are_added(tmp_path: Path) ->
     theirs.set_adapter("part")
     assert_same(logits(ours, batch), logits(theirs, batch))
 
-    model = ard.wrap(base("llama")[0], ard.ArdConfig(r0=2))
+    model = ard.wrap(base("llama")[0], ard.ArdConfig(mode="paper", granularity="head", r0=2))
     scramble(model, 1)
     ard.add_adapter(model, "ela", ard.ElaConfig(r=3, factoring="independent"))
     ard.set_adapter(model, "ela")

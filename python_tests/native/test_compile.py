@@ -102,7 +102,9 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "config", [ard.ArdConfig(r0=2, r_max=4, capacity="fixed"), ard.LoraConfig(r=3)], ids=["ard", "lora"]
+    "config",
+    [ard.ArdConfig(mode="paper", granularity="head", r0=2, r_max=4, capacity="fixed"), ard.LoraConfig(r=3)],
+    ids=["ard", "lora"],
 )
 @pytest.mark.parametrize("kind", MODELS)
 def test_compiled_equals_eager_and_rank_changes_do_not_recompile(kind: str, config: Any) -> None:
@@ -137,7 +139,9 @@ def test_compiled_equals_eager_and_rank_changes_do_not_recompile(kind: str, conf
 @pytest.mark.parametrize(
     "config",
     [
-        ard.ArdConfig(r0=2, r_max=4, capacity="fixed", update_interval=2, lr_alpha=0.1),
+        ard.ArdConfig(
+            mode="paper", granularity="head", r0=2, r_max=4, capacity="fixed", update_interval=2, lr_alpha=0.1
+        ),
         ard.ElaConfig(r=3, r_max=6, capacity="fixed", deltaT=4, b=2, grace=0, tinit=2, tfinal=6),
         ard.AdaConfig(init_r=4, target_r=2, capacity="fixed", removal=True, deltaT=4, tinit=2, tfinal=6),
     ],

@@ -84,7 +84,7 @@ def test_soft_ranks_must_be_finite(rho: float) -> None:
 
 
 METHODS: dict[str, Callable[[], ard.AdapterConfig]] = {
-    "ard": lambda: ard.ArdConfig(r0=2, head_dim=8),
+    "ard": lambda: ard.ArdConfig(mode="paper", granularity="head", r0=2, head_dim=8),
     "elalora": lambda: ard.ElaConfig(r=2, b=1, total_steps=30),
     "adalora": lambda: ard.AdaConfig(init_r=3, target_r=2, total_steps=30),
     "dora": lambda: ard.DoraConfig(r=2, init="orthogonal"),

@@ -53,8 +53,8 @@ def held(kind: str, config: AdapterConfig) -> dict[str, int]:
 
 CONFIGS = [
     ard.LoraConfig(r=5),
-    ard.ArdConfig(r0=4, granularity="matrix"),
-    ard.ArdConfig(r0=4, granularity="head"),
+    ard.ArdConfig(mode="paper", r0=4, granularity="matrix"),
+    ard.ArdConfig(mode="paper", r0=4, granularity="head"),
     ard.ElaConfig(r=4),
     ard.DoraConfig(r=4),
 ]

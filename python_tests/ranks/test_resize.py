@@ -39,7 +39,17 @@ every_optimizer = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(),
 
 def wrapped(factoring: Any = "shared", **options: Any) -> nn.Module:
     """A model with every kind of unit."""
-    config = ard.ArdConfig(**{"r0": 3, "r_max": 8, "head_dim": 8, "factoring": factoring, **options})
+    config = ard.ArdConfig(
+        **{
+            "mode": "paper",
+            "granularity": "head",
+            "r0": 3,
+            "r_max": 8,
+            "head_dim": 8,
+            "factoring": factoring,
+            **options,
+        }
+    )
     return ard.wrap(Attention(), config)
 
 

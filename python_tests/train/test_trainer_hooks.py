@@ -39,7 +39,15 @@ from helpers.training import bits
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]  # of the libraries
 
 WORDS = ("[PAD]", "[BOS]", "[EOS]", "[UNK]", *(f"w{i}" for i in range(40)))
-MOVING = {"r0": 2, "update_interval": 2, "lr_alpha": 0.2, "warmup_ratio": 0.1, "freeze_ratio": 0.2}
+MOVING = {
+    "mode": "paper",
+    "granularity": "head",
+    "r0": 2,
+    "update_interval": 2,
+    "lr_alpha": 0.2,
+    "warmup_ratio": 0.1,
+    "freeze_ratio": 0.2,
+}
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from ardlora_ext.train.data import load_corpus
 from helpers.run_files import metrics_of, record
 from helpers.sealing import edit_json, old_checksums
 
-CONFIG = ard.ArdConfig(r0=3, r_max=8, granularity="matrix")
+CONFIG = ard.ArdConfig(mode="paper", r0=3, r_max=8, granularity="matrix")
 Tensors = dict[str, torch.Tensor]
 
 

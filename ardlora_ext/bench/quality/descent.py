@@ -125,7 +125,14 @@ def descend(
         curvature: take Hessians on the way.
     """
     bed = Bed(seed)
-    options: dict[str, Any] = {"r0": R0, "r_max": R_MAX, "lora_alpha": R0, "granularity": "matrix", "seed": seed}
+    options: dict[str, Any] = {
+        "mode": "paper",
+        "r0": R0,
+        "r_max": R_MAX,
+        "lora_alpha": R0,
+        "granularity": "matrix",
+        "seed": seed,
+    }
     options |= {"gate": gate, "gate_width": GATE_WIDTH, "gate_floor": FLOOR, "update_interval": 1, "hysteresis": R_MAX}
     options |= {"slope": "tangent", "normalize": False, "cost_weighted": False, "reorder": False}
     options |= {"l1": PRICE, "tv": TV, "variation_form": form, "lr_alpha": c / (smoothness + PRICE * TV)}

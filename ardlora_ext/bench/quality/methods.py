@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 import ardlora_ext as ard
@@ -25,6 +26,7 @@ from ardlora_ext.ranks.controllers.base import Units
 
 Ranks = Mapping[str, Sequence[int]]
 
+_LOOKS = 16  # training batches for the metric of the loss
 FAT = 4  # how many times the mean rank a method that shrinks, or a unit that grows, may reach
 
 
@@ -44,6 +46,7 @@ class Plan:
         seed: of initial values and of a random allocation.
         base: config fields that belong to the bed: which modules, how heads are cut.
         oracle: best ranks in hindsight, where the bed knows them.
+        loss: of the next training batch.
     """
 
     rank: int
@@ -53,6 +56,7 @@ class Plan:
     seed: int
     base: Mapping[str, Any] = field(default_factory=dict)
     oracle: Ranks | None = None
+    loss: Callable[[], torch.Tensor] | None = None
 
     def fields(self, rank: int, granularity: str | None = "matrix") -> dict[str, Any]:
         """Return the shared config fields; the update is scaled by 1 whatever the rank."""
@@ -210,6 +214,17 @@ def _compress(model: nn.Module, plan: Plan) -> None:
     _needs("compress")(model, plan.budget)
 
 
+def _compress_loss(model: nn.Module, plan: Plan) -> None:
+    loss = plan.loss
+    assert loss is not None
+    _needs("compress")(model, plan.budget, metric="loss", batches=range(_LOOKS), loss_fn=lambda _model, _batch: loss())
+
+
+def _compress_uniform(model: nn.Module, plan: Plan) -> None:
+    layers = _needs("adapters")(model)
+    _needs("svd_prune")(model, {n: [min(plan.rank, r) for r in layer.ranks] for n, layer in layers.items()})
+
+
 def _oracle_lora(plan: Plan) -> AdapterConfig:
     if plan.oracle is None:
         raise MethodUnavailable("the best ranks are not known on this bed")
@@ -258,6 +273,10 @@ RECIPES: dict[str, Recipe] = {
     "compress": Recipe(
         f"LoRA at {FAT} times the rank, then one global singular-value threshold", _fat_lora, after=_compress
     ),
+    "compress_loss": Recipe(
+        f"the same by what {_LOOKS} training batches say the loss would lose", _fat_lora, after=_compress_loss
+    ),
+    "compress_uniform": Recipe("the same, to one rank for all", _fat_lora, after=_compress_uniform),
     "oracle": Recipe("LoRA at the best ranks, known in hindsight", _oracle_lora, before=_oracle),
     "random": Recipe("LoRA at ranks drawn at random", _random_lora, before=_random),
 }

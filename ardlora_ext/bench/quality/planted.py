@@ -5,7 +5,8 @@ y = (W_u + D_u) x + noise with Gaussian x, so the expected loss above the noise 
 
 Variants: `ranks` plants 0, 1, 2, 4, 8 over whole matrices; `heads` plants 0, 1, 3, 8 over the four heads of every
 matrix, in common input directions, so that only a rank per head can tell them apart; `equal` plants the same rank
-everywhere, where an allocation can only lose.
+everywhere, where an allocation can only lose; `inputs` is `ranks` with inputs whose standard deviations fall from 3 to
+0.1, so that how large an update is does not say what it is worth.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
 
 Floats = NDArray[np.float64]
-Variant = Literal["ranks", "heads", "equal"]
+Variant = Literal["ranks", "heads", "equal", "inputs"]
 
-VARIANTS: tuple[Variant, ...] = ("ranks", "heads", "equal")
+VARIANTS: tuple[Variant, ...] = ("ranks", "heads", "equal", "inputs")
 _PLANTED: dict[Variant, tuple[int, ...]] = {"ranks": (0, 1, 2, 4, 8), "heads": (0, 1, 3, 8), "equal": (3,)}
+_PLANTED["inputs"] = _PLANTED["ranks"]
 _VALID_ROWS = 256
 
 
@@ -105,16 +107,18 @@ class Truth:
 
     Attributes:
         updates: [matrices, width, width], the wanted update of each.
-        singular_values: [matrices, heads, k]; one head where matrices are whole.
+        singular_values: [matrices, heads, k] of the updates on inputs as they are; one head where matrices are whole.
+        inputs: [width] standard deviations.
     """
 
     updates: torch.Tensor
     singular_values: Floats
+    inputs: torch.Tensor
 
     @property
     def ranks(self) -> list[int]:
         """Planted rank of each unit."""
-        return [int(n) for n in (self.singular_values > 0).sum(axis=2).ravel()]
+        return [int(n) for n in (self.singular_values > 1e-9).sum(axis=2).ravel()]
 
 
 def plant(variant: Variant, matrices: int, width: int, seed: int) -> Truth:
@@ -135,7 +139,12 @@ def plant(variant: Variant, matrices: int, width: int, seed: int) -> Truth:
             sigma[m, h, :r] = np.linspace(2.0, 1.0, r)
             values = torch.tensor(sigma[m, h, :r], dtype=torch.float32)
             updates[m, h * rows : (h + 1) * rows] = (left[:, :r] * values) @ right[:, :r].T
-    return Truth(updates, sigma)
+    inputs = torch.ones(width)
+    if variant == "inputs":
+        inputs = torch.logspace(np.log10(3.0), -1.0, width)
+        found = torch.linalg.svdvals((updates * inputs).double())[:, None, :k].numpy()
+        sigma = np.where(sigma > 0, found, 0.0)
+    return Truth(updates, sigma, inputs)
 
 
 class PlantedTask:
@@ -160,7 +169,7 @@ class PlantedTask:
         return [block.get_submodule("unit") for block in self.layers]
 
     def _batch(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.randn(self.bed.matrices, rows, self.bed.width, generator=self.data)
+        x = self.truth.inputs * torch.randn(self.bed.matrices, rows, self.bed.width, generator=self.data)
         noise = self.bed.noise * torch.randn(x.shape, generator=self.data)
         return x, torch.baddbmm(noise, x, self.target.mT)
 
@@ -193,7 +202,7 @@ class PlantedTask:
         eye = torch.eye(self.bed.width)
         updates = torch.stack([unit(eye).T for unit in self._units()]) - self.frozen
         units = self.bed.matrices * self.heads
-        loss = float((self.truth.updates - updates).square().sum()) / units
+        loss = float(((self.truth.updates - updates) * self.truth.inputs).square().sum()) / units
         layers = list(ard.adapters(self.model).values())
         learned = [r for layer in layers for r in _per_head(layer.ranks, self.heads)]
         best = self._best(sum(layer.layout.parameters(layer.ranks) for layer in layers))[0]

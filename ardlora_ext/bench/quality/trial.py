@@ -98,6 +98,7 @@ class RankTrack:
         moves: components given to or taken from units, in total.
         flips: changes of a unit's rank against the direction of its previous change.
         peak: most live adapter parameters at any step.
+        mean: mean of them over the steps.
     """
 
     model: nn.Module
@@ -105,6 +106,8 @@ class RankTrack:
     moves: int = 0
     flips: int = 0
     peak: int = 0
+    _sum: int = 0
+    _steps: int = 0
     _last: list[int] = field(default_factory=list)
     _direction: dict[int, int] = field(default_factory=dict)
 
@@ -114,7 +117,8 @@ class RankTrack:
 
     def note(self) -> None:
         """Look at the ranks after a step."""
-        self.peak = max(self.peak, sum(layer.live_parameters for layer in self._layers))
+        live = sum(layer.live_parameters for layer in self._layers)
+        self.peak, self._sum, self._steps = max(self.peak, live), self._sum + live, self._steps + 1
         now = [rank for ranks in self.controller.ranks().values() for rank in ranks]
         for unit, (old, new) in enumerate(zip(self._last, now, strict=False)):
             if old != new:
@@ -124,6 +128,11 @@ class RankTrack:
                 self._direction[unit] = sign
         self._last = now
 
+    @property
+    def mean(self) -> float:
+        """Mean of the live adapter parameters over the steps."""
+        return self._sum / self._steps
+
 
 def plan_for(method: Method, bed: Bed, task: Task, seed: int) -> Plan:
     """Return what `method` gets on this task: the parameters of LoRA at the bed's rank, to everybody."""
@@ -131,7 +140,7 @@ def plan_for(method: Method, bed: Bed, task: Task, seed: int) -> Plan:
     ard.wrap(task.model, ard.LoraConfig(r=rank, **task.base))
     budget, matrices = ard.parameters_report(task.model).live, len(ard.adapters(task.model))
     ard.unwrap(task.model)
-    return Plan(rank, budget, matrices, bed.steps, seed, task.base, task.oracle(budget))
+    return Plan(rank, budget, matrices, bed.steps, seed, task.base, task.oracle(budget), task.loss)
 
 
 def check_budget(model: nn.Module, method: Method, plan: Plan) -> None:
@@ -185,6 +194,7 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int, tuning: bool = Fal
     row = {"bed": bed.name, "method": method.label, "seed": seed, "lr": lr}
     result = _scores(task, bed.measure.key, tuning) if half is not None else _diverged(bed.measure.key)
     sizes = {"params": ard.parameters_report(task.model).live, "budget": plan.budget, "peak_params": track.peak}
+    sizes["mean_params"] = round(track.mean)
     return {
         **row,
         "regret": None,

@@ -119,6 +119,7 @@ def _config(kind: str, r: int, heads: int, matrices: int) -> AdapterConfig:
     if kind.startswith("elalora"):
         return ElaConfig(r=r, tinit=0, total_steps=100_000, deltaT=_INTERVAL)
     return ArdConfig(
+        mode="paper",
         r0=r,
         granularity="head" if heads > 1 else "matrix",
         head_dim={str(m): _HEAD_WIDTH for m in range(matrices)} if heads > 1 else None,

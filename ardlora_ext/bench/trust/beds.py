@@ -58,7 +58,8 @@ class Block(nn.Module):
 
 
 CONFIGS: dict[str, ard.AdapterConfig] = {
-    "ard": ard.ArdConfig(r0=3, r_max=8, granularity="matrix", update_interval=2),
+    "ard": ard.ArdConfig(r0=3, update_interval=2),
+    "ard-paper": ard.ArdConfig(mode="paper", r0=3, r_max=8, update_interval=2),
     "ela": ard.ElaConfig(r=3, b=1, deltaT=2),
     "dora": ard.DoraConfig(r=3),
     "pissa": ard.LoraConfig(r=3, init="pissa"),

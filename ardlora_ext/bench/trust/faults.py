@@ -152,5 +152,5 @@ class LoadFaults:
         elif what == "load_pretrained":
             ard.load_pretrained(model, self.folder / name)
         else:
-            dora, ard_lora = ard.DoraConfig(r=8), ard.ArdConfig(r0=8, granularity="matrix")
+            dora, ard_lora = ard.DoraConfig(r=8), ard.ArdConfig(mode="paper", r0=8, granularity="matrix")
             ard.load_peft(model, self.folder / name, dora if name == "dora" else ard_lora)

@@ -57,7 +57,7 @@ class Loaders:
     def _loaders(self, name: str) -> dict[str, tuple[tuple[str, ...], Callable[[Path], Any], Any]]:
         """Return for each loader the files it reads, a call, and what the call may change."""
         base, plain, (model, optimizer) = Block(), Block(), build(CONFIGS[name])
-        config = ard.DoraConfig(r=8) if name == "dora" else ard.ArdConfig(r0=8, granularity="matrix")
+        config = ard.DoraConfig(r=8) if name == "dora" else ard.ArdConfig(mode="paper", r0=8, granularity="matrix")
         nothing = Block(), None
         return {
             "load_state": (("ardlora_resume",), lambda f: ard.load_state(model, optimizer, f), (model, optimizer)),

@@ -9,12 +9,21 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, ElaConfig, LoraConfig
+from ardlora_ext.ranks.controllers.ard.anneal import AnnealController
 from ardlora_ext.ranks.controllers.ard.controller import ArdController
 from ardlora_ext.ranks.controllers.base import Controller, FixedController
 from ardlora_ext.ranks.controllers.svd.ada import AdaController
 from ardlora_ext.ranks.controllers.svd.ela import ElaController
 
-__all__ = ["AdaController", "ArdController", "Controller", "ElaController", "FixedController", "make_controller"]
+__all__ = [
+    "AdaController",
+    "AnnealController",
+    "ArdController",
+    "Controller",
+    "ElaController",
+    "FixedController",
+    "make_controller",
+]
 
 
 def make_controller(
@@ -24,6 +33,10 @@ def make_controller(
     holdout: Callable[[], torch.Tensor] | None = None,
 ) -> Controller[Any]:
     """Return the controller that belongs to a config."""
+    if isinstance(config, ArdConfig) and config.mode == "anneal":
+        if holdout is not None:
+            raise ValueError("attach: holdout must come with ArdConfig(mode='paper'), got mode='anneal'")
+        return AnnealController(model, config, total_steps)
     if isinstance(config, ArdConfig):
         return ArdController(model, config, total_steps, holdout)
     if holdout is not None:

@@ -16,6 +16,7 @@ from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import adapters
 from ardlora_ext.processes import Group
 from ardlora_ext.ranks.controllers.costs import Costs, Ints
+from ardlora_ext.ranks.loss_metric import LossMetric
 from ardlora_ext.ranks.resize import RankUpdate
 from ardlora_ext.unbroken import unbroken, undone_by
 
@@ -155,6 +156,7 @@ class Controller(Generic[Config]):
     Attributes:
         records: one JSON-able dict per decision, with its reason.
         step: optimizer steps seen.
+        metric: what is known of the loss by component, where a method asks for it.
     """
 
     def __init__(self, model: nn.Module, config: Config, total_steps: int | None = None) -> None:
@@ -166,6 +168,7 @@ class Controller(Generic[Config]):
         self.apply: Callable[..., None] | None = None  # (update, called once it is made): set by attach
         self.handles: list[RemovableHandle] = []  # of the optimizer's hooks, set by attach
         self.processes: Group = None  # processes that decide the same, set by attach
+        self.metric: LossMetric | None = None
         self.copies: list[weakref.ref[nn.Module]] = []  # whose ranks follow
         self.given = False  # whether its state was, by a checkpoint or by the wish for a new schedule
 
@@ -197,6 +200,8 @@ class Controller(Generic[Config]):
 
     def detach(self) -> None:
         """Stop following the optimizer."""
+        if self.metric is not None:
+            self.metric.watch(False)
         for handle in self.handles:
             handle.remove()
         self.handles = []

@@ -158,7 +158,17 @@ def test_ops_equal_the_cpu(
 def train(steps: int, device: torch.device) -> tuple[list[float], list[list[int]]]:
     """A few steps with rank changes; losses and ranks."""
     torch.manual_seed(1)
-    config = ard.ArdConfig(r0=4, r_max=8, head_dim=8, total_steps=steps, l1=2e-2, lr_alpha=0.1, lora_dropout=0.1)
+    config = ard.ArdConfig(
+        mode="paper",
+        granularity="head",
+        r0=4,
+        r_max=8,
+        head_dim=8,
+        total_steps=steps,
+        l1=2e-2,
+        lr_alpha=0.1,
+        lora_dropout=0.1,
+    )
     model = ard.wrap(Attention().to(device), config)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     ard.attach(model, optimizer)

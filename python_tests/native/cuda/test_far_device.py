@@ -20,7 +20,9 @@ from ardlora_ext.model.merge import merge_adapter, unmerge_adapter
 from helpers.far_device import FAR, far_device
 from helpers.models import Attention, trainable
 
-ARD = ard.ArdConfig(r0=3, r_max=6, head_dim=8, update_interval=2, lr_alpha=0.1, lora_dropout=0.1)
+ARD = ard.ArdConfig(
+    mode="paper", granularity="head", r0=3, r_max=6, head_dim=8, update_interval=2, lr_alpha=0.1, lora_dropout=0.1
+)
 ELA = {"r": 4, "b": 2, "deltaT": 2, "tinit": 2, "tfinal": 4}
 ADA = {"init_r": 6, "target_r": 4, "tinit": 2, "tfinal": 4, "deltaT": 2}
 CONFIGS: dict[str, AdapterConfig] = {
@@ -29,8 +31,10 @@ CONFIGS: dict[str, AdapterConfig] = {
     "pissa": ard.LoraConfig(r=4, init="pissa"),
     "dora": ard.DoraConfig(r=4),
     "ard": ARD,
-    "ard tangent": ard.ArdConfig(r0=3, head_dim=8, update_interval=2, slope="tangent", factoring="independent"),
-    "ard layer": ard.ArdConfig(r0=3, granularity="layer", update_interval=2, variation="layer_sq"),
+    "ard tangent": ard.ArdConfig(
+        mode="paper", granularity="head", r0=3, head_dim=8, update_interval=2, slope="tangent", factoring="independent"
+    ),
+    "ard layer": ard.ArdConfig(mode="paper", r0=3, granularity="layer", update_interval=2, variation="layer_sq"),
     "elalora": ard.ElaConfig(**ELA, grace=0),  # type: ignore[arg-type]
     "elalora code": ard.ElaConfig(**ELA, mode="code"),  # type: ignore[arg-type]
     "elalora heads": ard.ElaConfig(**ELA, granularity="head", head_dim=8, factoring="independent"),  # type: ignore[arg-type]
@@ -113,7 +117,7 @@ def _prune(model: nn.Module) -> None:
 
 def _reload(model: nn.Module) -> None:
     model.load_state_dict(model.state_dict())
-    larger = wrapped(ard.ArdConfig(r0=6, r_max=6, head_dim=8))
+    larger = wrapped(ard.ArdConfig(mode="paper", granularity="head", r0=6, r_max=6, head_dim=8))
     if any(layer.lora_gate is not None for layer in ard.adapters(model).values()):
         model.load_state_dict(larger.state_dict())
     assert {t.device for t in (*model.parameters(), *model.buffers())} == {FAR}

@@ -25,11 +25,11 @@ OPTIONS: dict[str, Any] = {"init_r": 6, "target_r": 3, "lora_alpha": 12.0, "tini
 class Run:
     """A training loop with Adam and a schedule, one step at a time."""
 
-    def __init__(self, total: int = STEPS, **options: Any) -> None:
+    def __init__(self, total: int = STEPS, clip: float | None = None, **options: Any) -> None:
         self.model, self.teacher = chain_and_teacher()
         self.teacher.requires_grad_(False)
         ard.wrap(self.model, ard.AdaConfig(**OPTIONS | options))
-        self.total, self.t = total, 0
+        self.total, self.t, self.clip = total, 0, clip
         self.layers = list(ard.adapters(self.model).values())
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=LR, eps=EPS)
         self.controller = ard.attach(self.model, self.optimizer, total_steps=total)
@@ -40,6 +40,8 @@ class Run:
         x = batch(self.t)
         loss = (self.model(x) - self.teacher(x)).square().mean()
         loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.t += 1
@@ -73,14 +75,16 @@ def slow_budget(t: int, config: ard.AdaConfig, total: int) -> int | None:
     [
         {"deltaT": 4, "orth_reg_weight": 0.1},
         {"removal": True, "orth": "squared", "target_r": 1, "beta1": 0.8, "orth_reg_weight": 0.1},
+        {"deltaT": 4, "clip": 0.1},
     ],
 )
 def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
     run = Run(**options)
     config = run.controller.config
+    clip = options.get("clip")
     slow = SlowModel(run.model, config.orth_form, config.orth_reg_weight)
     for t in range(STEPS):
-        expected, gradients = slow.step(batch(t), run.teacher(batch(t)), LR * warmup_decay(t, STEPS))
+        expected, gradients = slow.step(batch(t), run.teacher(batch(t)), LR * warmup_decay(t, STEPS), clip)
         if t < STEPS - 60:
             slow.score(gradients, config.beta1, config.beta2)
         budget = slow_budget(t, config, STEPS)

@@ -62,7 +62,17 @@ def gates_of(model: nn.Module) -> torch.Tensor:
 def test_every_step_equals_the_transcription(options: Any) -> None:
     torch.manual_seed(0)
     steps, adapting = 540, 300
-    config = ard.ArdConfig(**{"r0": 3, "head_dim": 8, "update_interval": 5, "lr_alpha": 0.03, **options})
+    config = ard.ArdConfig(
+        **{
+            "mode": "paper",
+            "granularity": "head",
+            "r0": 3,
+            "head_dim": 8,
+            "update_interval": 5,
+            "lr_alpha": 0.03,
+            **options,
+        }
+    )
     depth = 2 if config.granularity == "layer" else 1
     model = ard.wrap(nn.Sequential(*[Attention() for _ in range(depth)]), config)
     uniform = ard.parameters_report(model).live

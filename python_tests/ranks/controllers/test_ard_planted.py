@@ -68,7 +68,7 @@ def fit(config: AdapterConfig, steps: int = BED_STEPS, watch: EveryStep | None =
 
 
 def test_planted_ranks_are_found() -> None:
-    config = ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05)
+    config = ard.ArdConfig(mode="paper", granularity="head", r0=3, lora_alpha=3, lr_alpha=0.05)
     bed, controller = fit(config)
     ranks = [units[0] for units in controller.ranks().values()]
     assert spearmanr(ranks, PLANTED).statistic > 0.8
@@ -84,7 +84,9 @@ def test_planted_ranks_are_found() -> None:
 
 def test_a_change_of_ranks_brings_the_least_useful_component_last() -> None:
     torch.manual_seed(0)
-    model = ard.wrap(Attention(), ard.ArdConfig(r0=3, granularity="matrix", warmup_ratio=0.0, update_interval=1))
+    model = ard.wrap(
+        Attention(), ard.ArdConfig(mode="paper", r0=3, granularity="matrix", warmup_ratio=0.0, update_interval=1)
+    )
     optimizer = AdamW(trainable(model), lr=1e-3)
     controller = ard.attach(model, optimizer, total_steps=100)
     layer = ard.adapters(model)["up"]
@@ -104,7 +106,9 @@ def test_a_change_of_ranks_brings_the_least_useful_component_last() -> None:
 
 def test_a_higher_price_buys_fewer_ranks() -> None:
     def mean_rank(l1: float) -> float:
-        _, controller = fit(ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05, l1=l1), 80)
+        _, controller = fit(
+            ard.ArdConfig(mode="paper", granularity="head", r0=3, lora_alpha=3, lr_alpha=0.05, l1=l1), 80
+        )
         return float(np.mean([units[0] for units in controller.ranks().values()]))
 
     means = [mean_rank(l1) for l1 in (0.0, 0.5, 1.5, 30.0)]

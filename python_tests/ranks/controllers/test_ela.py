@@ -30,9 +30,9 @@ def prepared(**options: Any) -> tuple[nn.Module, Callable[[torch.Tensor], torch.
 class Run:
     """A training loop with Adam and a schedule, one step at a time."""
 
-    def __init__(self, total: int = STEPS, lr: float = LR, **options: Any) -> None:
+    def __init__(self, total: int = STEPS, lr: float = LR, clip: float | None = None, **options: Any) -> None:
         self.model, self.teacher = prepared(**options)
-        self.total, self.t = total, 0
+        self.total, self.t, self.clip = total, 0, clip
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=lr, eps=EPS)
         self.controller = ard.attach(self.model, self.optimizer, total_steps=total)
@@ -42,6 +42,8 @@ class Run:
         x = batch(self.t)
         loss = (self.model(x) - self.teacher(x)).square().mean()
         loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -111,18 +113,26 @@ def slow_direction(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"new_norm": "unit", "r": 3, "beta1": 0.9, "beta2": 0.8, "scheduler": False}, {"mode": "code"}]
+    "options",
+    [
+        {},
+        {"new_norm": "unit", "r": 3, "beta1": 0.9, "beta2": 0.8, "scheduler": False},
+        {"mode": "code"},
+        {"mode": "code", "clip": 0.1},
+        {"clip": 1.0},
+    ],
 )
 def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
     run = Run(**options)
     config = run.controller.config
+    clip = options.get("clip")
     slow = SlowModel(run.model, config.orth_form, config.orth_reg_weight)
     warm, final = config.phases(STEPS)
     rounds = 0
     for t in range(STEPS):
         pinned = config.mode == "code" and rounds > 0
         rate = LR * (1.0 if pinned else warmup_decay(t, STEPS))
-        expected, gradients = slow.step(batch(t), run.teacher(batch(t)), rate)
+        expected, gradients = slow.step(batch(t), run.teacher(batch(t)), rate, clip)
         if t < STEPS - final:
             slow.score(gradients, config.beta1, config.beta2)
         assert run.step() == pytest.approx(expected, rel=1e-5)
@@ -140,19 +150,17 @@ def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
 
 
 def test_regulariser_acts_in_train_mode_only_and_every_n_steps() -> None:
-    run = Run(orth_interval=3, orth_reg_weight=100.0)
+    run, without = Run(orth_interval=3, orth_reg_weight=100.0), Run(orth_reg_weight=0.0)
     layers = list(ard.adapters(run.model).values())
-    run.model(batch(0)).square().mean().backward()
-    before = [layer.lora_A.grad.clone() for layer in layers if layer.lora_A.grad is not None]
+    without.model(batch(0)).square().mean().backward()
+    plain = [layer.lora_A.grad for layer in ard.adapters(without.model).values()]
 
     def added() -> list[bool]:
+        run.optimizer.zero_grad()
+        run.model(batch(0)).square().mean().backward()
         run.controller.observe()
-        found = []
-        for layer, old in zip(layers, before, strict=True):
-            assert layer.lora_A.grad is not None
-            found.append(not torch.equal(layer.lora_A.grad, old))
-            layer.lora_A.grad.copy_(old)
-        return found
+        pairs = zip((layer.lora_A.grad for layer in layers), plain, strict=True)
+        return [a is not None and b is not None and not torch.equal(a, b) for a, b in pairs]
 
     assert all(added())
     run.controller.step = 1
@@ -160,6 +168,43 @@ def test_regulariser_acts_in_train_mode_only_and_every_n_steps() -> None:
     run.controller.step = 3
     layers[2].eval()
     assert added() == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_regulariser_enters_once_a_step_before_the_clip(keep_zeros: bool) -> None:
+    """However many micro-batches there are, and whatever was thrown away before."""
+    run = Run(orth_reg_weight=10.0)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+
+    def backward(times: int) -> list[torch.Tensor]:
+        run.optimizer.zero_grad(set_to_none=not keep_zeros)
+        for _ in range(times):
+            ((run.model(batch(0)) - run.teacher(batch(0))).square().mean() / times).backward()
+        return [p.grad.clone() for p in trained if p.grad is not None]
+
+    slow = SlowModel(run.model, run.controller.config.orth_form, 10.0)
+    values = [c.value for c in slow.components()]
+    task = (slow.forward(batch(0).double()) - run.teacher(batch(0)).double()).square().mean()
+    whole = torch.autograd.grad(task + slow.regulariser(), values)
+    expected = torch.cat(list(whole)).norm()
+    found = torch.cat([g.flatten() for g in backward(1)]).norm()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    run.controller.observe()  # as before a step: nothing is added again
+    again = torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).norm()
+    assert float(again) == float(found)
+    assert float(torch.cat([g.flatten() for g in backward(3)]).norm()) == pytest.approx(float(expected), rel=1e-5)
+    if not keep_zeros:  # the step was skipped and its gradients thrown away
+        assert float(torch.cat([g.flatten() for g in backward(2)]).norm()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_detached_controllers_add_nothing() -> None:
+    run = Run(orth_reg_weight=10.0)
+    run.controller.detach()
+    (run.model(batch(0)) - run.teacher(batch(0))).square().mean().backward()
+    with_hooks = [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
+    other = Run(orth_reg_weight=0.0)
+    (other.model(batch(0)) - other.teacher(batch(0))).square().mean().backward()
+    assert all(map(torch.equal, with_hooks, (p.grad for p in other.model.parameters() if p.grad is not None)))
 
 
 # New components.

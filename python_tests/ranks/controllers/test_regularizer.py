@@ -152,7 +152,15 @@ MODES: list[dict[str, object]] = [
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: ",".join(f"{k}={v}" for k, v in m.items()))
 def test_every_mode_trains_and_ends_with_whole_ranks(mode: dict[str, object]) -> None:
     model = Attention()
-    settings: dict[str, object] = {"r0": 3, "head_dim": 8, "total_steps": 60, "lr_alpha": 0.05, "update_interval": 5}
+    settings: dict[str, object] = {
+        "mode": "paper",
+        "granularity": "head",
+        "r0": 3,
+        "head_dim": 8,
+        "total_steps": 60,
+        "lr_alpha": 0.05,
+        "update_interval": 5,
+    }
     ard.wrap(model, ard.ArdConfig(**(settings | mode)))  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
     controller = ard.attach(model, optimizer)
@@ -180,7 +188,10 @@ def test_bilevel_reads_held_out_gradients_and_leaves_those_of_training() -> None
 
     def run(held_out: int | None) -> tuple[list[float], list[torch.Tensor]]:
         torch.manual_seed(1)
-        model = ard.wrap(Attention(), ard.ArdConfig(r0=3, head_dim=8, total_steps=30, lr_alpha=0.05))
+        model = ard.wrap(
+            Attention(),
+            ard.ArdConfig(mode="paper", granularity="head", r0=3, head_dim=8, total_steps=30, lr_alpha=0.05),
+        )
         optimizer = torch.optim.SGD(trainable(model), lr=0.1)
 
         def holdout() -> torch.Tensor:
@@ -208,7 +219,7 @@ def test_bilevel_reads_held_out_gradients_and_leaves_those_of_training() -> None
 
 
 def test_step_bound_of_the_theorem() -> None:
-    model = ard.wrap(Attention(), ard.ArdConfig(r0=3, head_dim=8, total_steps=60))
+    model = ard.wrap(Attention(), ard.ArdConfig(mode="paper", granularity="head", r0=3, head_dim=8, total_steps=60))
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     controller = ard.attach(model, optimizer)
     assert isinstance(controller, ard.ArdController)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -10,9 +10,11 @@ import numpy as np
 from torch import nn
 
 from ardlora_ext.config import SvdConfig
+from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.controllers.costs import Ints
 from ardlora_ext.ranks.controllers.svd.importance import Importance
+from ardlora_ext.ranks.controllers.svd.penalty import PenaltyHooks
 from ardlora_ext.ranks.controllers.svd.schedule import Phases
 from ardlora_ext.ranks.controllers.svd.soft_orthogonality import Rows, add_penalty_gradients, share
 from ardlora_ext.ranks.resize import UnitUpdate, row_plans
@@ -31,6 +33,8 @@ class SvdController(Controller[Config]):
         self.importance = Importance(self.units.layers, config.beta1, config.beta2)
         self.finished = False
         self._moved: list[tuple[object, dict[str, Any]]] = []  # what of whom is new once a proposed change is made
+        # Scores of the task alone need gradients without the penalty until the step.
+        self._penalty = PenaltyHooks([] if config.task_scores else self.units.layers, self._add_penalty)
 
     @property
     def phases(self) -> Phases:
@@ -66,21 +70,22 @@ class SvdController(Controller[Config]):
     def observe(self) -> None:
         if self.config.task_scores:
             self._score()
-        every = self.config.orth_interval
-        if self.config.orth_reg_weight > 0.0 and self.step % every == 0:
-            add_penalty_gradients(self._factor_rows(self.config.orth_reg_weight * every), self.config.orth_form)
+        self._penalty.settle()
 
-    def _factor_rows(self, weight: float) -> Iterator[Rows]:
-        """Yield the rows of every unit's factors that have gradients, of layers in train mode."""
-        form, rank, units = self.config.orth_form, self.config.initial_rank, len(self.units)
-        for layer in self.units.layers:
-            if not layer.training:
-                continue
-            begins = layer.table.unit_begin
-            for factor in (layer.lora_A, layer.lora_B):
-                if (grad := factor.grad) is not None:
-                    strength = weight * share(rank, factor.shape[1], units, form)
-                    yield from (Rows(factor, grad, begin, end, strength) for begin, end in pairwise(begins))
+    def _add_penalty(self, layer: LoraLinear, factor: nn.Parameter) -> None:
+        """Add the gradient of the soft orthogonality to that of a factor, in train mode and if it is due."""
+        config, grad = self.config, factor.grad
+        if config.orth_reg_weight == 0.0 or self.step % config.orth_interval or not layer.training or grad is None:
+            return
+        weight = config.orth_reg_weight * config.orth_interval
+        strength = weight * share(config.initial_rank, factor.shape[1], len(self.units), config.orth_form)
+        begins = layer.table.unit_begin
+        rows = [Rows(factor, grad, begin, end, strength) for begin, end in pairwise(begins)]
+        add_penalty_gradients(rows, config.orth_form)
+
+    def detach(self) -> None:
+        self._penalty.remove()
+        super().detach()
 
     def _score(self) -> None:
         """Take this step's gradients into the scores; gradients with NaN or Inf are left out, with one record."""

@@ -1,0 +1,276 @@
+"""ARD-LoRA with a fat start and a thin end: alpha per unit under one price that rises as the budget falls.
+
+Units start at `start` times their share. At each decision the ranks r = r0 alpha are those that minimise
+
+    L(alpha) + price sum_u w_u |alpha_u|
+
+where L is what the loss is expected to lose by the components that go, to second order (`ranks/loss_metric.py`), w_u
+what a component of the unit costs, and the price the lowest that meets the budget of the time: an exact knapsack.
+Components go by recompression with the optimizer's state; none comes back, so a unit may have rank 0. The last part of
+the run trains at the final ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ardlora_ext.config import ArdConfig
+from ardlora_ext.model.parameters import SERVED_RANKS, served_rank
+from ardlora_ext.ranks.controllers.ard.regularizer import layer_key
+from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.controllers.costs import Floats, Ints
+from ardlora_ext.ranks.controllers.worth import Allocation, Choice, Offer, allocate, allocate_padded, offers
+from ardlora_ext.ranks.loss_metric import LossMetric
+from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
+
+_MOST_CUTS = 20
+_LOOK = 2  # the loss is looked at every so many steps
+
+
+def budget_at(progress: float, first: float, last: float, shape: str) -> float:
+    """Return the parameters allowed when `progress` (0 to 1) of the fall is over."""
+    if shape == "geometric":
+        return float(first * (last / first) ** progress)
+    left = 1.0 - progress if shape == "linear" else (1.0 - progress) ** 3
+    return last + (first - last) * left
+
+
+class AnnealController(Controller[ArdConfig]):
+    """Lets the budget fall and chooses ranks for it; see `ArdConfig` and the module.
+
+    Phases, by step: `warmup` (nothing moves), `adapt`, `frozen`.
+
+    Attributes:
+        shares: [units] r0 of each.
+        budget: parameters at the end.
+        first: parameters at the start.
+        price: worth per parameter around which the present ranks were chosen, relative to all that there is.
+    """
+
+    def __init__(self, model: nn.Module, config: ArdConfig, total_steps: int | None = None) -> None:
+        super().__init__(model, config, config.total_steps if total_steps is None else total_steps)
+        units = self.units
+        self.shares: Ints = np.array([config.share(n) for n in units.names], dtype=np.int64)[units.module_of]
+        self.budget = float(
+            self._counted(np.minimum(self.shares, units.limit)) if config.budget is None else config.budget
+        )
+        self.first = self._counted(units.live())
+        self.price = 0.0
+        self.finished = False
+        if config.metric == "loss":
+            self.metric = LossMetric(dict(zip(units.names, units.layers, strict=True)))
+
+    # The schedule.
+
+    @property
+    def begins(self) -> int | None:
+        """Steps before the budget falls, None where the length of the run is not known."""
+        return None if self.total_steps is None else round(self.total_steps * self.config.warmup_ratio)
+
+    @property
+    def ends(self) -> int | None:
+        """Steps after which ranks are final."""
+        if self.total_steps is None:
+            return None
+        return max(round(self.total_steps * (1.0 - self.config.freeze_ratio)), (self.begins or 0) + 1)
+
+    @property
+    def phase(self) -> str:
+        """`warmup`, `adapt` or `frozen`."""
+        if self.finished:
+            return "frozen"
+        return "warmup" if self.begins is None or self.step < self.begins else "adapt"
+
+    def _budget_now(self) -> int | None:
+        """Return the parameters allowed from this step on, None when nothing is to be decided."""
+        begins, ends = self.begins, self.ends
+        if begins is None or ends is None or self.step < begins:
+            return None
+        if self.step >= ends:
+            return int(self.budget)
+        interval = max(self.config.update_interval, math.ceil((ends - begins) / _MOST_CUTS))
+        if (ends - self.step) % interval:
+            return None
+        progress = (self.step - begins) / (ends - begins)
+        return int(budget_at(progress, max(self.first, self.budget), self.budget, self.config.shape))
+
+    # Facts.
+
+    def _look(self) -> None:
+        """Look at the backward passes of the coming step, or not."""
+        if self.metric is not None:
+            self.metric.watch(not self.finished)
+            self.metric.looking = not self.finished and self.step % _LOOK == 0
+
+    def observe(self) -> None:
+        if self.metric is not None and not self.finished and self.step % _LOOK == 0:
+            self.metric.take(self.processes)
+
+    @property
+    def alpha(self) -> Floats:
+        """Rank of each unit in shares of its r0 [units]."""
+        return np.asarray(self.units.live() / self.shares, dtype=np.float64)
+
+    # Decisions.
+
+    def parts(self) -> list[object]:
+        return [self] if self.metric is None else [self, self.metric]
+
+    def settle(self) -> None:
+        self._look()
+
+    def propose(self) -> RankUpdate | None:
+        self.step += 1
+        update = None
+        allowed = None if self.finished else self._budget_now()
+        if allowed is not None:
+            self.finished = self.ends is not None and self.step >= self.ends
+            update = self._cut(allowed)
+        return update
+
+    def finalize(self) -> None:
+        if not self.finished:
+            self.carry_out(self._last_cut)
+
+    def _last_cut(self) -> RankUpdate | None:
+        self.finished = True
+        return self._cut(int(self.budget))
+
+    def _cut(self, allowed: int) -> RankUpdate | None:
+        """Choose ranks for `allowed` parameters."""
+        live = self.units.live()
+        most = self._most()
+        if self._counted(live) <= allowed and int(live.max()) <= most:
+            return None
+        found = self._allocation(allowed, most)
+        wanted = np.array([r for name in self.units.names for r in found.ranks[name]], dtype=np.int64)
+        wanted = np.minimum(wanted, live)
+        self.price = found.price / found.total if found.total > 0.0 else 0.0
+        self._record(live, wanted, allowed, found)
+        names = self.units.by_module(wanted)
+        now = self.units.by_module(live)
+        modules = {
+            name: tuple(UnitUpdate(tuple(range(r))) for r in ranks)
+            for name, ranks in names.items()
+            if ranks != now[name]
+        }
+        return RankUpdate(modules, seed=self.config.seed + self.step, leave="recompress") if modules else None
+
+    def _counted(self, ranks: Ints) -> float:
+        """Return what of the budget these ranks [units] take."""
+        if self.config.budget_counts == "live":
+            return self.units.costs.parameters(ranks)
+        return float(self.units.costs.own @ (ranks > 0) * served_rank(int(ranks.max())))
+
+    def _most(self) -> int:
+        """Return the largest rank that a unit may have now: falls to `serve_rank` as the budget falls."""
+        cap, largest = self.config.serve_rank, int(self.units.limit.max())
+        if cap is None or cap >= largest:
+            return largest
+        begins, ends = self.begins, self.ends
+        done = 1.0 if self.finished or begins is None or ends is None else (self.step - begins) / (ends - begins)
+        return math.ceil(budget_at(done, largest, cap, "geometric"))
+
+    def _allocation(self, allowed: int, most: int) -> Allocation:
+        config, units = self.config, self.units
+        if config.allocation == "uniform":
+            return self._uniform(allowed, most)
+        found = []
+        for name, layer in zip(units.names, units.layers, strict=True):
+            known = None if self.metric is None else self.metric.of(name)
+            found.append(offers(name, layer, min(config.min_rank, layer.max_rank), known))
+        if config.allocation == "random":
+            found = [[self._at_random(offer, m) for offer in some] for m, some in enumerate(found)]
+        found = [[replace(offer, worth=offer.worth[:, : most + 1]) for offer in some] for some in found]
+        if config.budget_counts == "exported":
+            return allocate_padded([offer for some in found for offer in some], allowed, SERVED_RANKS)
+        return allocate(self._choices(found), allowed)
+
+    def _choices(self, found: list[list[Offer]]) -> list[Choice]:
+        if self.config.granularity != "layer":
+            return [Choice.of([offer]) for some in found for offer in some]
+        together: dict[str, list[Offer]] = {}
+        for name, some in zip(self.units.names, found, strict=True):
+            together.setdefault(layer_key(name), []).extend(some)
+        return [Choice.of(members) for members in together.values()]
+
+    def _at_random(self, offer: Offer, module: int) -> Offer:
+        """Give a unit's components another worth, the same in every decision of a run."""
+        generator = np.random.default_rng([self.config.seed, module, *offer.indices])
+        steps = generator.random((len(offer.worth), 1)) / np.arange(1.0, offer.worth.shape[1])
+        worth = np.concatenate([np.zeros((len(offer.worth), 1)), np.cumsum(steps, axis=1)], axis=1)
+        return Offer(offer.name, offer.indices, np.where(np.isfinite(offer.worth), worth, -np.inf), offer.own,
+                     offer.common)  # fmt: skip
+
+    def _uniform(self, allowed: int, most: int) -> Allocation:
+        """Give all units the largest common rank that fits."""
+        units = self.units
+        rank = most
+        while rank > self.config.min_rank and self._counted(np.minimum(rank, units.limit)) > allowed:
+            rank -= 1
+        return Allocation(units.by_module(np.minimum(rank, units.limit)), 0.0, 0.0, 0.0)
+
+    # Records and state.
+
+    def _record(self, before: Ints, after: Ints, allowed: int, found: Allocation) -> None:
+        event = "freeze" if self.finished else "adapt"
+        reason = f"{allowed:,} parameters are allowed now: what is below price {self.price:.3g} goes"
+        if found.total > 0.0:
+            reason += f", {1.0 - found.kept / found.total:.2%} of all"
+        for u in np.flatnonzero(before != after):
+            m = int(self.units.module_of[u])
+            self.records.append(
+                {
+                    "step": self.step,
+                    "event": event,
+                    "module": self.units.names[m],
+                    "unit": int(u - self.units.first[m]),
+                    "from": int(before[u]),
+                    "to": int(after[u]),
+                    "price": self.price,
+                    "reason": reason,
+                }
+            )
+
+    def begin_anew(self) -> None:
+        self.first = self._counted(self.units.live())
+
+    def extend(self, total_steps: int) -> None:
+        super().extend(total_steps)
+        if self.finished and self.ends is not None and self.step < self.ends:
+            self.finished = False
+
+    def ranks(self) -> dict[str, list[int]]:
+        return self.units.by_module(self.units.live())
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "phase": self.phase,
+            "mean_rank": float(np.mean(self.units.live())),
+            "alpha": float(np.mean(self.alpha)),
+            "price": float(self.price),
+            "budget": int(self.budget),
+            "parameters": self.parameters(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state |= {"first": float(self.first), "price": float(self.price), "finished": self.finished}
+        state["metric"] = None if self.metric is None else self.metric.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        numbers = {key: float(state[key]) for key in ("first", "price")}
+        if not all(map(math.isfinite, numbers.values())):
+            raise ValueError("state: first and price must be finite, got NaN or Inf")
+        if self.metric is not None and state["metric"] is not None:
+            self.metric.load_state_dict(state["metric"])
+        super().load_state_dict(state)
+        self.first, self.price, self.finished = numbers["first"], numbers["price"], bool(state["finished"])
+        self._look()
