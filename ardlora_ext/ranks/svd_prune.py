@@ -92,6 +92,9 @@ def _tensors(layer: LoraLinear, optimizer: Optimizer | None) -> tuple[_Found, _C
                     f"{type(optimizer).__name__}"
                 )
             found[factor, key] = values, _rule(optimizer, key, values)
+        if (factor, "grad_avg") in found:  # RMSprop takes the root of the variance: that is what turns by squares
+            mean, square = (found[factor, key][0] for key in ("grad_avg", "square_avg"))
+            found[factor, "square_avg"] = (square - mean.square()).clamp(min=0.0), "squares"
     return found, coded
 
 
