@@ -23,7 +23,7 @@ BEDS = ("planted", "tiny", "real")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `quality`."""
-    parser.epilog = "methods:\n" + "\n".join(f"  {name:10}{recipe.about}" for name, recipe in RECIPES.items())
+    parser.epilog = "methods:\n" + "\n".join(f"  {name:18}{recipe.about}" for name, recipe in RECIPES.items())
     parser.add_argument("--bed", choices=BEDS, default="planted", help="where to compare")
     parser.add_argument("--variant", choices=VARIANTS, default="ranks", help="planted bed: what differs between units")
     parser.add_argument("--task", default="trec6", help="real bed: data set")

@@ -187,6 +187,13 @@ def _ard(plan: Plan) -> AdapterConfig:
     )
 
 
+def _paper(plan: Plan) -> AdapterConfig:
+    fields = plan.fields(plan.rank, "head")
+    return ard.ArdConfig(
+        mode="paper", r0=plan.rank, r_max=FAT * plan.rank, budget=plan.budget, total_steps=plan.steps, **fields
+    )
+
+
 def _ela(plan: Plan) -> AdapterConfig:
     pool = plan.matrices * min(2, plan.rank - 1)  # of candidates, with the published k = 2
     if pool < 2:
@@ -266,7 +273,8 @@ def random_ranks(units: Units, budget: float, seed: int) -> dict[str, list[int]]
 
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe("one rank for all", _lora),
-    "ard": Recipe("ARD-LoRA, ranks from gradients under a budget", _ard),
+    "ard": Recipe("ARD-LoRA, from a fat start down to the budget", _ard),
+    "paper": Recipe("ARD-LoRA as published, ranks from gradients under a budget", _paper),
     "elalora": Recipe("ElaLoRA, prune and expand", _ela, counts="ranks"),
     "adalora": Recipe("AdaLoRA, prune from 1.5 times the rank", _ada, counts="ranks"),
     "dora": Recipe("DoRA (weight-decomposed), one rank for all", _dora),
