@@ -47,6 +47,7 @@ from ardlora_ext.ranks.controllers.ard.controller import ArdController
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.controllers.svd.ada import AdaController
 from ardlora_ext.ranks.controllers.svd.ela import ElaController
+from ardlora_ext.ranks.frontier import Point, frontier, smallest_within
 from ardlora_ext.ranks.optimizer import loraplus_param_groups
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 from ardlora_ext.ranks.svd_prune import svd_prune
@@ -69,6 +70,7 @@ __all__ = [
     "LoraConfig",
     "LoraLinear",
     "ParametersReport",
+    "Point",
     "RankCallback",
     "RankUpdate",
     "UnitUpdate",
@@ -82,6 +84,7 @@ __all__ = [
     "compress",
     "delete_adapter",
     "disable_adapter",
+    "frontier",
     "frozen_copy",
     "fully_shard",
     "init_from_gradients",
@@ -97,6 +100,7 @@ __all__ = [
     "save_pretrained",
     "save_state",
     "set_adapter",
+    "smallest_within",
     "svd_prune",
     "unmerge_adapter",
     "unwrap",

@@ -246,6 +246,12 @@ def _unpack(text: str, size: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float64).reshape(size, size)).to(device)
 
 
+def model_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the loss that a transformers model computes from its labels."""
+    loss: torch.Tensor = model(**batch).loss
+    return loss
+
+
 def measured(
     model: nn.Module, layers: Mapping[str, LoraLinear], batches: Iterable[Batch], loss_fn: LossFunction | None
 ) -> LossMetric:
@@ -263,7 +269,7 @@ def measured(
             for batch in batches:
                 for parameter, _ in gradients:
                     parameter.grad = None
-                loss: torch.Tensor = model(**batch).loss if loss_fn is None else loss_fn(model, batch)
+                loss = (loss_fn or model_loss)(model, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 count += 1
                 metric.decay = (count - 1.0) / count  # a plain mean

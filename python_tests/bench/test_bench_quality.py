@@ -114,7 +114,12 @@ def test_every_method_ends_with_the_same_parameters(name: str) -> None:
 
 
 def test_learned_ranks_are_the_planted_ones_and_pay() -> None:
-    rates = {"lora": 0.02, "ard": 0.005, "paper": 0.005, "elalora": 0.02}  # as a sweep on other seeds chose them: docs/quality.md
+    rates = {
+        "lora": 0.02,
+        "ard": 0.005,
+        "paper": 0.005,
+        "elalora": 0.02,
+    }  # as a sweep on other seeds chose them: docs/quality.md
     rows = {name: [run_trial(PlantedBed(), parse(name), lr, seed) for seed in range(5)] for name, lr in rates.items()}
     for name in ("ard", "paper", "elalora"):
         assert stats.bootstrap([row["spearman"] for row in rows[name]]).low > 0.8
