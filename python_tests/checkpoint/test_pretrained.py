@@ -24,6 +24,7 @@ from ardlora_ext.layers.linear import Conv1D
 from ardlora_ext.ranks.controllers.ard.controller import ArdController
 
 from helpers.adapters import fingerprint, scramble, set_ranks
+from helpers.ard_runs import heads
 from helpers.logits import assert_same_logits, logits
 from helpers.models import ARCHITECTURES, Attention, Batch, bert, llama, trainable
 from helpers.sealing import edit_json
@@ -64,7 +65,7 @@ def test_peft_gives_the_same_logits(architecture: Architecture, factoring: Any, 
     model, batch = architecture
     base = copy.deepcopy(model)
     plain = logits(model, batch)
-    tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=3, factoring=factoring, lora_alpha=6))
+    tuned(model, heads(r0=3, factoring=factoring, lora_alpha=6))
     expected = logits(model, batch)
     assert (expected - plain).abs().max() > 0.01 * plain.abs().max(), "the adapters do something"
     theirs = PeftModel.from_pretrained(base, save(model, tmp_path)).eval()
@@ -76,7 +77,7 @@ def test_peft_gives_the_same_logits(architecture: Architecture, factoring: Any, 
 
 def test_adapter_config(architecture: Architecture, tmp_path: Path) -> None:
     model, _ = architecture
-    save(tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=3)), tmp_path)
+    save(tuned(model, heads(r0=3)), tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
     config = json.loads(text)
     assert list(config) == sorted(config)
@@ -93,7 +94,7 @@ def test_adapter_config(architecture: Architecture, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_scale_rules_of_servers_give_one(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name]()[0]
-    save(tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=3, lora_alpha=5)), tmp_path)
+    save(tuned(model, heads(r0=3, lora_alpha=5)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     vllm = config["lora_alpha"] / config["r"]  # one scale for the whole adapter
@@ -118,7 +119,7 @@ def test_load_restores_every_bit(factoring: Any, options: Any, tmp_path: Path) -
     base = copy.deepcopy(model).to(dtype)
     tuned(
         model.to(dtype),
-        ard.ArdConfig(mode="paper", granularity="head", r0=3, modules_to_save=["norm"], factoring=factoring, **options),
+        heads(r0=3, modules_to_save=["norm"], factoring=factoring, **options),
     )
     clone = ard.load_pretrained(base, save(model, tmp_path))
     assert clone is base
@@ -141,9 +142,7 @@ STEPS = 60
 
 @pytest.mark.parametrize("at", [10, 24, 25, 38, 50])  # warm-up, before and after a rank change, hardening, frozen
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(at: int, tmp_path: Path) -> None:
-    config = ard.ArdConfig(
-        mode="paper",
-        granularity="head",
+    config = heads(
         r0=2,
         head_dim=8,
         update_interval=6,
@@ -186,7 +185,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(at: int, tmp_path: Path)
 
 
 def test_saving_an_ard_model_that_was_never_attached_says_so(tmp_path: Path) -> None:
-    model = ard.wrap(Attention(), ard.ArdConfig(mode="paper", granularity="head"))
+    model = ard.wrap(Attention(), heads())
     with pytest.warns(UserWarning, match=r"ardlora_ext\.attach\(model, optimizer\) was never called"):
         ard.save_pretrained(model, tmp_path / "ard")
     ard.save_pretrained(ard.wrap(Attention(), ard.LoraConfig()), tmp_path / "lora")  # nothing to say here
@@ -255,7 +254,7 @@ def test_saving_needs_a_wrapped_model_and_a_directory(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = ard.ArdConfig(mode="paper", granularity="head", r0=3, head_dim=8, modules_to_save=["down"])
+    config = heads(r0=3, head_dim=8, modules_to_save=["down"])
     return save(tuned(Attention(), config), tmp_path_factory.mktemp("checkpoint"))
 
 
@@ -382,7 +381,7 @@ def test_a_checkpoint_of_another_model(checkpoint: Path, make: Callable[[], nn.M
 
 def test_other_heads_in_the_same_matrices(tmp_path: Path) -> None:
     model = llama()[0]
-    save(tuned(model, ard.ArdConfig(mode="paper", granularity="head", r0=2)), tmp_path)
+    save(tuned(model, heads(r0=2)), tmp_path)
     config = copy.deepcopy(model.config)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 16
     other = type(model)(config)

@@ -34,6 +34,11 @@ def run(config: ard.ArdConfig, steps: int, watch: EveryStep | None = None, lr: f
     return controller
 
 
+def heads(**options: Any) -> ard.ArdConfig:
+    """The paper's mode, a rank per head."""
+    return ard.ArdConfig(mode="paper", granularity="head", **options)
+
+
 def fast(**options: Any) -> ard.ArdConfig:
     """Ranks that move within a few steps."""
     return ard.ArdConfig(

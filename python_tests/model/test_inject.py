@@ -18,6 +18,7 @@ from ardlora_ext.config.registry import config_from_dict
 from ardlora_ext.layers.linear import LoraLinear
 
 from helpers.adapters import fingerprint, scramble
+from helpers.ard_runs import heads
 from helpers.logits import assert_same_logits, logits
 from helpers.models import ARCHITECTURES, Attention, Batch, llama, trainable
 
@@ -67,7 +68,7 @@ def kinds(model: nn.Module) -> dict[str, tuple[str, int]]:
 def test_heads_are_found_from_the_transformers_config(architecture: Architecture) -> None:
     model, batch = architecture
     before = logits(model, batch)
-    ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=2))
+    ard.wrap(model, heads(r0=2))
     expected = UNITS[model.config.model_type]
     assert kinds(model) == {pattern.format(i): units for pattern, units in expected.items() for i in range(2)}
     assert_same_logits(logits(model, batch), before)
@@ -126,7 +127,7 @@ def test_unwrap_restores_everything(architecture: Architecture) -> None:
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 > 0)
     before = fingerprint(model)
-    ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head"))
+    ard.wrap(model, heads())
     scramble(model)
     assert fingerprint(model) != before
     assert ard.unwrap(model) is model
@@ -138,7 +139,7 @@ def test_unwrap_restores_everything(architecture: Architecture) -> None:
 def test_merge_keeps_the_logits(architecture: Architecture, factoring: Any) -> None:
     model, batch = architecture
     before, base = fingerprint(model), logits(model, batch)
-    ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=3, factoring=factoring))
+    ard.wrap(model, heads(r0=3, factoring=factoring))
     scramble(model)
     wrapped = logits(model, batch)
     assert (wrapped - base).abs().max() > 0.01 * base.abs().max(), "the adapters do something"
@@ -179,7 +180,7 @@ def test_a_tied_output_head_is_not_merged_into_the_embedding() -> None:
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_are_whole_and_independent(copier: Callable[[nn.Module], nn.Module]) -> None:
     model, batch = llama()
-    ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=3))
+    ard.wrap(model, heads(r0=3))
     ard.attach(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=10)
     scramble(model)
     clone, expected, before = copier(model), logits(model, batch), fingerprint(model)
@@ -202,9 +203,7 @@ def test_copies_are_whole_and_independent(copier: Callable[[nn.Module], nn.Modul
 def test_parameters_report(factoring: Any, live: int, allocated: int) -> None:
     model = Attention()
     base = 2 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32)
-    config = ard.ArdConfig(
-        mode="paper", granularity="head", r0=2, head_dim=8, factoring=factoring, modules_to_save=["up"]
-    )
+    config = heads(r0=2, head_dim=8, factoring=factoring, modules_to_save=["up"])
     report = ard.parameters_report(ard.wrap(model, config))
     live, allocated = live - 192, allocated - 384
     assert (report.live, report.allocated) == (live, allocated)
@@ -243,7 +242,7 @@ def test_a_controller_counts_what_the_report_counts(method: str) -> None:
     ],
 )
 def test_head_dim_of_a_plain_module(head_dim: Any, expected: list[tuple[str, int]]) -> None:
-    model = ard.wrap(Attention(), ard.ArdConfig(mode="paper", granularity="head", r0=2, head_dim=head_dim))
+    model = ard.wrap(Attention(), heads(r0=2, head_dim=head_dim))
     assert list(kinds(model).values()) == expected
     assert model(torch.randn(2, 3, 32)).shape == (2, 3, 32)
 
@@ -326,31 +325,11 @@ def _already_wrapped() -> nn.Module:
             ard.LoraConfig(modules_to_save=["upp"]),
             r"modules_to_save must name modules of the model, got 'upp'; near misses: up",
         ),
-        (
-            Attention,
-            ard.ArdConfig(mode="paper", granularity="head", head_dim=5),
-            "head_dim of 'q_proj' must divide its 32 output features, got 5; pass",
-        ),
-        (
-            Attention,
-            ard.ArdConfig(mode="paper", granularity="head", head_dim={"down": ("in", 9)}),
-            "'down' must divide its 64 input features, got 9",
-        ),
-        (
-            Attention,
-            ard.ArdConfig(mode="paper", granularity="head", head_dim={"up": ("side", 8)}),
-            "side of 'up' must be 'in' or 'out', got 'side'",
-        ),
-        (
-            lambda: nn.Sequential(nn.Linear(8, 8)),
-            ard.ArdConfig(mode="paper", granularity="head", head_dim=4),
-            "head_dim must match a layer, got 4",
-        ),
-        (
-            Attention,
-            ard.ArdConfig(mode="paper", granularity="head", head_dim={"q_proj": 8, "upp": 8}),
-            "head_dim must match a layer, got 'upp'; near.*up",
-        ),
+        (Attention, heads(head_dim=5), "head_dim of 'q_proj' must divide its 32 output features, got 5; pass"),
+        (Attention, heads(head_dim={"down": ("in", 9)}), "'down' must divide its 64 input features, got 9"),
+        (Attention, heads(head_dim={"up": ("side", 8)}), "side of 'up' must be 'in' or 'out', got 'side'"),
+        (lambda: nn.Sequential(nn.Linear(8, 8)), heads(head_dim=4), "head_dim must match a layer, got 4"),
+        (Attention, heads(head_dim={"q_proj": 8, "upp": 8}), "head_dim must match a layer, got 'upp'; near.*up"),
         (_meta, ard.LoraConfig(), r"parameters must be on the CPU.*, got 'q_proj' on meta"),
         (
             lambda: Attention().double(),
@@ -358,16 +337,8 @@ def _already_wrapped() -> nn.Module:
             r"'q_proj' must be float32, bfloat16 or float16, got torch\.float64",
         ),
         # Rank 1: 64 + 64 + 96 + 96 parameters; rank 4: four times as many.
-        (
-            Attention,
-            ard.ArdConfig(mode="paper", granularity="head", r0=2, r_max=4, budget=319),
-            r"between 320 parameters \(rank 1 .*\) and 1,280 ",
-        ),
-        (
-            Attention,
-            ard.ArdConfig(mode="paper", granularity="head", r0=2, r_max=4, budget=1281),
-            r"1,280 \(rank 4 everywhere\), got 1,281",
-        ),
+        (Attention, heads(r0=2, r_max=4, budget=319), r"between 320 parameters \(rank 1 .*\) and 1,280 "),
+        (Attention, heads(r0=2, r_max=4, budget=1281), r"1,280 \(rank 4 everywhere\), got 1,281"),
     ],
     ids=[
         "near misses",
@@ -399,7 +370,7 @@ def test_wrap_refuses_and_changes_nothing(make: Callable[[], nn.Module], config:
 
 @pytest.mark.parametrize("budget", [320, 1280])
 def test_budgets_at_the_ends_of_the_range_are_taken(budget: int) -> None:
-    ard.wrap(Attention(), ard.ArdConfig(mode="paper", granularity="head", r0=2, r_max=4, budget=budget))
+    ard.wrap(Attention(), heads(r0=2, r_max=4, budget=budget))
 
 
 @pytest.mark.parametrize("call", [ard.unwrap, ard.merge, ard.parameters_report])
