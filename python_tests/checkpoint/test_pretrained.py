@@ -117,10 +117,7 @@ def test_load_restores_every_bit(factoring: Any, options: Any, tmp_path: Path) -
     dtype = torch.bfloat16 if options.get("adapter_dtype") else torch.float32
     model, batch = llama()
     base = copy.deepcopy(model).to(dtype)
-    tuned(
-        model.to(dtype),
-        heads(r0=3, modules_to_save=["norm"], factoring=factoring, **options),
-    )
+    tuned(model.to(dtype), heads(r0=3, modules_to_save=["norm"], factoring=factoring, **options))
     clone = ard.load_pretrained(base, save(model, tmp_path))
     assert clone is base
     for name, layer in ard.adapters(model).items():
@@ -142,14 +139,7 @@ STEPS = 60
 
 @pytest.mark.parametrize("at", [10, 24, 25, 38, 50])  # warm-up, before and after a rank change, hardening, frozen
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(at: int, tmp_path: Path) -> None:
-    config = heads(
-        r0=2,
-        head_dim=8,
-        update_interval=6,
-        lr_alpha=0.05,
-        warmup_ratio=0.2,
-        harden_ratio=0.1,
-    )
+    config = heads(r0=2, head_dim=8, update_interval=6, lr_alpha=0.05, warmup_ratio=0.2, harden_ratio=0.1)
     data = torch.randn(STEPS, 2, 16, 32)
 
     def train(model: nn.Module, optimizer: AdamW, steps: range) -> None:
