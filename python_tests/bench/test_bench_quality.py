@@ -204,11 +204,11 @@ def test_methods_say_what_a_bed_lacks() -> None:
 
 def test_config_fields_can_be_changed_by_name() -> None:
     plan = Plan(rank=2, budget=384, matrices=6, steps=20, seed=0)
-    config = parse("ard:tv=0,slope=tangent,cost_weighted=False").config(plan)
+    config = parse("paper:tv=0,slope=tangent,cost_weighted=False").config(plan)
     assert isinstance(config, ard.ArdConfig)
     assert (config.tv, config.slope, config.cost_weighted) == (0, "tangent", False)
     assert parse("lora:rank=3").rank(2) == 3
-    priced = parse("ard:l1=0.5").config(plan)
+    priced = parse("paper:l1=0.5").config(plan)
     assert isinstance(priced, ard.ArdConfig)
     assert (priced.l1, priced.budget) == (0.5, None)
     for label, message in {
@@ -221,7 +221,7 @@ def test_config_fields_can_be_changed_by_name() -> None:
     with pytest.raises(InputError, match="ard:speed=1: speed must be rank or one of"):
         parse("ard:speed=1").config(plan)
     with pytest.raises(InputError, match="tv must be >= 0, got -1"):
-        parse("ard:tv=-1").config(plan)
+        parse("paper:tv=-1").config(plan)
 
 
 # --- other beds -------------------------------------------------------------------------------------------------------
