@@ -77,7 +77,7 @@ def frontier(
     choices = [Choice.of([o]) for name, layer in layers.items() for o in offers(name, layer, 0, metric.of(name))]
     fixed = sum(layer.parameters_at([0] * layer.layout.units) for layer in layers.values())
     whole = sum(layer.live_parameters for layer in layers.values())
-    means, points = dict(metric.means), {}
+    means, points = metric.means, {}
     for share in sorted(shares, reverse=True):
         with _kept(list(layers.values())):
             if share < 1.0:
@@ -88,7 +88,7 @@ def frontier(
                 found = _judged(model, judged)
                 ranks = {name: list(layer.ranks) for name, layer in layers.items()}
                 points[sizes.live] = Point(sizes.live, sizes.exported, found, ranks)
-        metric.means = dict(means)
+        metric.means = means
     return list(points.values())
 
 
