@@ -20,6 +20,7 @@ import numpy as np
 from torch import nn
 
 from ardlora_ext.config import ArdConfig
+from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.model.parameters import SERVED_RANKS, served_rank
 from ardlora_ext.ranks.controllers.ard.regularizer import layer_key
 from ardlora_ext.ranks.controllers.base import Controller
@@ -62,7 +63,8 @@ class AnnealController(Controller[ArdConfig]):
         self.first = self._counted(units.live())
         self.price = 0.0
         self.finished = False
-        if config.metric == "loss":
+        # Experts have passes of their own, which nobody watches; worths in two metrics cannot be compared.
+        if config.metric == "loss" and not any(isinstance(layer, ExpertStack) for layer in units.layers):
             self.metric = LossMetric(dict(zip(units.names, units.layers, strict=True)))
 
     # The schedule.
