@@ -61,7 +61,7 @@ def make_ragged(model: Any) -> None:
 @pytest.mark.parametrize("form", ["portable", "compact"])
 @pytest.mark.parametrize("family", MODELS)
 def test_peft_and_our_own_loader_give_the_same_logits(family: str, form: Any, tmp_path: Path) -> None:
-    model = trained(family, ard.ArdConfig(r0=2, r_max=4, lora_dropout=0.1))
+    model = trained(family, ard.ArdConfig(mode="paper", r0=2, r_max=4, lora_dropout=0.1))
     make_ragged(model)
     expected = logits(model)
     exported = ard.save_pretrained(model, tmp_path, form=form)
@@ -92,7 +92,7 @@ def test_a_peft_checkpoint_goes_on_with_ranks_that_move(family: str, tmp_path: P
                 parameter.normal_(0, 0.1)
     theirs.save_pretrained(tmp_path)
     expected = logits(theirs)
-    for ours in (ard.ArdConfig(r0=2, r_max=6), ard.ElaConfig(r=3), ard.LoraConfig(r=3)):
+    for ours in (ard.ArdConfig(mode="paper", r0=2, r_max=6), ard.ElaConfig(r=3), ard.LoraConfig(r=3)):
         model = ard.load_peft(tiny_experts(family), tmp_path, ours)
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
         assert all(set(layer.ranks) == {3} for layer in ard.adapters(model).values())
@@ -155,7 +155,7 @@ def test_check_adapter_knows_experts(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_state_resumes_bitwise(tmp_path: Path) -> None:
     def start() -> tuple[Any, Any]:
-        model = ard.wrap(tiny_experts("mixtral").train(), ard.ArdConfig(r0=2, r_max=4, update_interval=2))
+        model = ard.wrap(tiny_experts("mixtral").train(), ard.ArdConfig(mode="paper", r0=2, r_max=4, update_interval=2))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         ard.attach(model, optimizer, total_steps=12)
         return model, optimizer
