@@ -18,7 +18,7 @@ from helpers.models import llama
 def wrapped(name: str = "someone/base") -> Any:
     model = llama()[0]
     model.config._name_or_path = name  # type: ignore[union-attr]
-    return ard.wrap(model, ard.ArdConfig(r0=3))
+    return ard.wrap(model, ard.ArdConfig(mode="paper", granularity="head", r0=3))
 
 
 @pytest.mark.filterwarnings("ignore:save_pretrained")

@@ -37,7 +37,7 @@ def fit(bed: ExpertBed, config: AdapterConfig, steps: int = 250) -> tuple[list[i
 
 def test_planted_ranks_of_experts_are_found() -> None:
     bed = ExpertBed(PLANTED, [16] * len(PLANTED))
-    ranks, _ = fit(bed, ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05))
+    ranks, _ = fit(bed, ard.ArdConfig(mode="paper", granularity="head", r0=3, lora_alpha=3, lr_alpha=0.05))
     assert spearmanr(ranks, PLANTED).statistic > 0.9
     assert sum(ranks) <= 3 * len(PLANTED)
     assert ard.adapters(bed)["experts.weight"].ranks == ranks
@@ -58,13 +58,13 @@ def test_importance_moves_ranks_between_experts(config: AdapterConfig) -> None:
 def test_an_expert_that_sees_few_tokens_gets_no_rank_for_its_noise() -> None:
     """Half of the experts see few tokens and have nothing to learn; unweighed slopes give them rank 1.75."""
     bed = ExpertBed((2,) * 8 + (0,) * 8, (30,) * 8 + (2,) * 8, noise=3.0, vary=True)
-    ranks, _ = fit(bed, ard.ArdConfig(r0=3, lora_alpha=3, lr_alpha=0.05))
+    ranks, _ = fit(bed, ard.ArdConfig(mode="paper", granularity="head", r0=3, lora_alpha=3, lr_alpha=0.05))
     assert np.mean(ranks[8:]) < 1.3
     assert min(ranks[:8]) > max(ranks[8:])
 
 
 def test_tokens_are_counted_weighed_and_forgotten() -> None:
-    bed = ard.wrap(ExpertBed((1, 1, 1, 1), [1, 2, 3, 10]), ard.ArdConfig(r0=2))
+    bed = ard.wrap(ExpertBed((1, 1, 1, 1), [1, 2, 3, 10]), ard.ArdConfig(mode="paper", granularity="head", r0=2))
     controller = ard.attach(bed, Adam(trainable(bed)), total_steps=10)
     stack = ard.adapters(bed)["experts.weight"]
     assert isinstance(stack, ExpertStack)
