@@ -62,9 +62,12 @@ def model_card(
 
 
 def may_write_card(folder: Path) -> bool:
-    """Tell whether the folder has no README, or one that was written here."""
+    """Tell whether the folder has no README, or one that was written here; one that cannot be read is the user's."""
     path = folder / CARD
-    return not path.exists() or _MARK in path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return not path.exists() or _MARK in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def with_metadata_of(card: str, text: str) -> str:

@@ -43,6 +43,14 @@ def test_a_page_of_the_users_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:save_pretrained")
+def test_a_page_that_cannot_be_read_stops_no_save(tmp_path: Path) -> None:
+    (tmp_path / "README.md").mkdir()
+    ard.save_pretrained(wrapped(), tmp_path)
+    assert (tmp_path / "README.md").is_dir()
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:save_pretrained")
 def test_a_card_that_trainer_has_written_gets_the_metadata(tmp_path: Path) -> None:
     theirs = "---\nlibrary_name: transformers\nlicense: mit\ntags:\n- generated_from_trainer\n---\n# run\n\ntext\n"
     (tmp_path / "README.md").write_text(theirs)
