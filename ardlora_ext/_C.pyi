@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 
 __version__: str
 
-_Matrix = tuple[int, int, int, int, int]
+_Matrix = tuple[int, int, int, int, int]  # address, rows, columns, row stride, dtype code
+_Rows = tuple[int, int, int]  # address, columns, row stride
 
 class UnitTable:
     def __init__(
@@ -38,32 +39,32 @@ def expand(
 def outer(
     table: UnitTable, is_a: bool, dw: _Matrix, row_scale: int, scale: float, h: _Matrix, x: _Matrix, threads: int
 ) -> None: ...
+class LoraAdapter:
+    def __init__(self, table: UnitTable, lora_A: _Matrix, lora_B: _Matrix, gate: int, scaling: float) -> None: ...
+
 def lora_forward(
-    table: UnitTable,
-    x: _Matrix,
-    lora_A: _Matrix,
-    lora_B: _Matrix,
-    gate: int,
-    scaling: float,
-    h: _Matrix,
-    y: _Matrix,
+    adapter: LoraAdapter,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    y: _Rows,
     threads: int,
     dropout: float,
     seed: int,
 ) -> None: ...
 def lora_backward(
-    table: UnitTable,
-    x: _Matrix,
-    lora_A: _Matrix,
-    lora_B: _Matrix,
-    gate: int,
-    scaling: float,
-    h: _Matrix,
-    dy: _Matrix,
-    dh: _Matrix,
-    dx: _Matrix,
-    dA: _Matrix,
-    dB: _Matrix,
+    adapter: LoraAdapter,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    dy: _Rows,
+    dx: _Rows,
+    dA: int,
+    dB: int,
     dgate: int,
     threads: int,
     dropout: float,
@@ -216,31 +217,29 @@ def cuda_lora_workspace(table: UnitTable, rows: int, dtype: int, device: int) ->
 _Call = tuple[int, int, int, int, int]  # segment table, workspace, its bytes, device, stream
 
 def cuda_lora_forward(
-    table: UnitTable,
-    x: _Matrix,
-    lora_A: _Matrix,
-    lora_B: _Matrix,
-    gate: int,
-    scaling: float,
-    h: _Matrix,
-    y: _Matrix,
+    adapter: LoraAdapter,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    y: _Rows,
     dropout: float,
     seed: int,
     call: _Call,
 ) -> None: ...
 def cuda_lora_backward(
-    table: UnitTable,
-    x: _Matrix,
-    lora_A: _Matrix,
-    lora_B: _Matrix,
-    gate: int,
-    scaling: float,
-    h: _Matrix,
-    dy: _Matrix,
-    dh: _Matrix,
-    dx: _Matrix,
-    dA: _Matrix,
-    dB: _Matrix,
+    adapter: LoraAdapter,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    dy: _Rows,
+    dh: int,
+    dx: _Rows,
+    dA: int,
+    dB: int,
     dgate: int,
     dropout: float,
     seed: int,

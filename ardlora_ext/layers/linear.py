@@ -13,8 +13,10 @@ from ardlora_ext import processes
 from ardlora_ext.layers import spectra
 from ardlora_ext.layers.rows import HOST, capacity_of, fit_rows, initial_rows
 from ardlora_ext.native import ops, reference
-from ardlora_ext.native.compiled import core
+from ardlora_ext.native.compiled import DTYPE_CODES, core
+from ardlora_ext.native.kernels import can_decode
 from ardlora_ext.native.packing import Readers
+from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout, native_table
 from ardlora_ext.unbroken import unbroken
 
@@ -47,6 +49,17 @@ def is_plain(weight: torch.Tensor) -> bool:
     return type(weight) in (torch.Tensor, nn.Parameter, FakeTensor)
 
 
+def _fused_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype in which x W^T is computed where one node can hold it with the adapter: autocast's, or x's."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x.dtype if x.dtype == weight.dtype else None
+    dtype = torch.get_autocast_dtype(kind)
+    if x.dtype not in DTYPE_CODES or dtype not in DTYPE_CODES:  # float64, which autocast leaves as it is
+        return None
+    return dtype if weight.dtype == dtype or (is_dense(weight) and weight.dtype in DTYPE_CODES) else None
+
+
 def is_dense(weight: object) -> TypeGuard[torch.Tensor]:
     """Tell whether `weight` holds plain floating-point numbers: not quantised, not sharded."""
     return isinstance(weight, torch.Tensor) and is_plain(weight) and weight.is_floating_point()
@@ -67,6 +80,7 @@ class LoraLinear(nn.Module):
         lora_gate: [capacity of the gated factor] float32 gates that a controller sets, or None.
         lora_E: [capacity, 1] gates that the optimizer trains (the singular values of the P Lambda Q form), or None.
         readers: shared with the layers that may read the same tensor, see `packing`, or None.
+        prepared: the adapter as native calls take it.
         undo_merge: what takes the update out of the base weight again while it is merged, else None.
         loaded: whether its ranks came with a state_dict and no controller has taken them over yet.
     """
@@ -102,6 +116,7 @@ class LoraLinear(nn.Module):
         self.undo_merge = None
         self.loaded = False
         self.readers: Readers | None = None
+        self.prepared = Prepared()
         self.ranks: list[int] = []
         self.rank_table = layout.encode([0] * layout.units)
         self.set_ranks([min(r, layout.max_rank)] * layout.units)
@@ -127,6 +142,7 @@ class LoraLinear(nn.Module):
         encoded = self.layout.encode(ranks) if encoded is None else encoded
         with unbroken():
             self.ranks = list(ranks)
+            self.prepared.clear()
             LoraLinear.changes += 1
             self.rank_table.copy_(encoded)  # in place: compiled code holds on to it
 
@@ -280,13 +296,15 @@ class LoraLinear(nn.Module):
         length of its own backward, while the base's would keep decoded weights of all layers or give no gradient.
         """
         base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D) or base._forward_hooks or base._forward_pre_hooks:
+        own = vars(base)
+        if type(base) not in (nn.Linear, Conv1D) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return None
-        if "forward" in vars(base):  # patched on the instance (accelerate's hooks)
+        if "forward" in own or own["_backward_hooks"] or own["_backward_pre_hooks"]:  # "forward": accelerate's hooks
             return None
-        weight: torch.Tensor = getattr(base, "weight")  # noqa: B009 - typed as Tensor | Module
-        bias: torch.Tensor | None = getattr(base, "bias")  # noqa: B009
-        if not is_plain(weight) and (torch.compiler.is_compiling() or not ops.can_decode(weight)):
+        held = own["_parameters"]
+        weight: torch.Tensor = held["weight"] if "weight" in held else base.weight
+        bias: torch.Tensor | None = held["bias"] if "bias" in held else base.bias
+        if not is_plain(weight) and (torch.compiler.is_compiling() or not can_decode(weight)):
             return None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
@@ -298,41 +316,79 @@ class LoraLinear(nn.Module):
         Raises:
             TypeError: the base layer returns something else than one tensor.
         """
-        x = input
         if self.undo_merge is not None:
-            merged: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            merged: torch.Tensor = self.base_layer(input, *args, **kwargs)
             return merged
-        # A seed from torch's generator: activation checkpointing restores it, so recomputation sees the same mask.
-        # Processes that were seeded alike draw alike: their number makes the masks differ.
-        masked = self.training and self.lora_dropout > 0.0
-        dropout = (
-            (self.lora_dropout, torch.randint(2**62, (), device="cpu") ^ processes.rank()) if masked else ops.NO_DROPOUT
-        )
-        if self.lora_E is not None and self.lora_E.dtype != torch.float32:  # somebody has cast all that trains
-            self.lora_E.data = self.lora_E.data.to(torch.float32)
-            LoraLinear.changes += 1
-        plain = not (args or kwargs or torch.is_autocast_enabled(x.device.type))
-        dense = self._dense_base() if plain else None
-        if dense is not None and dense[0].dtype == x.dtype:
-            weight, bias = dense
-            x, total = (x, None) if self.readers is None else self.readers.read(x)
-            return ops.lora_linear(x, weight, bias, *self._adapter(x.dtype, dropout), total)
-        y = self.base_layer(x, *args, **kwargs)
+        dropout = self._draw() if self.training and self.lora_dropout > 0.0 else ops.NO_DROPOUT
+        dense = None if args or kwargs else self._dense_base()
+        dtype = None if dense is None else _fused_dtype(input, dense[0])
+        if dense is not None and dtype is not None:
+            return self._fused(input, *dense, dtype, dropout)
+        y = self.base_layer(input, *args, **kwargs)
         if not isinstance(y, torch.Tensor) or y.shape[-1] != self.out_features:
             got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
             raise TypeError(
                 f"LoraLinear: base layer must return one tensor [..., {self.out_features}], got {got} from "
                 f"{type(self.base_layer).__name__}; leave it out by exclude_modules"
             )
-        return ops.lora_accumulate(y, x.to(y.dtype), *self._adapter(y.dtype, dropout))
+        return ops.lora_accumulate(y, self._cast(input, y.dtype), *self._adapter(y.dtype), dropout, self.prepared)
 
-    def _adapter(self, dtype: torch.dtype, dropout: ops.Dropout) -> ops.Adapter:
+    def _fused(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        dropout: ops.Dropout,
+    ) -> torch.Tensor:
+        """Return base and adapter in one autograd node, computed in `dtype`."""
+        total = None
+        if x.dtype != dtype:
+            x = self._cast(x, dtype)
+        elif not torch.compiler.is_compiling() and self.readers is not None:
+            x, total = self.readers.read(x, self)
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return ops.lora_linear(x, weight, bias, *self._adapter(dtype), dropout, total, self.prepared)
+
+    def _cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if x.dtype == dtype:
+            return x
+        if torch.compiler.is_compiling() or self.readers is None:  # compiled code must not depend on who reads
+            return x.to(dtype)
+        return self.readers.cast(x, dtype, self)
+
+    def _draw(self) -> ops.Dropout:
+        """Return dropout with a seed from torch's generator.
+
+        Activation checkpointing restores it, so recomputation sees the same mask. Processes that were seeded alike draw
+        alike: their number makes the masks differ.
+        """
+        if torch.compiler.is_compiling():
+            return self.lora_dropout, torch.randint(2**62, (), device="cpu") ^ processes.rank()
+        seed = torch.empty((), dtype=torch.int64, device="cpu").random_(2**62)  # as randint, in a third of its time
+        return self.lora_dropout, int(seed) ^ processes.rank()
+
+    def _adapter(
+        self, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
         """Return what the ops take of the adapter, for activations of this dtype."""
-        lora_A: torch.Tensor = self.lora_A
-        lora_B: torch.Tensor = self.lora_B
+        own = self._parameters
+        lora_A, lora_B, lora_E = own["lora_A"], own["lora_B"], own["lora_E"]
+        assert lora_A is not None
+        assert lora_B is not None
+        if lora_E is None:
+            gate = self._buffers["lora_gate"]
+        else:
+            if lora_E.dtype != torch.float32:  # somebody has cast all that trains
+                lora_E.data = lora_E.data.to(torch.float32)
+                LoraLinear.changes += 1
+            gate = lora_E.view(-1)
         if lora_A.dtype not in (torch.float32, dtype):  # QLoRA recipes cast adapters to bfloat16, whatever is computed
-            lora_A, lora_B = lora_A.float(), lora_B.float()
-        return lora_A, lora_B, self.gate, self.rank_table, self.scaling, dropout
+            return lora_A.float(), lora_B.float(), gate, self.rank_table, self.scaling
+        return lora_A, lora_B, gate, self.rank_table, self.scaling
 
     @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:

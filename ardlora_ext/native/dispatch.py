@@ -8,24 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ardlora_ext.native.compiled import DTYPE_CODES, core, threads
+from ardlora_ext.native.compiled import DTYPE_CODES, core, matrix, threads
 
 __all__ = [
     "best_device",
     "check_device",
     "device_rule",
     "importance",
-    "lora_call",
+    "lora_backward",
+    "lora_forward",
+    "native_adapter",
     "rank_resize",
     "row_dots",
     "set_gates",
 ]
+
+
+class NativeAdapter(NamedTuple):
+    """What calls read of an adapter; good as long as its tensors live and do not move."""
+
+    adapter: core.LoraAdapter
+    table: core.UnitTable
+    hidden: int  # columns of H: room for every rank that the factors can hold, so that no shape depends on the ranks
+    device: torch.device
+    on_cuda: bool
 
 
 def _on_cuda(device: torch.device) -> bool:
@@ -82,27 +94,64 @@ def hidden_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if _on_cuda(x.device) else torch.float32
 
 
-def lora_call(
-    op: str, x: torch.Tensor, table: core.UnitTable, *arguments: Any, dropout: tuple[float, int] = (0.0, 0)
-) -> None:
-    """Call `lora_forward` or `lora_backward` of the core for x [M, K].
+def native_adapter(
+    table: core.UnitTable, lora_A: torch.Tensor, lora_B: torch.Tensor, gate: torch.Tensor | None, scaling: float
+) -> NativeAdapter:
+    """Return an adapter as the calls below take it; they read the tensors by address."""
+    address = 0 if gate is None else gate.data_ptr()
+    adapter = core.LoraAdapter(table, matrix(lora_A), matrix(lora_B), address, scaling)
+    device, hidden = lora_A.device, min(lora_A.shape[0], lora_B.shape[0])
+    return NativeAdapter(adapter, table, hidden, device, _on_cuda(device))
 
-    Args:
-        op: name of the call.
-        x: [M, K], on the device of every matrix.
-        table: of the live ranks.
-        arguments: from x to the last matrix, as in the core.
-        dropout: probability and seed.
-    """
-    if not _on_cuda(x.device):
-        getattr(core, op)(table, *arguments, threads(), *dropout)
-        return
+
+def _device_call(native: NativeAdapter, x: torch.Tensor) -> tuple[tuple[int, int, int, int, int], torch.Tensor]:
+    """Return the last argument of a CUDA call for x [M, K], and its workspace, to be held until the launch."""
     index, handle = _stream(x.device)
-    segments = _segments(table, x.device, handle)
-    size = core.cuda_lora_workspace(table, x.shape[0], DTYPE_CODES[x.dtype], index)
+    size = core.cuda_lora_workspace(native.table, x.shape[0], DTYPE_CODES[x.dtype], index)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    call = (segments.data_ptr(), workspace.data_ptr(), size, index, handle)
-    getattr(core, f"cuda_{op}")(table, *arguments, *dropout, call)
+    segments = _segments(native.table, x.device, handle)
+    return (segments.data_ptr(), workspace.data_ptr(), size, index, handle), workspace
+
+
+def lora_forward(
+    native: NativeAdapter, x: torch.Tensor, y: torch.Tensor, shape: tuple[int, int, int], dropout: tuple[float, int]
+) -> torch.Tensor:
+    """Add the adapter's output to y [M, N], contiguous, for x [M, K] and shape (M, K, N); return H [M, hidden]."""
+    m, k, n = shape
+    dtype = x.dtype
+    h = x.new_empty((m, native.hidden), dtype=dtype if native.on_cuda else torch.float32)
+    rows = (x.data_ptr(), k, x.stride(0)), h.data_ptr(), native.hidden, (y.data_ptr(), n, n)
+    if native.on_cuda:
+        call, _workspace = _device_call(native, x)
+        core.cuda_lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, *dropout, call)
+    else:
+        core.lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, threads(), *dropout)
+    return h
+
+
+def lora_backward(
+    native: NativeAdapter,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    dy: torch.Tensor,
+    dx: torch.Tensor | None,
+    d_a: torch.Tensor,
+    d_b: torch.Tensor,
+    d_gate: torch.Tensor | None,
+    dropout: tuple[float, int],
+) -> None:
+    """Write the gradients of factors and gates, float32, and add to dx [M, K] where it is wanted, for dy [M, N]."""
+    m, k = x.shape
+    at = h.data_ptr(), native.hidden, (dy.data_ptr(), dy.shape[1], dy.stride(0))
+    to_dx = (0, k, k) if dx is None else (dx.data_ptr(), k, k)
+    out = to_dx, d_a.data_ptr(), d_b.data_ptr(), 0 if d_gate is None else d_gate.data_ptr()
+    rows = native.adapter, m, DTYPE_CODES[x.dtype], (x.data_ptr(), k, x.stride(0))
+    if native.on_cuda:
+        d_h = torch.empty_like(h)
+        call, _workspace = _device_call(native, x)
+        core.cuda_lora_backward(*rows, *at, d_h.data_ptr(), *out, *dropout, call)
+    else:
+        core.lora_backward(*rows, *at, *out, threads(), *dropout)
 
 
 def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -56,20 +56,28 @@ class _Alias(torch.autograd.Function):
         return (total if given is None else given if total is None else total + given), None
 
 
+class Reader(Protocol):
+    """A layer that may share what it reads."""
+
+    readers: Readers | None
+
+
 class _Last(threading.local):
     """What one thread has read last: threads that share a model share no sums."""
 
     x: weakref.ref[torch.Tensor] | None = None
     alias: weakref.ref[torch.Tensor] | None = None
-    key: tuple[int, ...] = ()
+    key: tuple[Any, ...] = ()
     total: GradientSum | None = None
+    alone: Reader | None = None  # who read it, while nobody else has
 
 
 class Readers:
     """What layers with the same parent and input size share: the last tensor that one of them has read.
 
     It holds no tensor alive: the alias lives as long as the graph of a layer that saved it. Where nothing is saved
-    (activation checkpointing, offloading) each layer has an alias of its own.
+    (activation checkpointing, offloading) each layer has an alias of its own. A layer whose tensor nobody else has
+    read leaves: by itself it computes the same bits without an alias.
     """
 
     def __init__(self) -> None:
@@ -79,21 +87,46 @@ class Readers:
         """A copy has read nothing yet."""
         return Readers, ()
 
-    def read(self, x: torch.Tensor) -> tuple[torch.Tensor, GradientSum | None]:
+    def read(self, x: torch.Tensor, reader: Reader) -> tuple[torch.Tensor, GradientSum | None]:
         """Return the alias of x and where its gradient is summed, or x itself and None where no gradient is due."""
-        if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
-            return x, None
-        if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        if not x.requires_grad or not _can_share(x):
             return x, None
         if x.is_cpu and x.dtype != torch.float32:  # their products in place cost more there than the sums they save
             return x, None
         # In-place changes make x another tensor; streams order backward passes that share memory.
         key = x._version, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        last = self._last
-        known = last.x is not None and last.x() is x and key == last.key
-        alias = last.alias() if known and last.alias is not None else None
+        alias, last = self._known(x, key, reader), self._last
         if alias is None:
             last.total = GradientSum()
             alias = _Alias.apply(x, last.total)  # type: ignore[no-untyped-call]
-            last.x, last.alias, last.key = weakref.ref(x), weakref.ref(alias), key
+            last.alias = weakref.ref(alias)
         return alias, last.total
+
+    def cast(self, x: torch.Tensor, dtype: torch.dtype, reader: Reader) -> torch.Tensor:
+        """Return x in another dtype; layers that read the same x share one copy, which is kept for backward once."""
+        if not _can_share(x) or x.is_inference():
+            return x.to(dtype)
+        copy = self._known(x, (x._version, dtype), reader)
+        if copy is None:
+            copy = x.to(dtype)
+            self._last.alias = weakref.ref(copy)
+        return copy
+
+    def _known(self, x: torch.Tensor, key: tuple[Any, ...], reader: Reader) -> torch.Tensor | None:
+        """Return what stands for x, if it is what was read last and still alive; take note of x."""
+        last = self._last
+        if last.x is not None and last.x() is x and key == last.key:
+            if last.alone is not reader:
+                last.alone = None
+            return None if last.alias is None else last.alias()
+        if last.alone is not None:
+            last.alone.readers = None
+        last.x, last.alias, last.key, last.alone = weakref.ref(x), None, key, reader
+        return None
+
+
+def _can_share(x: torch.Tensor) -> bool:
+    """Tell whether a graph is being built of x, and nobody but us looks at the operations."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()

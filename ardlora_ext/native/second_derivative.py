@@ -25,7 +25,8 @@ def backward_with_graph(
     Raises:
         NotImplementedError: the adapter has dropout, whose mask the kernels never write down.
     """
-    x, _, lora_A, lora_B, gate, rank_table, seed, _ = ctx.saved_tensors
+    x, _, lora_A, lora_B, gate, rank_table, _ = ctx.saved_tensors
+    scaling, _, seed, _, _ = ctx.constants
     if seed is not None:
         raise NotImplementedError(
             "lora_backward: a second derivative must be taken without lora_dropout; call model.eval() or set it to 0"
@@ -34,7 +35,7 @@ def backward_with_graph(
     needed = {"x": need_dx, "A": lora_A.requires_grad, "B": lora_B.requires_grad, "gate": need_dgate}
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     factors = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
-    y = reference.lora_linear(*UnitLayout.decode(rank_table), x2, *factors, gate, ctx.scaling)
+    y = reference.lora_linear(*UnitLayout.decode(rank_table), x2, *factors, gate, scaling)
     if weight is not None and need_dx:
         y = y + x2 @ weight.t()
     names = [name for name, wanted in needed.items() if wanted]

@@ -6,7 +6,7 @@
 
 #include "ardlora/lora_linear.h"
 #include "bindings/cuda.h"
-#include "bindings/matrix_arg.h"
+#include "bindings/lora_adapter.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/lora_linear.h"
 #include "cuda/segment_table.h"
@@ -62,49 +62,34 @@ void bind_cuda_lora(py::module_& m) {
       py::arg("table"), py::arg("rows"), py::arg("dtype"), py::arg("device"));
   m.def(
       "cuda_lora_forward",
-      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
-         float scaling, const MatrixArg& h, const MatrixArg& y, double dropout, std::uint64_t seed,
-         const CallArg& call) {
-        constexpr const char* op = "lora_forward";
-        const LoraParams p{&table,
-                           view(x, op),
-                           view(a, op),
-                           view(b, op),
-                           floats(gate),
-                           scaling,
-                           view(h, op),
-                           1,
-                           make_dropout(dropout, seed)};
-        const MatrixView yv = view(y, op);
+      [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
+         std::int64_t hidden, const RowsArg& y, double dropout, std::uint64_t seed, const CallArg& call) {
+        const DType type = dtype_from_code(dtype, "lora_forward");
+        const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
+                                            make_dropout(dropout, seed));
+        const MatrixView yv = rows_view(y, rows, type);
         py::gil_scoped_release release;
         cuda::lora_forward(p, yv, device_call(call));
       },
-      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
-      py::arg("h"), py::arg("y"), py::arg("dropout"), py::arg("seed"), py::arg("call"));
+      py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
+      py::arg("y"), py::arg("dropout"), py::arg("seed"), py::arg("call"));
   m.def(
       "cuda_lora_backward",
-      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
-         float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh, const MatrixArg& dx,
-         const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, double dropout, std::uint64_t seed,
-         const CallArg& call) {
-        constexpr const char* op = "lora_backward";
-        const LoraParams p{&table,
-                           view(x, op),
-                           view(a, op),
-                           view(b, op),
-                           floats(gate),
-                           scaling,
-                           view(h, op),
-                           1,
-                           make_dropout(dropout, seed)};
-        const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
-                         dbv = view(db, op);
+      [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
+         std::int64_t hidden, const RowsArg& dy, std::uintptr_t dh, const RowsArg& dx, std::uintptr_t da,
+         std::uintptr_t db, std::uintptr_t dgate, double dropout, std::uint64_t seed, const CallArg& call) {
+        const DType type = dtype_from_code(dtype, "lora_backward");
+        const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
+                                            make_dropout(dropout, seed));
+        const MatrixView dyv = rows_view(dy, rows, type), dhv = packed_view(dh, rows, hidden, type),
+                         dxv = rows_view(dx, rows, type), dav = gradient_view(da, p.lora_A),
+                         dbv = gradient_view(db, p.lora_B);
         py::gil_scoped_release release;
         cuda::lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate), device_call(call));
       },
-      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
-      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"),
-      py::arg("dropout"), py::arg("seed"), py::arg("call"));
+      py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
+      py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("dropout"),
+      py::arg("seed"), py::arg("call"));
 }
 
 }  // namespace ardlora

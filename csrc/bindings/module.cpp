@@ -15,7 +15,9 @@
 #include "ardlora/soft_orthogonality.h"
 #include "bindings/bench.h"
 #include "bindings/cuda.h"
+#include "bindings/lora_adapter.h"
 #include "bindings/matrix_arg.h"
+#include "cpu/arena.h"
 #include "cpu/kernel_table.h"
 
 namespace py = pybind11;
@@ -87,38 +89,38 @@ void bind_primitives(py::module_& m) {
 }
 
 void bind_lora_linear(py::module_& m) {
+  bind_lora_adapter(m);
   m.def(
       "lora_forward",
-      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
-         float scaling, const MatrixArg& h, const MatrixArg& y, int threads, double dropout, std::uint64_t seed) {
-        constexpr const char* op = "lora_forward";
-        const LoraParams p{&table,      view(x, op),  view(a, op),
-                           view(b, op), floats(gate), scaling,
-                           view(h, op), threads,      make_dropout(dropout, seed)};
-        const MatrixView yv = view(y, op);
+      [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
+         std::int64_t hidden, const RowsArg& y, int threads, double dropout, std::uint64_t seed) {
+        const DType type = dtype_from_code(dtype, "lora_forward");
+        const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, DType::kFloat32),
+                                            threads, make_dropout(dropout, seed));
+        const MatrixView yv = rows_view(y, rows, type);
         py::gil_scoped_release release;
         lora_forward(p, yv);
       },
-      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
-      py::arg("h"), py::arg("y"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
+      py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
+      py::arg("y"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
   m.def(
       "lora_backward",
-      [](const UnitTable& table, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
-         float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh, const MatrixArg& dx,
-         const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, int threads, double dropout,
-         std::uint64_t seed) {
-        constexpr const char* op = "lora_backward";
-        const LoraParams p{&table,      view(x, op),  view(a, op),
-                           view(b, op), floats(gate), scaling,
-                           view(h, op), threads,      make_dropout(dropout, seed)};
-        const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
-                         dbv = view(db, op);
+      [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
+         std::int64_t hidden, const RowsArg& dy, const RowsArg& dx, std::uintptr_t da, std::uintptr_t db,
+         std::uintptr_t dgate, int threads, double dropout, std::uint64_t seed) {
+        const DType type = dtype_from_code(dtype, "lora_backward");
+        const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, DType::kFloat32),
+                                            threads, make_dropout(dropout, seed));
+        const MatrixView dyv = rows_view(dy, rows, type), dxv = rows_view(dx, rows, type);
+        const MatrixView dav = gradient_view(da, p.lora_A), dbv = gradient_view(db, p.lora_B);
         py::gil_scoped_release release;
-        lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
+        cpu::Arena::Use arena;
+        const MatrixView dh = {arena.take<float>(rows * hidden), rows, hidden, hidden, DType::kFloat32};
+        lora_backward(p, dyv, dh, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
       },
-      py::arg("table"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
-      py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"),
-      py::arg("threads"), py::arg("dropout"), py::arg("seed"));
+      py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
+      py::arg("dy"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("threads"),
+      py::arg("dropout"), py::arg("seed"));
 }
 
 GroupedParams grouped(const LoraParams& lora, const IndexArray& offsets, const char* op) {

@@ -5,6 +5,7 @@
 #include "ardlora/check.h"
 #include "ardlora/unit_table.h"
 #include "bindings/cuda.h"
+#include "bindings/lora_adapter.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -27,6 +28,7 @@ PYBIND11_MODULE(simt_core, m) {
       .def_property_readonly("gate_on_a", &UnitTable::gate_on_a)
       .def_property_readonly("a_rows", [](const UnitTable& t) { return t.a().rows; })
       .def_property_readonly("b_rows", [](const UnitTable& t) { return t.b().rows; });
+  bind_lora_adapter(m);
   py::register_exception<Error>(m, "Error", PyExc_ValueError);
   bind_cuda(m);
 }

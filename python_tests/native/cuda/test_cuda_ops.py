@@ -20,7 +20,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import ardlora_ext as ard
-from ardlora_ext.native import dispatch, ops
+from ardlora_ext.native import dispatch, ops, prepared
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.units import UnitLayout
 
@@ -78,7 +78,7 @@ def shim(simt_core: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setattr(dispatch, "core", backend)
     monkeypatch.setattr(dispatch, "_on_cuda", lambda _device: True)
     monkeypatch.setattr(dispatch, "_stream", lambda _device: (0, 0))
-    monkeypatch.setattr(ops, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
+    monkeypatch.setattr(prepared, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
     return backend
 
 

@@ -1,0 +1,155 @@
+"""One LoRA linear, forward and backward, on plain tensors: torch's product of the base, then ours in place.
+
+x is kept by reference with H [M, rank capacity]; nothing of the size of x is created.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ardlora_ext.native import observers
+from ardlora_ext.native.compiled import DTYPE_CODES, as_rows
+from ardlora_ext.native.dispatch import NativeAdapter, check_device, lora_backward, lora_forward
+from ardlora_ext.native.prepared import Prepared
+
+NO_MASK = (0.0, 0)
+
+
+def can_decode(weight: torch.Tensor) -> bool:
+    """Tell whether a weight is quantised by a tensor subclass with a `dequantize` of its own."""
+    return type(weight).dequantize is not torch.Tensor.dequantize
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight, decoded where it is quantised."""
+    return weight.dequantize() if can_decode(weight) else weight
+
+
+def _check(op: str, native: NativeAdapter, x: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    """Check that x and what it is multiplied with, or added to, fit each other and the adapter."""
+    if not (x.is_cpu and other.is_cpu and not native.on_cuda) and not x.device == other.device == native.device:
+        check_device(op, x.device, other.device, native.device)
+    if x.dtype not in DTYPE_CODES:
+        raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.dtype != other.dtype:
+        raise ValueError(f"{op}: x must have the dtype of {name} ({other.dtype}), got {x.dtype}")
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    rank_table: torch.Tensor,
+    scaling: float,
+    p: float,
+    seed: int | torch.Tensor | None,
+    prepared: Prepared | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y = x W^T + bias + the adapter's output, [..., N], and H; arguments as in `ops.lora_linear`."""
+    native = (prepared or Prepared()).get("lora_linear", lora_A, lora_B, gate, rank_table, scaling)
+    _check("lora_linear", native, x, weight, "weight")
+    shape, (n, k) = x.shape, weight.shape
+    if shape[-1] != k:
+        raise ValueError(f"lora_linear: x must be [..., K] = [..., {k}], got {list(shape)}")
+    x2 = as_rows(x)
+    y = F.linear(x2, weight, bias)
+    h = lora_forward(native, x2, y, (len(x2), k, n), NO_MASK if seed is None else (p, int(seed)))
+    # In the shape of x, as no view: what follows may change it in place (ReLU(inplace=True)). The same memory.
+    return y if len(shape) == 2 else y.resize_(*shape[:-1], n), h
+
+
+def accumulate(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    rank_table: torch.Tensor,
+    scaling: float,
+    p: float,
+    seed: int | torch.Tensor | None,
+    prepared: Prepared | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y + the adapter's output, and H; arguments as in `ops.lora_accumulate`."""
+    native = (prepared or Prepared()).get("lora_accumulate", lora_A, lora_B, gate, rank_table, scaling)
+    _check("lora_accumulate", native, x, y, "y")
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"lora_accumulate: x must have the rows of y ({list(y.shape)}), got {list(x.shape)}")
+    # A copy: the base, its hooks or its backward may still need what it returned.
+    out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
+    x2, n = as_rows(x), out.shape[-1]
+    h = lora_forward(native, x2, out, (*x2.shape, n), NO_MASK if seed is None else (p, int(seed)))
+    return out, h
+
+
+def gradients(
+    native: NativeAdapter,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    rank_table: torch.Tensor,
+    p: float,
+    seed: int | torch.Tensor | None,
+    weight: torch.Tensor | None,
+    need_dx: bool,
+    need_dgate: bool,
+    so_far: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return dx, dA, dB and dgate of one call, None for what is not wanted.
+
+    dx starts as dy W (zeros without a weight), or that is added to the dx `so_far` of other layers; the adapter's
+    part is accumulated into it in place.
+    """
+    dy2, x2 = as_rows(dy), as_rows(x)
+    dx = None
+    if need_dx and weight is None:
+        dx = dy2.new_zeros(x2.shape)
+    elif need_dx:
+        dx = dy2 @ plain(weight) if so_far is None else so_far.view(x2.shape).addmm_(dy2, plain(weight))
+    as_float = {} if lora_A.dtype == torch.float32 else {"dtype": torch.float32}
+    d_a, d_b = torch.empty_like(lora_A, **as_float), torch.empty_like(lora_B, **as_float)
+    d_gate = torch.zeros_like(gate) if need_dgate and gate is not None else None
+    d_h = torch.empty_like(h) if observers.watched else None
+    lora_backward(native, x2, h, dy2, d_h, dx, d_a, d_b, d_gate, NO_MASK if seed is None else (p, int(seed)))
+    if d_h is not None:
+        observers.tell(rank_table, x2, h, dy2, d_h)
+    if as_float:
+        d_a, d_b = d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
+    return (dx if dx is None or x2 is x else dx.view(x.shape)), d_a, d_b, d_gate
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    gate: torch.Tensor | None,
+    rank_table: torch.Tensor,
+    scaling: float,
+    p: float,
+    seed: int | torch.Tensor | None,
+    weight: torch.Tensor | None,
+    need_dx: bool,
+    need_dgate: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The operator: what is not wanted comes back empty.
+
+    Raises:
+        ValueError: x, h and dy are not of one call.
+    """
+    native = Prepared().get("lora_backward", lora_A, lora_B, gate, rank_table, scaling)
+    _check("lora_backward", native, x, dy, "dy")
+    rows = dy.shape[:-1].numel()
+    if x.shape[:-1] != dy.shape[:-1] or h.shape != (rows, native.hidden) or not h.is_contiguous():
+        shapes = ", ".join(str(list(t.shape)) for t in (dy, x, h))
+        raise ValueError(f"lora_backward: dy [..., N], x [..., K] and h [M, hidden] must be of one call, got {shapes}")
+    dx, d_a, d_b, d_gate = gradients(native, dy, x, h, lora_A, lora_B, gate, rank_table, p, seed, weight, need_dx, need_dgate)
+    return dy.new_empty(0) if dx is None else dx, d_a, d_b, h.new_empty(0) if d_gate is None else d_gate
