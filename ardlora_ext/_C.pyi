@@ -39,6 +39,7 @@ def expand(
 def outer(
     table: UnitTable, is_a: bool, dw: _Matrix, row_scale: int, scale: float, h: _Matrix, x: _Matrix, threads: int
 ) -> None: ...
+
 class LoraAdapter:
     def __init__(self, table: UnitTable, lora_A: _Matrix, lora_B: _Matrix, gate: int, scaling: float) -> None: ...
 

@@ -18,6 +18,7 @@ COMMANDS = (
     Command(
         "descent", "ardlora_ext.bench.quality.descent", "test ARD-LoRA's step bounds where the smoothness is known"
     ),
+    Command("host", "ardlora_ext.bench.speed.host", "time Python's share of an adapted layer against PEFT's"),
     Command("step", "ardlora_ext.bench.speed.step", "time a whole training step against the frozen base and PEFT"),
     Command("memory", "ardlora_ext.bench.speed.memory", "measure what a training step holds and takes"),
     Command("resize", "ardlora_ext.bench.speed.resize", "time a change of ranks against memcpy of the same bytes"),
@@ -26,9 +27,7 @@ COMMANDS = (
     Command("prune", "ardlora_ext.bench.quality.prune", "compare dropping components with recompressing them"),
     Command("trust", "ardlora_ext.bench.trust.command", "hunt for kills, faults and broken files that do harm"),
     Command("zoo", "ardlora_ext.bench.zoo.command", "take every architecture of transformers from wrap to merge"),
-    Command(
-        "cuda-static", "ardlora_ext.bench.speed.cuda_static", "tell what nvcc makes of the CUDA kernels; needs no GPU"
-    ),
+    Command("cuda-static", "ardlora_ext.bench.cuda.static", "tell what nvcc makes of the CUDA kernels; needs no GPU"),
 )
 
 

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeGuard
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ardlora_ext import processes
 from ardlora_ext.layers import spectra
+from ardlora_ext.layers.base import Conv1D, dense_base, fused_dtype, is_dense, is_plain
 from ardlora_ext.layers.rows import HOST, capacity_of, fit_rows, initial_rows
 from ardlora_ext.native import ops, reference
-from ardlora_ext.native.compiled import DTYPE_CODES, core
-from ardlora_ext.native.kernels import can_decode
+from ardlora_ext.native.compiled import core
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout, native_table
 from ardlora_ext.unbroken import unbroken
-
-try:
-    from transformers.pytorch_utils import Conv1D
-except ImportError:  # pragma: no cover - transformers is a dependency, its layout is not ours
-
-    class Conv1D(nn.Module):  # type: ignore[no-redef]
-        """Stands in where transformers has no Conv1D."""
-
 
 __all__ = [
     "Capacity",
@@ -39,30 +30,6 @@ __all__ = [
 
 Capacity = Literal["elastic", "fixed"]
 Gate = Literal["none", "controlled", "trained"]
-
-
-def is_plain(weight: torch.Tensor) -> bool:
-    """Tell whether a weight is its own data, not a subclass that stands for quantised data (torchao, bitsandbytes).
-
-    Fake tensors, by which costs are planned, stand for the plain ones.
-    """
-    return type(weight) in (torch.Tensor, nn.Parameter, FakeTensor)
-
-
-def _fused_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
-    """Return the dtype in which x W^T is computed where one node can hold it with the adapter: autocast's, or x's."""
-    kind = "cpu" if x.is_cpu else x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return x.dtype if x.dtype == weight.dtype else None
-    dtype = torch.get_autocast_dtype(kind)
-    if x.dtype not in DTYPE_CODES or dtype not in DTYPE_CODES:  # float64, which autocast leaves as it is
-        return None
-    return dtype if weight.dtype == dtype or (is_dense(weight) and weight.dtype in DTYPE_CODES) else None
-
-
-def is_dense(weight: object) -> TypeGuard[torch.Tensor]:
-    """Tell whether `weight` holds plain floating-point numbers: not quantised, not sharded."""
-    return isinstance(weight, torch.Tensor) and is_plain(weight) and weight.is_floating_point()
 
 
 class LoraLinear(nn.Module):
@@ -289,27 +256,6 @@ class LoraLinear(nn.Module):
         """The other factor."""
         return self.lora_B if self.layout.gate_on_a else self.lora_A
 
-    def _dense_base(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Return (weight [N, K], bias) when the base is a plain frozen linear, else None.
-
-        Also where the weight is a quantised subclass that can be decoded (torchao's): the node then decodes it for the
-        length of its own backward, while the base's would keep decoded weights of all layers or give no gradient.
-        """
-        base = self.base_layer
-        own = vars(base)
-        if type(base) not in (nn.Linear, Conv1D) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return None
-        if "forward" in own or own["_backward_hooks"] or own["_backward_pre_hooks"]:  # "forward": accelerate's hooks
-            return None
-        held = own["_parameters"]
-        weight: torch.Tensor = held["weight"] if "weight" in held else base.weight
-        bias: torch.Tensor | None = held["bias"] if "bias" in held else base.bias
-        if not is_plain(weight) and (torch.compiler.is_compiling() or not can_decode(weight)):
-            return None
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return None
-        return (weight if type(base) is nn.Linear else weight.t()), bias
-
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return base(input) plus the adapter's output, [..., out_features]; other arguments are for the base layer.
 
@@ -320,16 +266,17 @@ class LoraLinear(nn.Module):
             merged: torch.Tensor = self.base_layer(input, *args, **kwargs)
             return merged
         dropout = self._draw() if self.training and self.lora_dropout > 0.0 else ops.NO_DROPOUT
-        dense = None if args or kwargs else self._dense_base()
-        dtype = None if dense is None else _fused_dtype(input, dense[0])
+        base: Any = self._modules["base_layer"]  # straight from there: the attribute takes a microsecond
+        dense = None if args or kwargs else dense_base(base)
+        dtype = None if dense is None else fused_dtype(input, dense[0])
         if dense is not None and dtype is not None:
             return self._fused(input, *dense, dtype, dropout)
-        y = self.base_layer(input, *args, **kwargs)
+        y = base(input, *args, **kwargs)
         if not isinstance(y, torch.Tensor) or y.shape[-1] != self.out_features:
             got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
             raise TypeError(
                 f"LoraLinear: base layer must return one tensor [..., {self.out_features}], got {got} from "
-                f"{type(self.base_layer).__name__}; leave it out by exclude_modules"
+                f"{type(base).__name__}; leave it out by exclude_modules"
             )
         return ops.lora_accumulate(y, self._cast(input, y.dtype), *self._adapter(y.dtype), dropout, self.prepared)
 

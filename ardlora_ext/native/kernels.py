@@ -111,16 +111,15 @@ def gradients(
     dx = None
     if need_dx and weight is None:
         dx = dy2.new_zeros(x2.shape)
-    elif need_dx:
+    elif need_dx and weight is not None:
         dx = dy2 @ plain(weight) if so_far is None else so_far.view(x2.shape).addmm_(dy2, plain(weight))
-    as_float = {} if lora_A.dtype == torch.float32 else {"dtype": torch.float32}
-    d_a, d_b = torch.empty_like(lora_A, **as_float), torch.empty_like(lora_B, **as_float)
+    d_a, d_b = torch.empty_like(lora_A, dtype=torch.float32), torch.empty_like(lora_B, dtype=torch.float32)
     d_gate = torch.zeros_like(gate) if need_dgate and gate is not None else None
     d_h = torch.empty_like(h) if observers.watched else None
     lora_backward(native, x2, h, dy2, d_h, dx, d_a, d_b, d_gate, NO_MASK if seed is None else (p, int(seed)))
     if d_h is not None:
         observers.tell(rank_table, x2, h, dy2, d_h)
-    if as_float:
+    if lora_A.dtype != torch.float32:
         d_a, d_b = d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
     return (dx if dx is None or x2 is x else dx.view(x.shape)), d_a, d_b, d_gate
 

@@ -202,8 +202,8 @@ _library.impl("lora_linear", _LoraLinear.apply, "Autograd")
 _library.impl("lora_accumulate", _LoraAccumulate.apply, "Autograd")
 
 # `apply` without what it does for functorch, which takes 2 us.
-_linear_at_once: Any = super(torch.autograd.Function, _LoraLinear).apply  # type: ignore[misc]
-_accumulate_at_once: Any = super(torch.autograd.Function, _LoraAccumulate).apply  # type: ignore[misc]
+_linear_at_once: Any = super(torch.autograd.Function, _LoraLinear).apply
+_accumulate_at_once: Any = super(torch.autograd.Function, _LoraAccumulate).apply
 
 
 def lora_linear(

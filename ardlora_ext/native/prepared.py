@@ -1,4 +1,4 @@
-"""An adapter as native calls take it: made and checked once, kept while buffers, gates and ranks stay where they are."""
+"""An adapter as native calls take it: made and checked once, kept while buffers, gates and ranks stay."""
 
 from __future__ import annotations
 

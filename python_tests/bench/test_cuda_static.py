@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ardlora_ext.bench.cli import main
+from ardlora_ext.bench.cuda import static as cuda_static
 from ardlora_ext.bench.machine import Json
-from ardlora_ext.bench.speed import cuda_static
 
 # Registers of a thread, template arguments only where they matter. The GEMM kernels keep their sums in registers: with
 # 168 three blocks of 128 threads fit on an SM, with 128 two of 256. float32: two and one, up to 255 registers.

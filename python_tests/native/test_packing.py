@@ -113,11 +113,15 @@ def test_a_layer_that_left_computes_the_same_bits() -> None:
 
 def test_layers_share_one_cast_under_autocast() -> None:
     model, x = make(True), torch.randn(5, K, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        with torch.autocast("cpu", torch.bfloat16):
-            for layer in (model.q, model.k, model.v):
-                assert "LoraLinear" in layer(x).grad_fn.name()
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        for layer in (model.q, model.k, model.v):
+            assert "LoraLinear" in layer(x).grad_fn.name()
     copies = {t.data_ptr() for t in kept if t.shape == x.shape and t.dtype == torch.bfloat16}
     assert len(copies) == 1
     assert not any(t.shape == x.shape and t.dtype == torch.float32 for t in kept)
