@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ardlora_ext.bench.cli import main
-from ardlora_ext.bench.cuda import kernels as kernels_cuda
-from ardlora_ext.bench.cuda.kernels import IMPLEMENTATIONS, measure, notes
+from ardlora_ext.bench.speed import kernels_cuda
+from ardlora_ext.bench.speed.kernels_cuda import IMPLEMENTATIONS, measure, notes
 
 
 class Clock:

@@ -21,7 +21,8 @@ from ardlora_ext.model.record import adapters
 from ardlora_ext.native.compiled import core
 
 STEP_KEYS = {
-    "model", "dtype", "impl", "overhead", "median_ms", "p10_ms", "p90_ms", "tokens_per_s", "control_ms", "peak_mb",
+    "model", "dtype", "recipe", "impl", "overhead", "median_ms", "p10_ms", "p90_ms", "tokens_per_s", "control_ms",
+    "peak_mb",
 }  # fmt: skip
 
 
@@ -221,6 +222,16 @@ def test_exponent_of_growth() -> None:
             "ours-lora has",
         ),
         (
+            "step --models bert --impl ours-lora peft-lora --dtypes float32 --tokens 32 --repeats 1 --recipe autocast",
+            STEP_KEYS,
+            "bert float32 autocast: ours-lora has",
+        ),
+        (
+            "host --recipes dropout gates --repeats 2",
+            {"recipe", "impl", "forward_us", "backward_us", "above_us", "share"},
+            "of what PEFT adds to a layer",
+        ),
+        (
             "layer --check --patterns uniform-8 heads-independent --dtypes float32 --dropouts 0.1 --rows 8 --rounds 2",
             {"pattern", "dtype", "dropout", "impl", "median_s", "adapter_s", "overhead"},
             "x uniform rank 8",
@@ -272,6 +283,7 @@ def test_quick_run_prints_and_writes(
     ("words", "message"),
     [
         ("step --tokens 0", "--tokens, --r and --repeats must be at least 1"),
+        ("host --repeats 0", "--repeats must be at least 1"),
         ("layer --dropouts 1", "--dropouts in [0, 1)"),
         ("layer --features 100", "--features must be a multiple of 64, got 100"),
         ("kernels --repeats 0", "--repeats must be at least 1"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -118,6 +120,37 @@ def test_autocast() -> None:
         ours = run(layer, x, dy)
     assert (ours["y"].dtype, ours["dx"].dtype, ours["d_lora_A"].dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert_near(ours, run_reference(layer, x, dy), 2e-2)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compute", [None, torch.bfloat16, torch.float16])
+def test_usual_recipes_take_the_fused_node(
+    compute: torch.dtype | None, weights: torch.dtype, x_dtype: torch.dtype
+) -> None:
+    """All of what torch can compute, that is: without autocast its own layer refuses mixed dtypes."""
+    base = nn.Linear(K, N).to(weights).requires_grad_(False)
+    layer = LoraLinear(copy.deepcopy(base), LAYOUTS[0], 3, 0.5)
+    x = torch.randn(9, K).to(x_dtype).requires_grad_()
+    context = nullcontext() if compute is None else torch.autocast("cpu", compute)
+    if compute is None and weights != x_dtype:
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
+        return
+    with context:
+        y, plain = layer(x), base(x)
+    assert type(y.grad_fn).__name__ == "_LoraLinearBackward"
+    assert y.dtype == (compute or weights)
+    assert torch.equal(y, plain)  # lora_B is zero
+    y.sum().backward()
+    assert x.grad is not None
+    assert (x.grad.dtype, layer.lora_A.grad.dtype) == (x_dtype, torch.float32)  # type: ignore[union-attr]
+
+
+def test_float64_is_left_to_the_base_under_autocast() -> None:
+    layer = LoraLinear(nn.Linear(K, N).double().requires_grad_(False), LAYOUTS[0], 3, 0.5)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises((RuntimeError, ValueError), match=r"float64|dtype"):
+        layer(torch.randn(2, K).double())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ardlora_ext.bench.cuda import kernels as kernels_cuda
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import (
     Column,
@@ -28,6 +27,7 @@ from ardlora_ext.bench.output import (
     groups,
     publish,
 )
+from ardlora_ext.bench.speed import kernels_cuda
 from ardlora_ext.bench.speed.patterns import ragged
 from ardlora_ext.bench.stats import geometric_mean
 from ardlora_ext.errors import InputError

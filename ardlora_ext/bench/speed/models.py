@@ -34,6 +34,7 @@ from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 Batch = dict[str, torch.Tensor]
 Prepare = Callable[[nn.Module], nn.Module]
 DROPOUT = 0.1
+RECIPES = ("plain", "autocast")
 COMPILED = "-compiled"  # ends the name of what runs under torch.compile
 STEPS = 10_000  # length of run that schedules are told: every timed step is in the middle of it
 
@@ -193,6 +194,7 @@ class Runner:
     """One implementation on one model; `step` is what a training step costs without the optimizer's arithmetic.
 
     Attributes:
+        recipe: one of `RECIPES`: "autocast" runs the forward pass in bfloat16, as Trainer(bf16=True) does.
         allocate: what the method does about ranks after backward, or None.
         control: seconds of `allocate` in each step.
     """
@@ -201,11 +203,13 @@ class Runner:
     model: nn.Module
     batch: Batch
     allocate: Callable[[], object] | None
+    recipe: str = "plain"
     control: list[float] = field(default_factory=list)
 
     def forward(self) -> torch.Tensor:
         """Return the loss."""
-        loss: torch.Tensor = self.model(**self.batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe == "autocast"):
+            loss: torch.Tensor = self.model(**self.batch).loss
         return loss
 
     def step(self) -> None:
@@ -218,7 +222,7 @@ class Runner:
         self.model.zero_grad(set_to_none=True)
 
 
-def make_runner(name: str, base: nn.Module, batch: Batch, r: int) -> Runner:
+def make_runner(name: str, base: nn.Module, batch: Batch, r: int, recipe: str = "plain") -> Runner:
     """Return an implementation on a copy of `base`, in the middle of a run: no factor is zero, ranks may move."""
     torch.manual_seed(0)
     model = implementations(r)[name](copy.deepcopy(base)).train()
@@ -228,7 +232,7 @@ def make_runner(name: str, base: nn.Module, batch: Batch, r: int) -> Runner:
     # So that the frozen base has a backward pass, too.
     enable: Any = getattr(model, "enable_input_require_grads")  # noqa: B009
     enable()
-    return Runner(name, model, batch, _allocation(name, model))
+    return Runner(name, model, batch, _allocation(name, model), recipe)
 
 
 def _decide(controller: Controller[Any]) -> None:
