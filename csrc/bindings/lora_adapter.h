@@ -1,5 +1,5 @@
-// An adapter as the calls of a layer take it, made once for as long as buffers, gates and ranks stay where they are, and
-// what one call adds. Addresses come as integers; h, dh, y and dx are contiguous.
+// An adapter as the calls of a layer take it, made once for as long as buffers, gates and ranks stay where they are,
+// and what one call adds. Addresses come as integers; h, dh, y and dx are contiguous.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -43,10 +43,10 @@ inline void bind_lora_adapter(pybind11::module_& m) {
   namespace py = pybind11;
   py::class_<LoraAdapter>(m, "LoraAdapter", "Table, factors, gates and scaling of one adapter, by address.",
                           py::module_local())
-      .def(py::init([](const UnitTable& table, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate,
-                       float scaling) {
-             return LoraAdapter{&table, view(a, "lora_adapter"), view(b, "lora_adapter"), floats(gate), scaling};
-           }),
+      .def(py::init(
+               [](const UnitTable& table, const MatrixArg& a, const MatrixArg& b, std::uintptr_t gate, float scaling) {
+                 return LoraAdapter{&table, view(a, "lora_adapter"), view(b, "lora_adapter"), floats(gate), scaling};
+               }),
            py::arg("table"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"), py::arg("scaling"),
            py::keep_alive<1, 2>());
 }

@@ -97,8 +97,9 @@ def _importance(blocks: NDArray[np.int64], _beta1: float, _beta2: float, device:
     return True
 
 
-def _rank_resize(moves: NDArray[np.int64], _plans: Any, device: torch.device) -> None:
+def _rank_resize(moves: NDArray[np.int64], _plans: Any, device: torch.device) -> Callable[[], None]:
     _there(moves[:, :2], device)
+    return lambda: None
 
 
 def _set_gates(blocks: NDArray[np.int64], rho: Any, kind: int, floor: float, width: float, device: Any) -> None:

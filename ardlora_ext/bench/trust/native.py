@@ -128,7 +128,6 @@ class Fuzz:
         a, _ = self.buffer(table.a_rows + slack, table.a_width, adapter)
         b, _ = self.buffer(table.b_rows + slack, table.b_width, adapter)
         h, _ = self.buffer(m, table.hidden)
-        dh, _ = self.buffer(m, table.hidden)
         y, out_y = self.buffer(m, n, dtype, padding)
         dx, out_dx = self.buffer(m, k, dtype, padding)
         da, out_a = self.buffer(table.a_rows + slack, table.a_width)
@@ -139,8 +138,11 @@ class Fuzz:
         with_gate = rng.random() < 0.5 and gated > 0
         threads, dropout, seed = pick(1, 1, 2), rng.choice((0.0, 0.3)), rng.randrange(1 << 40)
         first, last = (gate[0], dgate[0]) if with_gate else (0, 0)
-        core.lora_forward(table, x, a, b, first, 0.5, h, y, threads, dropout, seed)
-        core.lora_backward(table, x, a, b, first, 0.5, h, dy, dh, dx, da, db, last, threads, dropout, seed)
+        native = core.LoraAdapter(table, a, b, first, 0.5)
+        of_x, of_y, of_dy, of_dx = ((view[0], view[2], view[3]) for view in (x, y, dy, dx))
+        kept = h[0], table.hidden
+        core.lora_forward(native, m, dtype, of_x, *kept, of_y, threads, dropout, seed)
+        core.lora_backward(native, m, dtype, of_x, *kept, of_dy, of_dx, da[0], db[0], last, threads, dropout, seed)
         found = [(out_y, dtype), (out_dx, dtype), (out_a, 0), (out_b, 0), *([(out_gate, 0)] if with_gate else [])]
         return [(slot.data, code, dtype) for slot, code in found]
 
@@ -204,11 +206,12 @@ def starved(tally: Tally) -> None:
         np.ones(shape, np.float32) for shape in ((512, 4096), (64, 4096), (64, 4096), (512, 64), (512, 4096))
     )
 
-    def view(array: NDArray[np.float32]) -> View:
-        return array.ctypes.data, *array.shape, array.shape[1], 0
+    of_a, of_b = ((array.ctypes.data, 64, 4096, 4096, 0) for array in (a, b))
+    adapter = core.LoraAdapter(table, of_a, of_b, 0, 1.0)
+    of_x, of_y = ((array.ctypes.data, 4096, 4096) for array in (x, y))
 
     def forward() -> None:
-        core.lora_forward(table, view(x), view(a), view(b), 0, 1.0, view(h), view(y), 1, 0.3, 1)
+        core.lora_forward(adapter, 512, 0, of_x, h.ctypes.data, 64, of_y, 1, 0.3, 1)
 
     moves = np.array([(x.ctypes.data, x.ctypes.data, 1 << 21, 4, 0)], dtype=np.int64)
     calls: list[Callable[[], None]] = [forward, lambda: core.rank_resize(moves, [[1, 0, 3, 2]], 1)]
