@@ -63,6 +63,7 @@ def lora_backward(
     h: int,
     hidden: int,
     dy: _Rows,
+    dh: int,  # 0: scratch of its own
     dx: _Rows,
     dA: int,
     dB: int,

@@ -278,7 +278,7 @@ class LoraLinear(nn.Module):
                 f"LoraLinear: base layer must return one tensor [..., {self.out_features}], got {got} from "
                 f"{type(base).__name__}; leave it out by exclude_modules"
             )
-        return ops.lora_accumulate(y, self._cast(input, y.dtype), *self._adapter(y.dtype), dropout, self.prepared)
+        return ops.lora_accumulate(y, self._cast(input, y.dtype), *self._adapter(y.dtype, dropout), self.prepared)
 
     def _fused(
         self,
@@ -298,7 +298,7 @@ class LoraLinear(nn.Module):
             weight = weight.to(dtype)
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
-        return ops.lora_linear(x, weight, bias, *self._adapter(dtype), dropout, total, self.prepared)
+        return ops.lora_linear(x, weight, bias, *self._adapter(dtype, dropout), total, self.prepared)
 
     def _cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if x.dtype == dtype:
@@ -318,9 +318,7 @@ class LoraLinear(nn.Module):
         seed = torch.empty((), dtype=torch.int64, device="cpu").random_(2**62)  # as randint, in a third of its time
         return self.lora_dropout, int(seed) ^ processes.rank()
 
-    def _adapter(
-        self, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
+    def _adapter(self, dtype: torch.dtype, dropout: ops.Dropout) -> ops.Adapter:
         """Return what the ops take of the adapter, for activations of this dtype."""
         own = self._parameters
         lora_A, lora_B, lora_E = own["lora_A"], own["lora_B"], own["lora_E"]
@@ -334,8 +332,8 @@ class LoraLinear(nn.Module):
                 LoraLinear.changes += 1
             gate = lora_E.view(-1)
         if lora_A.dtype not in (torch.float32, dtype):  # QLoRA recipes cast adapters to bfloat16, whatever is computed
-            return lora_A.float(), lora_B.float(), gate, self.rank_table, self.scaling
-        return lora_A, lora_B, gate, self.rank_table, self.scaling
+            return lora_A.float(), lora_B.float(), gate, self.rank_table, self.scaling, dropout
+        return lora_A, lora_B, gate, self.rank_table, self.scaling, dropout
 
     @torch.no_grad()
     def get_delta_weight(self) -> torch.Tensor:

@@ -15,11 +15,13 @@ except ImportError as cause:
         f"from the project's root ({cause})"
     ) from cause
 
-__all__ = ["DTYPE_CODES", "VERSION", "Matrix", "as_rows", "core", "matrix", "threads"]
+__all__ = ["DTYPE_CODES", "NO_MATRIX", "VERSION", "Matrix", "as_rows", "core", "matrix", "threads"]
 
 Matrix = tuple[int, int, int, int, int]
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+NO_MATRIX: Matrix = (0, 0, 0, 0, 0)
 
 VERSION = "0.1.0"  # of the package
 

@@ -134,24 +134,25 @@ def lora_backward(
     x: torch.Tensor,
     h: torch.Tensor,
     dy: torch.Tensor,
+    d_h: torch.Tensor | None,
     dx: torch.Tensor | None,
     d_a: torch.Tensor,
     d_b: torch.Tensor,
     d_gate: torch.Tensor | None,
     dropout: tuple[float, int],
 ) -> None:
-    """Write the gradients of factors and gates, float32, and add to dx [M, K] where it is wanted, for dy [M, N]."""
+    """Write the gradients of factors, gates and H, float32, and add to dx [M, K], for dy [M, N]; None is not wanted."""
     m, k = x.shape
     code, of_x, of_dy = DTYPE_CODES[x.dtype], (x.data_ptr(), k, x.stride(0)), (dy.data_ptr(), dy.shape[1], dy.stride(0))
     of_dx = (0, k, k) if dx is None else (dx.data_ptr(), k, k)
     out = d_a.data_ptr(), d_b.data_ptr(), 0 if d_gate is None else d_gate.data_ptr()
     first = native.adapter, m, code, of_x, h.data_ptr(), native.hidden, of_dy
     if native.on_cuda:
-        d_h = torch.empty_like(h)
+        d_h = torch.empty_like(h) if d_h is None else d_h
         call, _workspace = _device_call(native, x)
         core.cuda_lora_backward(*first, d_h.data_ptr(), of_dx, *out, *dropout, call)
     else:
-        core.lora_backward(*first, of_dx, *out, threads(), *dropout)
+        core.lora_backward(*first, 0 if d_h is None else d_h.data_ptr(), of_dx, *out, threads(), *dropout)
 
 
 def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> Callable[[], None]:

@@ -150,5 +150,7 @@ def backward(
     if x.shape[:-1] != dy.shape[:-1] or h.shape != (rows, native.hidden) or not h.is_contiguous():
         shapes = ", ".join(str(list(t.shape)) for t in (dy, x, h))
         raise ValueError(f"lora_backward: dy [..., N], x [..., K] and h [M, hidden] must be of one call, got {shapes}")
-    dx, d_a, d_b, d_gate = gradients(native, dy, x, h, lora_A, lora_B, gate, rank_table, p, seed, weight, need_dx, need_dgate)
+    dx, d_a, d_b, d_gate = gradients(
+        native, dy, x, h, lora_A, lora_B, gate, rank_table, p, seed, weight, need_dx, need_dgate
+    )
     return dy.new_empty(0) if dx is None else dx, d_a, d_b, h.new_empty(0) if d_gate is None else d_gate

@@ -145,7 +145,9 @@ def _backward(
     else:
         native = (prepared or Prepared()).get("lora_backward", lora_A, lora_B, gate, rank_table, scaling)
         so_far = None if total is None else total.value
-        grads = gradients(native, dy, x, h, lora_A, lora_B, gate, rank_table, p, seed, weight, need_dx, need_dgate, so_far)
+        grads = gradients(
+            native, dy, x, h, lora_A, lora_B, gate, rank_table, p, seed, weight, need_dx, need_dgate, so_far
+        )
     dx, d_a, d_b, d_gate = grads
     if not need_dx:
         dx = None

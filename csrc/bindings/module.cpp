@@ -106,8 +106,8 @@ void bind_lora_linear(py::module_& m) {
   m.def(
       "lora_backward",
       [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
-         std::int64_t hidden, const RowsArg& dy, const RowsArg& dx, std::uintptr_t da, std::uintptr_t db,
-         std::uintptr_t dgate, int threads, double dropout, std::uint64_t seed) {
+         std::int64_t hidden, const RowsArg& dy, std::uintptr_t dh, const RowsArg& dx, std::uintptr_t da,
+         std::uintptr_t db, std::uintptr_t dgate, int threads, double dropout, std::uint64_t seed) {
         const DType type = dtype_from_code(dtype, "lora_backward");
         const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, DType::kFloat32),
                                             threads, make_dropout(dropout, seed));
@@ -115,11 +115,12 @@ void bind_lora_linear(py::module_& m) {
         const MatrixView dav = gradient_view(da, p.lora_A), dbv = gradient_view(db, p.lora_B);
         py::gil_scoped_release release;
         cpu::Arena::Use arena;
-        const MatrixView dh = {arena.take<float>(rows * hidden), rows, hidden, hidden, DType::kFloat32};
-        lora_backward(p, dyv, dh, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
+        void* scratch = dh != 0 ? reinterpret_cast<void*>(dh) : arena.take<float>(rows * hidden);
+        const MatrixView dhv = {scratch, rows, hidden, hidden, DType::kFloat32};
+        lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
       },
       py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
-      py::arg("dy"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("threads"),
+      py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("threads"),
       py::arg("dropout"), py::arg("seed"));
 }
 

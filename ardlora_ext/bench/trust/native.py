@@ -128,6 +128,7 @@ class Fuzz:
         a, _ = self.buffer(table.a_rows + slack, table.a_width, adapter)
         b, _ = self.buffer(table.b_rows + slack, table.b_width, adapter)
         h, _ = self.buffer(m, table.hidden)
+        dh = rng.choice((0, self.buffer(m, table.hidden)[0][0]))
         y, out_y = self.buffer(m, n, dtype, padding)
         dx, out_dx = self.buffer(m, k, dtype, padding)
         da, out_a = self.buffer(table.a_rows + slack, table.a_width)
@@ -142,7 +143,7 @@ class Fuzz:
         of_x, of_y, of_dy, of_dx = ((view[0], view[2], view[3]) for view in (x, y, dy, dx))
         kept = h[0], table.hidden
         core.lora_forward(native, m, dtype, of_x, *kept, of_y, threads, dropout, seed)
-        core.lora_backward(native, m, dtype, of_x, *kept, of_dy, of_dx, da[0], db[0], last, threads, dropout, seed)
+        core.lora_backward(native, m, dtype, of_x, *kept, of_dy, dh, of_dx, da[0], db[0], last, threads, dropout, seed)
         found = [(out_y, dtype), (out_dx, dtype), (out_a, 0), (out_b, 0), *([(out_gate, 0)] if with_gate else [])]
         return [(slot.data, code, dtype) for slot, code in found]
 
