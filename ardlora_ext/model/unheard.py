@@ -17,6 +17,8 @@ from ardlora_ext.model.record import adapters
 from ardlora_ext.model.saved_modules import inside
 
 _NESTED = "_ardlora_use_nested_tensor"
+_PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' 4-bit layers
+_PACKED = "_ardlora_packs"
 _SHARE = 0.01  # of the model, from which on a parameter without adapter is worth a word
 
 
@@ -28,8 +30,12 @@ def close_fast_paths(model: nn.Module) -> None:
     """Let nn.TransformerEncoder call its layers in eval mode as in training, where adapters are in them.
 
     Its fused kernel reads `linear1.weight` itself, which is the base's, and would leave the adapter out without a word.
+    bitsandbytes' 4-bit layers may not pack their weight for the CPU at the first evaluation: the product with packed
+    weights has no gradient, so that what lies below would no longer be trained.
     """
     for module in model.modules():
+        if getattr(module, _PACKS, False):
+            vars(module).update({_PACKS: False, _PACKED: True})
         if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             continue
         layers = [part for part in module.modules() if isinstance(part, LoraLinear)]
@@ -46,6 +52,8 @@ def open_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         if vars(module).pop(_NESTED, False):
             module.use_nested_tensor = True  # type: ignore[assignment]
+        if vars(module).pop(_PACKED, False):
+            vars(module)[_PACKS] = True
 
 
 def unheard(model: nn.Module) -> list[str]:

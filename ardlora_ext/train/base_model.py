@@ -98,9 +98,6 @@ def load_model(
     except Exception as error:
         raise InputError(f"load_model: {name} cannot be loaded for {task}: {first_line(error)}{_hint(name)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
-    for module in model.modules():  # bitsandbytes would pack weights for CPUs at the first evaluation, and its product
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # with packed ones has no gradient
-            module.support_avx512bf16_for_cpu = False
     return _plain(model) if "gguf_file" in source else model
 
 

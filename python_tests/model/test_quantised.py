@@ -211,3 +211,26 @@ def test_a_copy_is_wrapped_alike(base: Any) -> None:
     model = wrapped(base[1], torch.float32)
     x = torch.randn(2, WIDTH)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_evaluation_does_not_take_the_gradient_away() -> None:
+    """bitsandbytes packs 4-bit weights for CPUs with bfloat16 in evaluation; packed ones have no gradient."""
+    quantise = bitsandbytes("Linear4bit", quant_type="nf4")
+    base = nn.Sequential(*[quantise(nn.Linear(WIDTH, WIDTH)) for _ in range(2)])
+    packs = [getattr(layer, "support_avx512bf16_for_cpu", None) for layer in base]
+    model = ard.wrap(base, ard.LoraConfig(r=2, target_modules=["0", "1"]))
+    for layer in ard.adapters(model).values():
+        nn.init.normal_(layer.lora_B)
+    x, found = torch.randn(4, WIDTH), []
+    for _ in range(2):
+        model.train()
+        model(x).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            model(x)
+    assert len(found[0]) == 4
+    assert all(map(torch.equal, *found))
+    with ard.disable_adapter(model):
+        assert [getattr(layer, "support_avx512bf16_for_cpu", None) for layer in model] == packs
