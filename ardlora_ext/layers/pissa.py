@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ardlora_ext.layers.linear import Conv1D, LoraLinear, fold, is_dense
-from ardlora_ext.layers.orthogonal_start import blocks, spread
+from ardlora_ext.layers.start.orthogonal import blocks, spread
 from ardlora_ext.native import ops, reference
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.layers.orthogonal_start import ROW_NORM, Block, blocks, spread
 from ardlora_ext.layers.rows import HOST
+from ardlora_ext.layers.start.orthogonal import ROW_NORM, Block, blocks, spread
 from ardlora_ext.model.record import adapters, injection
 from ardlora_ext.processes import average
 

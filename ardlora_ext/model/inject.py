@@ -15,9 +15,9 @@ from ardlora_ext.layers.dora import DoraLinear
 from ardlora_ext.layers.expert_stacks import is_transposed
 from ardlora_ext.layers.experts import ExpertStack, LoraExperts
 from ardlora_ext.layers.linear import Capacity, Gate, LoraLinear
-from ardlora_ext.layers.orthogonal_start import start_orthogonal
 from ardlora_ext.layers.pissa import PissaLinear
-from ardlora_ext.layers.svd_start import start_svd
+from ardlora_ext.layers.start.orthogonal import start_orthogonal
+from ardlora_ext.layers.start.svd import start_svd
 from ardlora_ext.layers.tokens import TokenRows
 from ardlora_ext.model.peft.convert import PeftLoraConfig, own_config
 from ardlora_ext.model.peft.guard import guard_from_peft

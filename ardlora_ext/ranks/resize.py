@@ -19,9 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.layers.orthogonal_start import ROW_NORM
 from ardlora_ext.layers.rows import initial_rows
-from ardlora_ext.layers.svd_start import Fresh, NewRows, orthogonal_rows, start_components
+from ardlora_ext.layers.start.orthogonal import ROW_NORM
+from ardlora_ext.layers.start.svd import Fresh, NewRows, orthogonal_rows, start_components
 from ardlora_ext.model.record import adapters, check_unmerged
 from ardlora_ext.native.dispatch import rank_resize
 from ardlora_ext.native.units import UnitLayout
@@ -59,7 +59,7 @@ class RankUpdate:
     Attributes:
         modules: per module, one `UnitUpdate` per unit.
         seed: of the values of new components.
-        init: how new components start, see `ardlora_ext.layers.svd_start`.
+        init: how new components start, see `ardlora_ext.layers.start.svd`.
         optimizer: `follow`: moments move with their rows. What ElaLoRA's code does: `restarted`, all state is
             forgotten and the learning rate stays at its peak from then on; `pinned`, only the latter.
         leave: how components go: they are dropped, or the update is recompressed to the new ranks (`svd_prune`).

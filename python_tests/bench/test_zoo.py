@@ -38,7 +38,7 @@ def test_a_sample_of_every_modality(modality: str) -> None:
     pytest.fail(f"only {passed} of {drawn} passed")
 
 
-@pytest.mark.parametrize("broken", ["fold", "merge"])
+@pytest.mark.parametrize("broken", ["fold", "merge_terms"])
 def test_a_difference_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own: Any = getattr(LoraLinear, broken)
 

@@ -211,7 +211,9 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path, encod
     losses = [torch.tensor([entry["loss"] for entry in run["history"]]) for run in (one, two)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
     assert one["loss_after"] == pytest.approx(two["loss_after"], abs=1e-4)
-    assert one["ranks"] == two["ranks"]
+    assert one["ranks"].keys() == two["ranks"].keys()
+    for name, ranks in one["ranks"].items():  # padding differs, and with it the means of h and dh a little
+        assert all(abs(a - b) <= 1 for a, b in zip(ranks, two["ranks"][name], strict=True))
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

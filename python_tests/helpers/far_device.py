@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 
-from ardlora_ext.layers import svd_start
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.native import dispatch
+from ardlora_ext.layers.start import svd as svd_start
+from ardlora_ext.native import dispatch, units
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks import resize
@@ -109,6 +109,12 @@ def _set_gates(blocks: NDArray[np.int64], rho: Any, kind: int, floor: float, wid
         core.set_gates(blocks, rho, kind, floor, width)
 
 
+def _table(layer: LoraLinear) -> core.UnitTable:
+    lay = layer.layout
+    codes = units._KIND_CODES[lay.kind], units._FACTORING_CODES[lay.factoring]
+    return core.UnitTable(*codes, lay.in_features, lay.out_features, layer.ranks)
+
+
 _encode = UnitLayout.encode
 
 
@@ -129,7 +135,7 @@ def far_device() -> Iterator[None]:
         mock.patch.object(gates, "set_gates", _set_gates),
         mock.patch.object(svd_start, "core", SimpleNamespace(orthogonal_rows=lambda *_: None)),
         mock.patch.object(UnitLayout, "encode", _encoded),
-        mock.patch.object(LoraLinear, "table", property(lambda layer: layer.layout.table(layer.ranks))),
+        mock.patch.object(LoraLinear, "table", property(_table)),  # hooks of backward() run outside `_Host`
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # torch does not ask it of this device
         mock.patch.object(nn.Module, "_apply", _apply),
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -161,5 +161,6 @@ def test_other_arguments_are_checked() -> None:
 
 def test_a_pass_that_knows_no_groups_refuses_experts() -> None:
     layout = UnitLayout("experts", "independent", 2, 4, 6)
+    adapter = core.LoraAdapter(layout.table([1, 1]), *[(0, 0, 4, 4, 0)] * 2, 0, 1.0)
     with pytest.raises(ValueError, match="table must not be of experts, got 2 experts"):
-        core.lora_forward(layout.table([1, 1]), *[(0, 0, 4, 4, 0)] * 3, 0, 1.0, *[(0, 0, 2, 2, 0)] * 2, 1, 0.0, 0)
+        core.lora_forward(adapter, 0, 0, (0, 4, 4), 0, 2, (0, 6, 6), 1, 0.0, 0)

@@ -110,11 +110,14 @@ def test_qlora_trains_resumes_and_saves(how: str, bits: int, llama: Path, tmp_pa
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     resumed.save_model(tmp_path / "adapter")
     batch = {"input_ids": torch.arange(4, 12)[None]}
-    with torch.no_grad():  # bitsandbytes takes another way with gradients, 1e-3 off
+    with torch.no_grad():
         expected = resumed.model.eval()(**batch).logits
     plain = quantised(llama, bits)
     if how == "prepared":  # its norms and embeddings are in float32, as they are in `plain`
         plain = prepare_model_for_kbit_training(plain, use_gradient_checkpointing=False)
+    for module in plain.modules():  # bitsandbytes' product with packed weights is 3e-3 off; ours stay as they are
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         found = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**batch).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

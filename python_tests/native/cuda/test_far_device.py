@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 import ardlora_ext as ard
 from ardlora_ext.config import AdapterConfig
-from ardlora_ext.layers.orthogonal_start import blocks
+from ardlora_ext.layers.start.orthogonal import blocks
 from ardlora_ext.model.gradient_start import _point, _Sketch
 from ardlora_ext.model.merge import merge_adapter, unmerge_adapter
 

@@ -101,7 +101,7 @@ def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
             slow.matrices = [[c for c in matrix if not c.masked] for matrix in slow.matrices]
         assert run.step() == pytest.approx(expected, rel=1e-5)
         assert run.ranks == kept
-        assert_same(run.model, slow)
+        assert_same(run.model, slow, rel=2e-5)
     assert sum(run.ranks) == 5 * config.target_r
     assert [layer.ranks[0] for layer in run.layers] == run.ranks
     assert len(set(run.ranks)) > 1

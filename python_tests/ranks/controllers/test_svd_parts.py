@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import ardlora_ext as ard
-from ardlora_ext.layers import svd_start
-from ardlora_ext.layers.svd_start import Fresh, orthogonal_rows, projected_row
+from ardlora_ext.layers.start import svd as svd_start
+from ardlora_ext.layers.start.svd import Fresh, orthogonal_rows, projected_row
 from ardlora_ext.native import reference
 from ardlora_ext.ranks.controllers.svd.ela import candidates, exchange, with_ties
 from ardlora_ext.ranks.controllers.svd.schedule import Phases, exchange_count

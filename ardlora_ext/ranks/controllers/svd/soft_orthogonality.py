@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from ardlora_ext.layers.svd_start import START_STD
+from ardlora_ext.layers.start.svd import START_STD
 from ardlora_ext.native.compiled import DTYPE_CODES, core, threads
 
 Form = Literal["squared", "norm"]
