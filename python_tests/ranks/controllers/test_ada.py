@@ -75,7 +75,7 @@ def slow_budget(t: int, config: ard.AdaConfig, total: int) -> int | None:
     [
         {"deltaT": 4, "orth_reg_weight": 0.1},
         {"removal": True, "orth": "squared", "target_r": 1, "beta1": 0.8, "orth_reg_weight": 0.1},
-        {"deltaT": 4, "clip": 0.1},
+        {"deltaT": 4, "clip": 0.1, "orth_reg_weight": 0.1},  # stronger, ||P^T P - I|| swings about 0 and last bits grow
     ],
 )
 def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
             slow.matrices = [[c for c in matrix if not c.masked] for matrix in slow.matrices]
         assert run.step() == pytest.approx(expected, rel=1e-5)
         assert run.ranks == kept
-        assert_same(run.model, slow, rel=2e-5)
+        assert_same(run.model, slow)
     assert sum(run.ranks) == 5 * config.target_r
     assert [layer.ranks[0] for layer in run.layers] == run.ranks
     assert len(set(run.ranks)) > 1
