@@ -17,8 +17,9 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.compiled import VERSION
@@ -101,18 +102,37 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_units(parser: argparse._ActionsContainer) -> None:
-    """Let the user say what has a rank of its own."""
-    parser.add_argument(
-        "--granularity",
-        choices=("head", "matrix", "layer"),
-        help="what has a rank of its own (default: head for ard, else matrix)",
-    )
-    parser.add_argument(
-        "--factoring",
-        choices=("shared", "independent"),
-        help="whether the heads of a matrix share its factors or have their own (default: shared)",
-    )
+GRANULARITY = "what has a rank of its own (default: head for ard, else matrix)"
+FACTORING = "whether the heads of a matrix share its factors or have their own (default: shared)"
+
+
+def add_options(parser: argparse.ArgumentParser, kinds: Sequence[type], leave_out: Sequence[str] = ()) -> None:
+    """Add a group of options for each dataclass, titled by its docstring, an option for each of its fields.
+
+    The type of a field says what the option takes: `bool` nothing, `Literal` one of some words, a tuple several. Its
+    metadata are `help`, other `names`, and whatever else `add_argument` understands.
+    """
+    for kind in kinds:
+        group = parser.add_argument_group((kind.__doc__ or "").rstrip(".").lower())
+        hints = get_type_hints(kind)
+        for entry in fields(kind):
+            if entry.name not in leave_out:
+                keywords = {**_taken(hints[entry.name]), **entry.metadata}
+                names = (f"--{entry.name.replace('_', '-')}", *keywords.pop("names"))
+                group.add_argument(*names, dest=entry.name, default=entry.default, **keywords)
+
+
+def _taken(hint: Any) -> dict[str, Any]:
+    """Return what `add_argument` must know of a field's type."""
+    if hint is bool:
+        return {"action": "store_true"}
+    if get_origin(hint) is tuple:
+        return {"nargs": "+"}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    members = [_taken(member) for member in get_args(hint) if member is not type(None)]
+    choices = [word for member in members for word in member.get("choices", ())]
+    return {"choices": choices} if choices else members[0] if members else {} if hint is str else {"type": hint}
 
 
 def _take_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:

@@ -337,12 +337,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {  
 def _hold_out(rows: Dataset, fields: Sequence[str], share: float, source: str | Path) -> tuple[Dataset, Dataset]:
     """Return different rows to train and to test on."""
     inputs = [field for field in fields if field not in ("label", "tags")]
-    if inputs in (["text"], ["text", "text_pair"]):
-        pairs = rows["text_pair"] if "text_pair" in inputs else [""] * len(rows)
-        keys = ["\0".join(texts) for texts in zip(rows["text"], pairs, strict=True)]
-    else:
-        keys = [json.dumps([row[field] for field in inputs], sort_keys=True, default=str) for row in rows]
-    order = _hash_order(keys)
+    columns = [[v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in rows[field]] for field in inputs]
+    order = _hash_order(map("\0".join, zip(*columns, strict=True)))
     if len(order) < _LEAST:
         raise InputError(f"{source}: there must be at least {_LEAST} different texts, got {len(order)}")
     held_out = max(1, min(_TEST_LIMIT, round(len(order) * share)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import Method, config_for
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.dispatch import best_device
+from ardlora_ext.subcommands import FACTORING, GRANULARITY
 
 Task = Literal["classification", "regression", "token-classification", "lm", "sft"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -47,95 +48,132 @@ def metric_of(task: Task, metrics: Mapping[str, float]) -> tuple[float, float]:
     return loss, math.exp(min(loss, 700.0)) if name == "perplexity" else metrics[f"eval_{name}"]
 
 
+def option(default: Any, help: str, *names: str, **keywords: Any) -> Any:
+    """Return a field that is an option of the command line as well, see `subcommands.add_options`."""
+    return field(default=default, metadata={"help": help, "names": names, **keywords})
+
+
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a run is asked to do; the defaults are the command line's.
+class ModelOptions:
+    """Model."""
+
+    model: str | None = option(
+        None, "folder of a model, or its id on the hub (default: all-MiniLM-L6-v2)", metavar="DIR|ID"
+    )
+    dtype: Literal["float32", "bf16", "fp16"] = option(
+        "float32", "of the frozen weights; below float32 the products are computed in it, too"
+    )
+    load_in_4bit: bool = option(False, "quantise the frozen weights to NF4 (bitsandbytes)")
+    load_in_8bit: bool = option(False, "quantise them to int8 (bitsandbytes)")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, keep few")
+    attn: str | None = option(None, "attention: sdpa, eager, flash_attention_2 (default: the model's)", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data."""
+
+    data: str | None = option(
+        None,
+        ".csv, .tsv, .json, .jsonl, .parquet or .txt file, a folder of such, or a data set on the hub "
+        "(default: the TREC questions)",
+        metavar="FILE|DIR|ID",
+    )
+    task: Task | Literal["auto"] = option("auto", "what to learn; auto: by the columns, see below")
+    columns: tuple[str, ...] = option((), "names of columns: text=sentence label=kind", metavar="OURS=YOURS")
+    split: str = option("train", "split of a folder or a data set on the hub", metavar="NAME")
+    eval_data: str | None = option(
+        None, "data to test on (default: --eval-split, or a share of --data)", metavar="FILE|DIR|ID"
+    )
+    eval_split: str | None = option(None, "split to test on", metavar="NAME")
+    eval_share: float = option(0.1, "share of --data to test on, at most 2 000 rows", metavar="X")
+    max_length: int | None = option(
+        None, "length of a text or block at most (default: 128, or what the model can read)", metavar="TOKENS"
+    )
+    packing: bool = option(False, "several short chats in one sequence")
+    answers_only: bool = option(
+        False, "of chats, learn what the assistant says alone; of prompt and completion that is always so"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """Adapters and ranks."""
+
+    method: Method = option("ard", "what decides the ranks; lora and dora keep them at --r")
+    mode: Literal["anneal", "paper", "code"] | None = option(
+        None, "ard: anneal (fat start, thin end; the default) or paper; elalora: paper or code"
+    )
+    r: int = option(
+        8, "rank of every unit at the start (adalora: at the end, it starts at 1.5 times that)", metavar="RANK"
+    )
+    budget: int | None = option(
+        None, "adapter parameters at the end (default: as plain LoRA with --r has)", metavar="PARAMETERS"
+    )
+    granularity: Literal["head", "matrix", "layer"] | None = option(None, GRANULARITY)
+    factoring: Literal["shared", "independent"] | None = option(None, FACTORING)
+    target_modules: tuple[str, ...] = option(
+        ("all-linear",), "suffixes of the modules to adapt (default: all-linear)", metavar="NAME"
+    )
+    lora_dropout: float = option(0.0, "share of the adapters' input that is dropped", metavar="P")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Training."""
+
+    epochs: int = option(3, "passes over the training examples", "--num-train-epochs", metavar="N")
+    max_steps: int | None = option(None, "optimizer steps to take, instead of --epochs", metavar="N")
+    batch_size: int = option(16, "examples that a process takes at once", "--per-device-train-batch-size", metavar="N")
+    gradient_accumulation_steps: int = option(1, "batches in an optimizer step", metavar="N")
+    lr: float = option(1e-3, "peak learning rate of the adapters", "--learning-rate", metavar="X")
+    head_lr: float = option(1e-2, "peak learning rate of a new head, and of the pooler below it", metavar="X")
+    seed: int = option(0, "of all that is random but the data split", metavar="N")
+    training_arg: tuple[str, ...] = option(
+        (),
+        "any other of transformers' TrainingArguments (TRL's SFTConfig for chats): weight_decay=0.1",
+        metavar="NAME=VALUE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Evaluations, checkpoints and where it runs."""
+
+    eval_steps: int | None = option(None, "steps between evaluations (default: a fifth of all)", metavar="N")
+    early_stopping: int | None = option(
+        None, "stop after N evaluations without progress, with the best weights (default: never)", metavar="N"
+    )
+    save_steps: int | None = option(
+        None, "steps between checkpoints (default: a fifth of all; deleted when the run has ended)", metavar="N"
+    )
+    resume: str | None = option(
+        None,
+        "go on from the last whole checkpoint in --out, if there is one, or from DIR",
+        metavar="auto|DIR",
+        nargs="?",
+        const="auto",
+    )
+    overwrite: bool = option(False, "delete the checkpoints of an earlier run in --out, and begin anew")
+    report_to: tuple[str, ...] = option((), "trackers: tensorboard, wandb, ... (default: none)", metavar="NAME")
+    device: str | None = option(
+        None, "cpu, cuda or cuda:1 (default: a GPU where torch and this build can use one)", metavar="NAME"
+    )
+    threads: int | None = option(None, "CPU threads (default: torch's choice)", metavar="N")
+
+
+GROUPS = (ModelOptions, DataOptions, RankOptions, TrainingOptions, RunOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunOptions, TrainingOptions, RankOptions, DataOptions, ModelOptions):
+    """What a run is asked to do: every field is an option of the command line, with its help and its default.
 
     Attributes:
         out: Folder for the adapter, the records and the report.
-        method: "ard", "elalora" and "adalora" learn the ranks, "lora" and "dora" keep them at `r`.
-        model: Local folder of a transformers model, or its id on the hub; None for all-MiniLM-L6-v2.
-        data: The user's file, folder or id, see `load_corpus`; None for the TREC questions.
-        task: What is learned, or "auto" by the columns of `data`.
-        split: Split of a folder or a data set of the hub.
-        columns: The data's own names of columns, as in ("text=sentence", "label=kind").
-        eval_data: Data to test on; None for `eval_split`, or a share of `data`.
-        eval_split: Split to test on.
-        eval_share: Share of `data` that is held out to test on.
-        max_length: Tokens at which a text is cut, or of a block of text; None for 128, or what the model can read.
-        packing: Several short chats in one sequence (sft).
-        answers_only: The loss counts what the assistant says alone (sft); of `prompt` and `completion` it always does.
-        dtype: Of the frozen weights; below float32 the products are computed in it, too.
-        load_in_4bit: Quantise the frozen weights to NF4 (bitsandbytes).
-        load_in_8bit: Quantise them to int8 (bitsandbytes).
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
-        attn: Implementation of attention, as in `from_pretrained`.
-        r: Rank of every unit at the start (adalora: at the end, it starts at 1.5 times that).
-        lora_dropout: Dropout of the adapters' input.
-        budget: Most live adapter parameters at the end; None for what plain LoRA with `r` has.
-        mode: Of the method: "anneal" or "paper" (ard), "paper" or "code" (elalora); None for the method's default.
-        granularity: What has a rank of its own: "head", "matrix" or "layer"; None for the method's default.
-        factoring: Of heads: "shared" or "independent", see `AdapterConfig`; None for the method's default.
-        target_modules: Suffixes of the modules to adapt, as in PEFT, or ("all-linear",).
-        lr: Peak learning rate of the adapters.
-        head_lr: Peak learning rate of the classification head and pooler.
-        batch_size: Examples, or blocks of text, that a process takes at once.
-        gradient_accumulation_steps: Batches in an optimizer step.
-        epochs: Passes over the training examples.
-        max_steps: Steps to take instead of `epochs`.
-        eval_steps: Steps between evaluations; None for a fifth of the run.
-        early_stopping: Evaluations without progress after which training ends, with the best weights; None for never.
-        save_steps: Steps between checkpoints, which are then kept; None for a fifth of the run, deleted at its end.
-        resume: "auto" goes on from the last whole checkpoint in `out` if there is one, a folder from that checkpoint.
-        overwrite: Delete the checkpoints of an earlier run in `out`, and begin anew.
-        report_to: Trackers, as in TrainingArguments.
-        training_arg: Any other of TrainingArguments (of TRL's SFTConfig for sft), as in ("weight_decay=0.1",).
-        seed: Of everything random but the split.
-        threads: CPU threads; None leaves torch's choice.
-        device: Where to train; None for the first CUDA device where torch and this build can use one, else the CPU.
     """
 
     out: Path
-    method: Method = "ard"
-    model: str | None = None
-    data: str | None = None
-    task: Task | Literal["auto"] = "auto"
-    split: str = "train"
-    columns: tuple[str, ...] = ()
-    eval_data: str | None = None
-    eval_split: str | None = None
-    eval_share: float = 0.1
-    max_length: int | None = None
-    packing: bool = False
-    answers_only: bool = False
-    dtype: str = "float32"
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    gradient_checkpointing: bool = False
-    attn: str | None = None
-    r: int = 8
-    lora_dropout: float = 0.0
-    budget: int | None = None
-    mode: Literal["anneal", "paper", "code"] | None = None
-    granularity: Literal["head", "matrix", "layer"] | None = None
-    factoring: Literal["shared", "independent"] | None = None
-    target_modules: tuple[str, ...] = ("all-linear",)
-    lr: float = 1e-3
-    head_lr: float = 1e-2
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    epochs: int = 3
-    max_steps: int | None = None
-    eval_steps: int | None = None
-    early_stopping: int | None = None
-    save_steps: int | None = None
-    resume: str | None = None
-    overwrite: bool = False
-    report_to: tuple[str, ...] = ()
-    training_arg: tuple[str, ...] = ()
-    seed: int = 0
-    threads: int | None = None
-    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.model is not None and self.data is None and self.task != "sft":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -128,8 +129,6 @@ class HeadTrainer(Trainer):  # type: ignore[misc]
 def _arguments(kind: type[TrainingArguments], settings: Settings, task: Task, own: dict[str, Any]) -> TrainingArguments:
     """Return what Trainer is asked for: the options by their names, then `--training-arg`."""
     device = _place(settings.device)
-    half = {"bf16": settings.dtype == "bf16", "fp16": settings.dtype == "fp16"}
-    saved = settings.save_steps or (settings.eval_steps if settings.early_stopping else None) or _PART
     values = {
         "output_dir": str(settings.out),
         "seed": settings.seed,
@@ -152,13 +151,14 @@ def _arguments(kind: type[TrainingArguments], settings: Settings, task: Task, ow
         "eval_steps": settings.eval_steps or _PART,
         "eval_on_start": True,
         "save_strategy": "steps",
-        "save_steps": saved,
+        "save_steps": settings.save_steps or (settings.eval_steps if settings.early_stopping else None) or _PART,
         "save_total_limit": 2,
         "include_num_input_tokens_seen": "non_padding",
         "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,  # the bar is ours
         "log_level": "error",
-        **half,
+        "bf16": settings.dtype == "bf16",
+        "fp16": settings.dtype == "fp16",
         **own,
     }
     if settings.early_stopping is not None:
@@ -166,7 +166,7 @@ def _arguments(kind: type[TrainingArguments], settings: Settings, task: Task, ow
         values["load_best_model_at_end"] = True
         values["metric_for_best_model"] = "loss" if by_loss else METRICS[task]
         values["greater_is_better"] = not by_loss
-    arguments = kind(**{**values, **_given(kind, settings.training_arg)})
+    arguments = _read_over(kind, values, settings.training_arg)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several processes
     return arguments
 
@@ -185,19 +185,20 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
         raise InputError(f"finetune: --training-arg: {message}")
 
 
-def _given(kind: type[TrainingArguments], words: Sequence[str]) -> dict[str, Any]:
-    """Read `name=value` as Trainer's own command lines do."""
+def _read_over(kind: type[TrainingArguments], values: dict[str, Any], words: Sequence[str]) -> TrainingArguments:
+    """Return the arguments of these values, and over them `name=value`, read as Trainer's own command lines do."""
     names = {entry.name for entry in dataclasses.fields(kind) if entry.init} - {"output_dir"}
     parser = _Parser(kind, allow_abbrev=False)
-    actions = {action.dest: action for action in parser._actions}
-    found: dict[str, Any] = {}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # so that nothing is found but what is given
+    lists = {action.dest for action in parser._actions if action.nargs == "+"}
+    line: list[str] = []
     for word in words:
-        name, _, value = word.partition("=")
+        name, equals, value = word.partition("=")
         name = name.strip().replace("-", "_")
-        if name not in names or "=" not in word:
+        if name not in names or not equals:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near and near[0] != name else ""
             raise InputError(f"finetune: --training-arg must be NAME=VALUE of {kind.__name__}, got {word}{hint}")
-        values = value.split(",") if actions[name].nargs == "+" else [value]
-        found[name] = getattr(parser.parse_args([f"--{name}", *values]), name)
-    return found
+        line += [f"--{name}", *value.split(",")] if name in lists else [f"--{name}={value}"]
+    return kind(**{**values, **vars(parser.parse_args(line))})

