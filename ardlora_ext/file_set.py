@@ -60,18 +60,20 @@ def write_set(directory: Path, files: Mapping[str, bytes]) -> None:
         raise OSError(error.errno, text, str(error.filename or directory)) from error
 
 
-def read_set(directory: Path, names: Sequence[str], commit: str) -> dict[str, bytes]:
-    """Return the content of those of `names` that are there, all of one set whose last file is `commit`.
+def read_set(directory: Path, names: Sequence[str], *commits: str) -> dict[str, bytes]:
+    """Return the content of those of `names` that are there, all of one set whose last file is one of `commits`.
 
     Raises:
         OSError: a file cannot be read, or the set is replaced faster than its files can be opened.
     """
     for _ in range(_TRIES):
         with ExitStack() as stack:
-            token, path = _committed(directory, commit)
-            held = _open(path, stack)
+            begun = [_committed(directory, commit) for commit in commits]
+            held = [_open(path, stack) for _, path in begun]
+            token = next((token for token, _ in begun if token is not None), None)
             opened = {name: _open_either(directory, name, token, stack) for name in names}
-            if _same(held, _committed(directory, commit)[1]):
+            now = [_committed(directory, commit)[1] for commit in commits]
+            if all(map(_same, held, now)):
                 return {name: stream.read() for name, stream in opened.items() if stream is not None}
     raise OSError(None, "is written again and again, so it cannot be read", str(directory))
 

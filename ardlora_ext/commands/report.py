@@ -18,7 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw a self-contained HTML page from metrics.json and records.jsonl of a run, or compare several runs."
     )
     parser.epilog = _EPILOG
-    parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="folders that `finetune` wrote")
+    parser.add_argument(
+        "folders",
+        type=Path,
+        metavar="DIR",
+        nargs="+",
+        help="folders of runs: of `finetune`, Trainer with RankCallback, or `controller.report`",
+    )
     parser.add_argument(
         "--to",
         type=Path,

@@ -24,9 +24,19 @@ _CONFIGS: dict[str, type[AdapterConfig]] = {
 _TITLES = {"ard": "ARD-LoRA", "elalora": "ElaLoRA", "adalora": "AdaLoRA", "lora": "LoRA", "dora": "DoRA"}
 
 
+def method_of(config: AdapterConfig) -> str:
+    """Return the method's name for programs."""
+    return next(name for name, cls in _CONFIGS.items() if cls is type(config))
+
+
+def title_of(method: str) -> str:
+    """Return a method's name for people; one that is not known is returned as it is."""
+    return _TITLES.get(method, method)
+
+
 def name_of(config: AdapterConfig) -> str:
     """Return the method's name for people."""
-    return next(_TITLES[name] for name, cls in _CONFIGS.items() if cls is type(config))
+    return title_of(method_of(config))
 
 
 def config_for(method: Method, r: int, options: Mapping[str, Any]) -> AdapterConfig:
@@ -55,11 +65,10 @@ def config_for(method: Method, r: int, options: Mapping[str, Any]) -> AdapterCon
 
 def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
     """Return the JSON form of a config: its fields and `method`."""
-    method = next(name for name, cls in _CONFIGS.items() if cls is type(config))
     values = dataclasses.asdict(config)
     for option in ("rank_pattern", "alpha_pattern"):  # the first that fits counts, and objects in JSON have no order
         values[option] = None if values[option] is None else [list(pair) for pair in values[option].items()]
-    return {"method": method, **values}
+    return {"method": method_of(config), **values}
 
 
 def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:

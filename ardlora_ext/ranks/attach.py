@@ -208,6 +208,7 @@ class _Follower:
 
         def then() -> None:
             self.controller.applied()
+            self.controller.note()
             made()
 
         if update is not None:
@@ -225,6 +226,7 @@ class _Follower:
             return
         with unbroken():
             self.controller.settle()
+            self.controller.note()
             made()
 
     def _begin(self, optimizer: Optimizer) -> None:

@@ -26,7 +26,7 @@ class Run:
     m: Json
     decisions: int
 
-    def metric(self, value: float) -> str:
+    def metric(self, value: float | None) -> str:
         """Format a value of the run's metric."""
         return format_metric(self.m["metric_name"], value)
 

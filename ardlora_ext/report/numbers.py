@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 
-def format_metric(name: str, value: float) -> str:
-    """Write an accuracy in percent, anything else with four digits."""
+def format_metric(name: str | None, value: float | None) -> str:
+    """Write an accuracy in percent, anything else with four digits, nothing as a dash."""
+    if value is None:
+        return "–"
     return f"{value:.1%}" if name == "accuracy" else f"{value:.4g}"
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ardlora_ext.config.registry import title_of
 from ardlora_ext.errors import InputError
-from ardlora_ext.report import plots
+from ardlora_ext.report import places, plots
 from ardlora_ext.report.numbers import format_amount, format_count, format_duration, format_metric
-from ardlora_ext.report.run_files import METRICS_FILE, REPORT_FILE, Json, load_run, write_page
+from ardlora_ext.report.run_files import METRICS_FILE, REPORT_FILE, Json, complete, load_run, write_page
 
 _ROWS_OPEN = 12
 _ROWS_MOST = 2000
@@ -67,12 +68,13 @@ def environment() -> Environment:
     """Return the templates of the pages, with the filters for numbers."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters.update(count=format_count, amount=format_amount, duration=format_duration)
+    pages.filters.update(count=format_count, amount=format_amount, duration=format_duration, title_of=title_of)
     return pages
 
 
-def render(metrics: Json, records: list[Json]) -> str:
+def render(metrics: Json, records: Sequence[Json]) -> str:
     """Return the report as one HTML page."""
+    metrics = complete(metrics)
     return (
         environment()
         .get_template("report.html.j2")
@@ -100,12 +102,17 @@ def _figures(metrics: Json) -> dict[str, Figure]:
             "Darker is more. Bars: mean rank of a layer (above) and of a kind of matrix (right).",
             plots.rank_heatmap(metrics["ranks"], start),
         ),
-        "training": Figure(
-            "Training loss and held-out metric",
-            "The curve on the right uses a fixed part of the test set; no decision of the run depends on it.",
-            plots.loss_and_metric(metrics["history"], metrics["evals"], metrics["metric_name"]),
-        ),
     }
+    if metrics["history"] or metrics["evals"]:
+        curves = {"history": "training loss", "evals": "held-out metric"}
+        seen = " and ".join(text for key, text in curves.items() if metrics[key])
+        figures["training"] = Figure(
+            seen[0].upper() + seen[1:],
+            "Held-out examples are only looked at: no decision of the run depends on them."
+            if metrics["evals"]
+            else "Strong: smoothed.",
+            plots.loss_and_metric(metrics["history"], metrics["evals"], metrics["metric_name"] or "metric"),
+        )
     if len(history) > 1:
         figures["ranks"] = Figure(
             "Mean rank over training",
@@ -130,8 +137,8 @@ def _where_rank_went(metrics: Json) -> list[str]:
     grew = sum(b > a for a, b in zip(first, last, strict=True))
     shrank = sum(b < a for a, b in zip(first, last, strict=True))
     facts = [f"Of {len(last):,} units {grew:,} ended above their first rank, {shrank:,} below it."]
-    for what, names in (("layer", plots.layer_names(ranks)), ("kind", plots.kind_labels(ranks))):
-        means = {name: statistics.fmean(units) for name, units in plots.group_ranks(ranks, names).items()}
+    for what, names in (("layer", places.layer_names(ranks)), ("kind", places.kind_labels(ranks))):
+        means = {name: statistics.fmean(units) for name, units in places.group_ranks(ranks, names).items()}
         if len(means) > 1:
             most, least = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
             facts.append(
@@ -145,9 +152,3 @@ def _count(names: Iterable[str]) -> dict[str, int]:
     for name in names:
         counts[name] = counts.get(name, 0) + 1
     return counts
-
-
-# --- the closing table ------------------------------------------------------------------------------------------------
-
-
-# --- numbers for people -----------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Figures of one run, drawn from its saved records: nothing here needs the model.
 
-A unit's place is read off its module's name: `encoder.layer.3.attention.self.query` is the `query` of layer 3.
 Colours: one light-to-dark scale for amounts (rank, depth), distinct hues for the kinds of matrix.
 """
 
@@ -9,8 +8,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import chain, cycle, pairwise
 from typing import Any
 
@@ -23,8 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from ardlora_ext.report.numbers import format_metric
+from ardlora_ext.report.places import Ranks, group_ranks, kind_labels, layer_names, locate
+
 Json = Mapping[str, Any]
-Ranks = Mapping[str, Sequence[int]]
 
 INK, FAINT, GRID = "#1e293b", "#64748b", "#e2e8f0"
 GROWN, PRUNED, ACCENT = "#0f766e", "#b45309", "#1d4ed8"
@@ -33,7 +33,6 @@ AMOUNT = LinearSegmentedColormap.from_list("amount", ["#f3f6fb", "#c3dafe", "#7f
 
 _WIDTH_IN, _DPI = 11.0, 170
 _FLAT_LABELS = 6  # more names on an axis are slanted
-_NOISE = frozenset(("dense", "self", "layer"))  # parts of a module's path that tell nothing about its kind
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -54,73 +53,6 @@ _STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-
-
-# --- where a unit stands in the model ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module stands: the stack of layers, its number in it (None outside of any), its kind inside the layer."""
-
-    stack: str
-    layer: int | None
-    kind: str
-
-
-def locate(module: str) -> Place:
-    """Split a module's name at the first number."""
-    parts = module.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if index is None:
-        return Place("", None, module)
-    return Place(".".join(parts[:index]), int(parts[index]), ".".join(parts[index + 1 :]))
-
-
-def kind_labels(modules: Iterable[str]) -> dict[str, str]:
-    """Give each module the shortest name of its kind that no other kind shares, in order of appearance.
-
-    `attention.self.query` becomes `query`; `attention.output.dense` stays `attention.output` beside an `output`.
-    """
-    places = {module: locate(module) for module in modules}
-    stacks = [place.stack.split(".") for place in places.values() if place.layer is not None]
-    shared = set(stacks[0]).intersection(*stacks[1:]) if stacks else set()
-    words: dict[str, tuple[str, ...]] = {}
-    for module, place in places.items():
-        path = [part for part in place.stack.split(".") if part not in shared] + place.kind.split(".")
-        telling = [part for part in path if part and not part.isdecimal() and part not in _NOISE]
-        words[module] = tuple(telling or [part for part in path if part] or ["layer"])
-    kinds = set(words.values())
-    return {module: ".".join(_shortest_suffix(kind, kinds)) for module, kind in words.items()}
-
-
-def _shortest_suffix(kind: tuple[str, ...], kinds: set[tuple[str, ...]]) -> tuple[str, ...]:
-    for length in range(1, len(kind)):
-        if sum(other[-length:] == kind[-length:] for other in kinds) == 1:
-            return kind[-length:]
-    return kind
-
-
-def group_ranks(ranks: Ranks, keys: Mapping[str, Any]) -> dict[Any, list[int]]:
-    """Collect the ranks of all units whose modules share a key."""
-    groups: dict[Any, list[int]] = {}
-    for module, units in ranks.items():
-        groups.setdefault(keys[module], []).extend(units)
-    return groups
-
-
-def layer_names(modules: Iterable[str]) -> dict[str, str]:
-    """Name each module's layer: its number, behind the stack where there are several, or "other" outside of any."""
-    places = {module: locate(module) for module in modules}
-    stacks = {place.stack for place in places.values() if place.layer is not None}
-    names = {}
-    for module, place in places.items():
-        front = f"{place.stack}." if len(stacks) > 1 else ""
-        names[module] = "other" if place.layer is None else f"{front}{place.layer}"
-    return names
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def rank_heatmap(ranks: Ranks, start: int) -> bytes:
@@ -302,36 +234,44 @@ def _moves(before: Ranks, after: Ranks) -> tuple[int, int]:
 
 
 def loss_and_metric(history: Sequence[Json], evals: Sequence[Json], metric_name: str) -> bytes:
-    """Draw the training loss (strong: smoothed) and the metric on the fixed part of the test set."""
+    """Draw the training loss (strong: smoothed) and the metric on held-out examples, or the one of them there is."""
     steps = [entry["step"] for entry in history]
     losses = [entry["loss"] for entry in history]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_IN, 3.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        left.plot(steps, losses, color=ACCENT, alpha=0.25, linewidth=0.9)
-        left.plot(steps, _smooth(losses), color=ACCENT)
-        left.set(title="Training loss", xlabel="step")
-        left.margins(x=0)
-        points = [entry["step"] for entry in evals]
-        values = [entry["metric"] for entry in evals]
-        right.plot(points, values, color=GROWN, marker="o", markersize=5, clip_on=False)
-        items = "examples" if metric_name == "accuracy" else "blocks"
-        right.set(title=f"{metric_name.capitalize()} on {evals[0]['examples']:,} held-out {items}", xlabel="step")
-        right.margins(x=0, y=0.15)
-        if metric_name == "accuracy":
-            right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        text = "{:.1%}" if metric_name == "accuracy" else "{:.4g}"
-        for index in (0, -1):
-            below = metric_name == "accuracy" and index == 0
-            right.annotate(
-                text.format(values[index]),
-                (points[index], values[index]),
-                (0, -14 if below else 8),
-                textcoords="offset points",
-                ha="left" if index == 0 else "right",
-                fontweight="bold",
-            )
+        axes = list(figure.subplots(1, bool(losses) + bool(evals), squeeze=False)[0])
+        if losses:
+            left = axes.pop(0)
+            left.plot(steps, losses, color=ACCENT, alpha=0.25, linewidth=0.9)
+            left.plot(steps, _smooth(losses), color=ACCENT)
+            left.set(title="Training loss", xlabel="step")
+            left.margins(x=0)
+        if evals:
+            _draw_metric(axes.pop(), evals, metric_name)
         return _png(figure)
+
+
+def _draw_metric(axes: Axes, evals: Sequence[Json], name: str) -> None:
+    """Draw a metric, with its first and last value in numbers."""
+    points = [entry["step"] for entry in evals]
+    values = [entry["metric"] for entry in evals]
+    axes.plot(points, values, color=GROWN, marker="o", markersize=5, clip_on=False)
+    items, count = "examples" if name == "accuracy" else "blocks", evals[0].get("examples")
+    where = f"on {count:,} held-out {items}" if count is not None else "on held-out examples"
+    axes.set(title=f"{name.capitalize()} {where}", xlabel="step")
+    axes.margins(x=0, y=0.15)
+    if name == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for index in (0, -1):
+        below = name == "accuracy" and index == 0
+        axes.annotate(
+            format_metric(name, values[index]),
+            (points[index], values[index]),
+            (0, -14 if below else 8),
+            textcoords="offset points",
+            ha="left" if index == 0 else "right",
+            fontweight="bold",
+        )
 
 
 def compare_training(runs: Mapping[str, Json]) -> bytes:
@@ -345,7 +285,7 @@ def compare_training(runs: Mapping[str, Json]) -> bytes:
             points = [entry["step"] for entry in run["evals"]]
             values = [entry["metric"] for entry in run["evals"]]
             right.plot(points, values, color=colour, marker="o", markersize=4, clip_on=False, label=name)
-        metrics = dict.fromkeys(run["metric_name"] for run in runs.values())
+        metrics = dict.fromkeys(run["metric_name"] for run in runs.values() if run["evals"])
         left.set(title="Training loss", xlabel="step")
         right.set(title=", ".join(metrics).capitalize(), xlabel="step")
         if list(metrics) == ["accuracy"]:

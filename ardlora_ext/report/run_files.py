@@ -6,7 +6,11 @@ A reader finds the old content or the new, never half of it, nor the metrics of 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sys
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,18 @@ from ardlora_ext.json_file import parse_json
 
 Json = Mapping[str, Any]
 METRICS_FILE, RECORDS_FILE, REPORT_FILE = "metrics.json", "records.jsonl", "report.html"
-RUN_COMMIT = "ardlora_state.json"  # a run writes these files together with its adapter, whose last file that is
+# The last file of the set: that of the adapter where it is written together with its run, else that of the run.
+RUN_COMMITS = ("ardlora_state.json", METRICS_FILE)
+# What only some runs tell: finetune all of it, Trainer most, a loop what it hands over.
+_ALL: Json = {
+    **dict.fromkeys(("data", "task", "command", "seed", "epochs", "batch_size", "train_examples", "test_examples")),
+    **dict.fromkeys(("metric_name", "metric_before", "metric_after", "loss_before", "loss_after")),
+    **dict.fromkeys(("seconds", "step_ms_median", "tokens_per_s", "peak_rss_mb")),
+    **dict.fromkeys(("params_exported", "params_compact", "served_rank")),
+    "settings": {},
+    "history": (),
+    "evals": (),
+}
 
 
 def write_page(path: Path, text: str) -> None:
@@ -41,13 +56,13 @@ def run_files(metrics: Json, records: Iterable[Json]) -> dict[str, bytes]:
 
 
 def load_run(folder: Path) -> tuple[Json, list[Json]]:
-    """Return the metrics and the records of the run saved in `folder`.
+    """Return the metrics and the records of the run saved in `folder`; what it did not tell is None, or empty.
 
     Raises:
         InputError: A file is missing or is not what a run writes.
     """
     try:
-        files = read_set(folder, (METRICS_FILE, RECORDS_FILE), RUN_COMMIT)
+        files = read_set(folder, (METRICS_FILE, RECORDS_FILE), *RUN_COMMITS)
     except OSError as error:
         raise InputError(f"report: {folder} must hold {METRICS_FILE} and {RECORDS_FILE} of a run: {error}") from error
     missing = [name for name in (METRICS_FILE, RECORDS_FILE) if name not in files]
@@ -62,4 +77,37 @@ def load_run(folder: Path) -> tuple[Json, list[Json]]:
                 raise InputError(f"report: line {number} of {folder / RECORDS_FILE} must be a JSON object")
     if not isinstance(metrics, dict) or not metrics.get("ranks") or not metrics.get("rank_history"):
         raise InputError(f"report: {folder / METRICS_FILE} must hold the ranks of a run, got none")
-    return metrics, records
+    return complete(metrics), records
+
+
+def check_facts(facts: Json) -> None:
+    """Check that a report has a place for each of these; raises ValueError."""
+    for name in facts:
+        if name not in _ALL and name != "model":
+            raise ValueError(f"report: facts must be {', '.join([*_ALL, 'model'])}, got {name}")
+
+
+def complete(metrics: Json) -> Json:
+    """Return metrics with None, or nothing, for what the run did not tell."""
+    return {**_ALL, **metrics}
+
+
+def peak_rss_mb() -> float | None:
+    """Return the largest resident size of this process so far; None where the system does not tell."""
+    if os.name != "posix":
+        return None
+    import resource  # absent on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of what a run rests on."""
+    found = {"python": platform.python_version()}
+    for name in ("ardlora_ext", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            found[name] = "source tree"
+    return found

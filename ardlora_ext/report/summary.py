@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ardlora_ext.report import plots
+from ardlora_ext.report import places
 from ardlora_ext.report.console import make_console
 from ardlora_ext.report.numbers import format_amount, format_duration, format_metric
 from ardlora_ext.report.run_files import Json
@@ -31,7 +31,7 @@ def print_summary(metrics: Json, folder: Path, console: Console | None = None) -
     for heading in ("layer", "units", "mean", "min", "max"):
         layers.add_column(heading, justify="right")
     layers.add_column("mean rank", justify="left")
-    groups = plots.group_ranks(metrics["ranks"], plots.layer_names(metrics["ranks"]))
+    groups = places.group_ranks(metrics["ranks"], places.layer_names(metrics["ranks"]))
     widest = max(statistics.fmean(units) for units in groups.values())
     for name, units in groups.items():
         mean = statistics.fmean(units)

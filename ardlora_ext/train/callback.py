@@ -28,9 +28,13 @@ from ardlora_ext.model.record import Injection, adapters, home, injection
 from ardlora_ext.ranks.attach import attach
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.optimizer import restart, unwrapped
+from ardlora_ext.report.run_files import run_files
 from ardlora_ext.train import trainer_hooks as hooks
 
-RECORDS = "records.jsonl"
+_SETTINGS = (  # of TrainingArguments, for a report
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16", "fp16"),
+)
 PHASES = ("warmup", "adapt", "harden", "frozen")  # logged by number, because trackers draw numbers
 
 
@@ -39,19 +43,22 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Trainer's log gets `mean_rank`, `rank_min`, `rank_max`, `adapter_parameters`, `rank_phase` (0 warmup, 1 adapt, 2
     harden, 3 frozen) and, for ARD, `rank_alpha` (mean of alpha), `rank_price` (lambda) and `rank_budget`;
-    `records.jsonl` in the output folder every decision with its reason. Checkpoints, and what `trainer.save_model`
-    writes, are as large as the adapter and load with PEFT; `resume_from_checkpoint` continues ranks and decisions.
+    `records.jsonl` in the output folder every decision with its reason, and `metrics.json` beside it what
+    `python -m ardlora_ext report` draws the run from, while it goes on and when it has ended. Checkpoints, and what
+    `trainer.save_model` writes, are as large as the adapter and load with PEFT; `resume_from_checkpoint` continues
+    ranks and decisions.
 
     Args:
         config: wraps Trainer's model when Trainer is made, and each that `model_init` makes, unless it is wrapped
             already. None: it must be.
+        report: whether to write those two files.
 
     Attributes:
         controller: what `attach` returned, from the beginning of training on.
     """
 
-    def __init__(self, config: AdapterConfig | PeftLoraConfig | None = None) -> None:
-        self.config = config
+    def __init__(self, config: AdapterConfig | PeftLoraConfig | None = None, *, report: bool = True) -> None:
+        self.config, self.report = config, report
         self.controller: Controller[Any] | None = None
         self.restored: dict[str, Any] | None = None  # set by Trainer when it restores callbacks itself
         self._training = False
@@ -127,11 +134,11 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs.update(facts)
         if state.log_history:
             state.log_history[-1].update(facts)
-        self._write_records(args, state)
+        self._write_report(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Put the adapter beside what Trainer has just saved of a model that cannot save itself."""
-        self._write_records(args, state)
+        self._write_report(args, state)
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if isinstance(model, PreTrainedModel) or not state.is_world_process_zero or not folder.is_dir():
             return
@@ -158,7 +165,8 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._follow_best(Path(state.best_model_checkpoint), model, kwargs.get("optimizer"))
-        self._write_records(args, state)
+        self._written = -1
+        self._write_report(args, state)
 
     # Pieces.
 
@@ -188,12 +196,56 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if isinstance(kept, dict) and kept["attributes"]["restored"] is not None:
                 _restore(model, kept["attributes"]["restored"])
 
-    def _write_records(self, args: Any, state: Any) -> None:
-        if self.controller is None or not state.is_world_process_zero or len(self.controller.records) == self._written:
+    def _write_report(self, args: Any, state: Any) -> None:
+        """Write the files of the report where decisions were added."""
+        if self.controller is None or not self.report or not state.is_world_process_zero:
             return
-        self._written = len(self.controller.records)
-        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in self.controller.records)
-        write_set(Path(args.output_dir), {RECORDS: lines.encode()})
+        if len(self.controller.records) != self._written:
+            self._written = len(self.controller.records)
+            metrics = self.controller.metrics(**trainer_facts(args, state))
+            write_set(Path(args.output_dir), run_files(metrics, self.controller.records))
+
+
+def training_log(state: Any) -> list[dict[str, Any]]:
+    """Return Trainer's log of training, under the names of reports."""
+    names = {"step": "step", "loss": "loss", "lr": "learning_rate", "mean_rank": "mean_rank"}
+    return [
+        {**{ours: entry.get(theirs) for ours, theirs in names.items()}, "params_live": entry.get("adapter_parameters")}
+        for entry in state.log_history
+        if "loss" in entry
+    ]
+
+
+def trainer_facts(args: Any, state: Any) -> dict[str, Any]:
+    """Return what Trainer knows of a run, for its report: the metric is the one that chooses the best, or the loss."""
+    looks = [entry for entry in state.log_history if "eval_loss" in entry]
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if args.metric_for_best_model is None and any("eval_accuracy" in entry for entry in looks):
+        name = "accuracy"
+    values = [
+        {"step": entry["step"], "loss": entry["eval_loss"], "metric": entry[f"eval_{name}"]}
+        for entry in looks
+        if f"eval_{name}" in entry
+    ]
+    first = values[0] if values and values[0]["step"] == 0 else {}
+    last = values[-1] if values else {}
+    if args.load_best_model_at_end and state.best_global_step:
+        last = next((entry for entry in values if entry["step"] == state.best_global_step), last)
+    seconds = next((e["train_runtime"] for e in reversed(state.log_history) if "train_runtime" in e), None)
+    tokens = state.num_input_tokens_seen
+    return {
+        "seed": args.seed,
+        "epochs": state.epoch,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "settings": {key: str(value) if (value := getattr(args, key)) is not None else None for key in _SETTINGS},
+        "metric_name": name if values else None,
+        **{f"{key}_before": first.get(key) for key in ("metric", "loss")},
+        **{f"{key}_after": last.get(key) for key in ("metric", "loss")},
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds if tokens and seconds else None,
+        "history": training_log(state),
+        "evals": values,
+    }
 
 
 def rank_facts(controller: Controller[Any]) -> dict[str, float]:

@@ -8,13 +8,9 @@ Nothing in the run depends on an evaluation, but with `early_stopping`: the test
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +20,8 @@ from transformers import Trainer, set_seed
 from ardlora_ext import processes
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
-from ardlora_ext.model.parameters import parameters_report
 from ardlora_ext.train.base_model import head_modules, held_length, load_model, load_tokenizer
-from ardlora_ext.train.callback import RankCallback
+from ardlora_ext.train.callback import RankCallback, trainer_facts
 from ardlora_ext.train.data import Corpus, load_corpus, trec_corpus
 from ardlora_ext.train.encoding import by_length, encode
 from ardlora_ext.train.packages import default_model
@@ -131,7 +126,7 @@ def prepare(settings: Settings) -> Job:
         parts = encode(corpus, tokenizer, length, settings.eval_share)
     heads = () if corpus.task in ("lm", "sft") else head_modules(model)
     config = settings.adapter_config(heads)
-    ranks = RankCallback(config)
+    ranks = RankCallback(config, report=False)  # written with the adapter, as one set
     record = RunRecord(settings.method, corpus.task, settings.command())
     trainer = make_trainer(settings, corpus.task, model, tokenizer, parts, heads, length, [ranks, record])
     test = trainer.eval_dataset
@@ -178,31 +173,23 @@ def dry_run(settings: Settings) -> None:
 
 
 def _metrics(job: Job, loss: float, metric: float, seconds: float) -> Json:
-    settings, record, state, arguments = job.settings, job.record, job.trainer.state, job.trainer.args
+    settings, record, state = job.settings, job.record, job.trainer.state
     assert job.ranks.controller is not None
     assert record.before is not None
-    summary = job.ranks.controller.summary()
-    budget = summary.get("budget")
-    sizes = parameters_report(job.trainer.model)
-    batch = settings.batch_size * settings.gradient_accumulation_steps * arguments.world_size
+    known = trainer_facts(job.trainer.args, state)
     examples = len(job.trainer.train_dataset)
-    ranks = {name: list(units) for name, units in job.ranks.controller.ranks().items()}
     return {
-        "method": settings.method,
+        **job.ranks.controller.metrics(**known),
         "model": Path(settings.model).resolve().name if settings.model else "all-MiniLM-L6-v2",
         "data": job.corpus.name,
         "task": job.corpus.task,
         "labels": list(job.corpus.labels),
-        "seed": settings.seed,
         "command": settings.command(),
-        "config": asdict(job.config),
         "settings": {
             name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
         },
-        "controller": summary,
         "steps": state.global_step,
-        "epochs": state.global_step * batch / examples,
-        "batch_size": batch,
+        "epochs": state.global_step * known["batch_size"] / examples,
         "train_examples": examples,
         "test_examples": len(job.test),
         "metric_name": METRICS[job.corpus.task],
@@ -210,41 +197,8 @@ def _metrics(job: Job, loss: float, metric: float, seconds: float) -> Json:
         "metric_after": metric,
         "loss_before": record.before[0],
         "loss_after": loss,
-        "params_live": sizes.live,
-        "params_peak": record.params_peak,
-        "params_exported": sizes.exported,
-        "params_compact": sizes.compact,
-        "served_rank": sizes.served_rank,
-        "params_budget": None if budget is None else round(budget),
-        "params_trainable": sizes.trainable,
-        "params_total": sizes.total,
         "seconds": seconds,
         "step_ms_median": statistics.median(record.step_ms),
         "tokens_per_s": state.num_input_tokens_seen / record.seconds,
-        "peak_rss_mb": _peak_rss_mb(),
-        "versions": _versions(),
-        "history": record.history(state),
         "evals": [{**entry, "examples": len(job.trainer.eval_dataset)} for entry in record.evals],
-        "ranks": ranks,
-        "rank_history": record.rank_history,
     }
-
-
-def _peak_rss_mb() -> float | None:
-    """Return the largest resident size of this process so far; None where the system does not tell."""
-    if os.name != "posix":
-        return None
-    import resource  # absent on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("ardlora_ext", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            found[name] = "source tree"
-    return found

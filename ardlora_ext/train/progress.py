@@ -8,20 +8,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ardlora_ext.model.parameters import parameters_report
-from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.model.record import injection
 from ardlora_ext.train.settings import Task, metric_of
 
 Json = dict[str, Any]
 _logger = logging.getLogger(__name__)
-_KEPT = ("before", "command", "rank_history", "params_peak", "evals", "step_ms", "seconds")
+_KEPT = ("before", "command", "evals", "step_ms", "seconds")
 
 
 class DivergenceError(RuntimeError):
@@ -36,8 +34,6 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         measure: What gives loss and metric before training. Called when Trainer has prepared the model: one that is
             evaluated earlier is not wrapped in DistributedDataParallel any more, and processes train apart.
         before: What it gave.
-        rank_history: Ranks and live parameters at logged steps, where they changed.
-        params_peak: Largest number of live adapter parameters.
         evals: Evaluations during training.
         step_ms: Mean time of a step between two logs.
         seconds: Time in training steps, without evaluations.
@@ -47,8 +43,6 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.name, self.task, self.command = name, task, command
         self.measure: Callable[[], tuple[float, float]] | None = None
         self.before: list[float] | None = None
-        self.rank_history: list[Json] = []
-        self.params_peak = 0
         self.evals: list[Json] = []
         self.step_ms: list[float] = []
         self.seconds = 0.0
@@ -74,18 +68,6 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
                 _logger.warning("the run that is resumed was started as: %s", self.command)
                 self.command = now
 
-    def history(self, state: Any) -> list[Json]:
-        """Return Trainer's log of training, under the names of reports."""
-        names = {"step": "step", "loss": "loss", "lr": "learning_rate", "mean_rank": "mean_rank"}
-        return [
-            {
-                **{ours: entry.get(theirs) for ours, theirs in names.items()},
-                "params_live": entry.get("adapter_parameters"),
-            }
-            for entry in state.log_history
-            if "loss" in entry
-        ]
-
     # Events, in Trainer's order.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -94,7 +76,6 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.measure is not None:
             self.before = list(self.measure())
         self._training = True
-        self._note_ranks(state.global_step, model)
         if state.is_world_process_zero:
             interval = (
                 0.1 if sys.stderr.isatty() else 15.0
@@ -117,14 +98,13 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._window.append(time.perf_counter() - self._begun)
         self.seconds += self._window[-1]
         self.steps += 1
-        self.params_peak = max(self.params_peak, parameters_report(model).live)
         control.should_log |= control.should_save
         if self._bar is not None:
-            self._bar.set_postfix(self._postfix(state), refresh=False)
+            self._bar.set_postfix(self._postfix(state, model), refresh=False)
             self._bar.update()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Json, model: nn.Module, **kwargs: Any) -> None:
-        """Look at the loss, and keep the ranks."""
+    def on_log(self, args: Any, state: Any, control: Any, logs: Json, **kwargs: Any) -> None:
+        """Look at the loss."""
         if "loss" not in logs:
             return
         self._loss = float(logs["loss"])
@@ -135,7 +115,6 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._window:
             self.step_ms.append(1e3 * statistics.fmean(self._window))
             self._window = []
-        self._note_ranks(state.global_step, model)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Json, **kwargs: Any) -> None:
         """Keep an evaluation."""
@@ -153,24 +132,15 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._bar.close()
         self._bar, self._training = None, False
 
-    def _note_ranks(self, step: int, model: nn.Module) -> None:
+    def _postfix(self, state: Any, model: nn.Module) -> dict[str, str]:
         controller = injection(model).controller
-        ranks = controller.ranks() if controller else {name: layer.ranks for name, layer in adapters(model).items()}
-        entry: Json = {
-            "params": parameters_report(model).live,
-            "ranks": {name: list(units) for name, units in ranks.items()},
-        }
-        self.params_peak = max(self.params_peak, entry["params"])
-        if not self.rank_history or entry != {key: self.rank_history[-1][key] for key in entry}:
-            self.rank_history.append({"step": step, **entry})
-
-    def _postfix(self, state: Any) -> dict[str, str]:
-        now = self.rank_history[-1]
+        assert controller is not None
+        _, parameters, ranks = controller.history.entries[-1]
         shown = {
             "loss": f"{self._loss:.3f}",
             "metric": f"{self.evals[-1]['metric']:.3f}" if self.evals else "",
-            "rank": f"{statistics.fmean(chain.from_iterable(now['ranks'].values())):.2f}",
-            "params": f"{now['params']:,}",
+            "rank": f"{statistics.fmean(ranks):.2f}",
+            "params": f"{parameters:,}",
             "tok/s": f"{state.num_input_tokens_seen / self.seconds:,.0f}",
         }
         return {name: text for name, text in shown.items() if text}

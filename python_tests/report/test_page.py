@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ardlora_ext.errors import InputError
 from ardlora_ext.file_set import write_set
-from ardlora_ext.report import plots
+from ardlora_ext.report import places, plots
 from ardlora_ext.report.numbers import format_duration
 from ardlora_ext.report.page import render, write_report
 from ardlora_ext.report.run_files import run_files, write_page
@@ -142,14 +142,14 @@ def test_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_kinds_get_the_shortest_name_that_tells_them_apart() -> None:
-    names = plots.kind_labels(ranks_of(1, 2))
+    names = places.kind_labels(ranks_of(1, 2))
     assert list(dict.fromkeys(names.values())) == ["query", "attention.output", "intermediate", "output"]
 
 
 def test_kinds_of_two_stacks_stay_apart() -> None:
     modules = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
-    assert list(plots.kind_labels(modules).values()) == ["encoder.SelfAttention.q", "decoder.SelfAttention.q"]
-    assert list(plots.layer_names(modules).values()) == ["encoder.block.0", "decoder.block.0"]
+    assert list(places.kind_labels(modules).values()) == ["encoder.SelfAttention.q", "decoder.SelfAttention.q"]
+    assert list(places.layer_names(modules).values()) == ["encoder.block.0", "decoder.block.0"]
 
 
 @pytest.mark.parametrize("modules", [["0", "2"], ["fc"], ["h.0.fc", "h.1.fc", "head"]])
@@ -159,7 +159,7 @@ def test_any_naming_is_drawn(modules: list[str]) -> None:
         {"step": 0, "params": 9, "ranks": {name: [1] for name in modules}},
         {"step": 5, "params": 3, "ranks": ranks},
     ]
-    assert len(plots.kind_labels(modules)) == len(modules)
+    assert len(places.kind_labels(modules)) == len(modules)
     for png in (plots.rank_heatmap(ranks, 1), plots.ranks_over_time(history, 9), plots.params_over_time(history, 5, 9)):
         assert png.startswith(PNG_HEAD)
 

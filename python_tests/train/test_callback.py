@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch.optim import AdamW
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 import ardlora_ext as ard
-from ardlora_ext.train.callback import RECORDS
+from ardlora_ext.commands import cli
+from ardlora_ext.report.run_files import load_run
 
 from helpers.models import bert, trainable
 from helpers.trainer import STEPS, arguments, classifier, config, examples, plain_loop, trainer
@@ -112,8 +112,16 @@ def test_logs_records_and_the_best_checkpoint(tmp_path: Path) -> None:
     assert not any("mean_rank" in logs for logs in tracker.seen if "loss" not in logs)
     controller = model._ardlora.controller  # type: ignore[union-attr]
     assert controller.step == made.state.best_global_step < STEPS
-    lines = (tmp_path / RECORDS).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == controller.records
+    metrics, records = load_run(tmp_path)
+    assert records == controller.records
+    assert metrics["ranks"] == controller.ranks()
+    assert [entry["loss"] for entry in metrics["history"]] == [
+        entry["loss"] for entry in made.state.log_history if "loss" in entry
+    ]
+    assert [entry["step"] for entry in metrics["evals"]] == [8, 16, 24]
+    assert (metrics["metric_name"], metrics["metric_after"]) == ("loss", made.state.best_metric)
+    cli.main(["report", str(tmp_path)])
+    assert "Training loss and held-out metric" in (tmp_path / "report.html").read_text(encoding="utf-8")
     ard.save_pretrained(model, tmp_path / "best")
     ard.attach(again := ard.load_pretrained(bert()[0], tmp_path / "best"), AdamW(trainable(again)))
 

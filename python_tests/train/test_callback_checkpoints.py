@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 import ardlora_ext as ard
 from ardlora_ext.checkpoint.training_state import moving_state
+from ardlora_ext.report.run_files import load_run
 
 from helpers.models import bert, trainable
 from helpers.trainer import STEPS, arguments, classifier, examples, trainer
@@ -57,6 +58,10 @@ def test_resumed_training_equals_the_unbroken_one(tmp_path: Path) -> None:
         assert {name: layer.ranks for name, layer in ard.adapters(plain).items()} == ranks
         found = ard.attach(plain, AdamW(trainable(plain)), total_steps=STEPS)
         assert (found.step, found.summary()["phase"]) == (step, phase)
+        told = [load_run(folder)[0] for folder in (tmp_path, tmp_path / "resumed")]
+        for key in ("ranks", "rank_history", "params_peak", "steps"):
+            assert told[0][key] == told[1][key], key
+        assert [entry["step"] for entry in told[1]["history"]] == [entry["step"] for entry in told[0]["history"]]
     # The same Trainer and model, attached already, go back and come out where they did.
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
     assert_equal(resumed, unbroken)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -12,12 +13,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ardlora_ext.config import AdapterConfig, LoraConfig
+from ardlora_ext.file_set import write_set
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import adapters
 from ardlora_ext.processes import Group
 from ardlora_ext.ranks.controllers.costs import Costs, Ints
+from ardlora_ext.ranks.controllers.run import RankHistory, run_metrics
 from ardlora_ext.ranks.loss_metric import LossMetric
 from ardlora_ext.ranks.resize import RankUpdate
+from ardlora_ext.report.run_files import METRICS_FILE, REPORT_FILE, check_facts, run_files
 from ardlora_ext.unbroken import unbroken, undone_by
 
 Config = TypeVar("Config", bound=AdapterConfig)
@@ -157,6 +161,7 @@ class Controller(Generic[Config]):
         records: one JSON-able dict per decision, with its reason.
         step: optimizer steps seen.
         metric: what is known of the loss by component, where a method asks for it.
+        history: ranks and live parameters where they changed.
     """
 
     def __init__(self, model: nn.Module, config: Config, total_steps: int | None = None) -> None:
@@ -170,6 +175,9 @@ class Controller(Generic[Config]):
         self.processes: Group = None  # processes that decide the same, set by attach
         self.metric: LossMetric | None = None
         self.copies: list[weakref.ref[nn.Module]] = []  # whose ranks follow
+        self.history = RankHistory()
+        self._noted: tuple[object, int] = None, 0  # the ranks and the number of records that `history` knows
+        self._model = weakref.ref(model)
         self.given = False  # whether its state was, by a checkpoint or by the wish for a new schedule
 
     def follow(self, copy: nn.Module) -> None:
@@ -221,6 +229,14 @@ class Controller(Generic[Config]):
     def applied(self) -> None:
         """Take note that ranks have just changed; cannot fail."""
 
+    def note(self) -> None:
+        """Keep ranks and live parameters where they have changed; cannot fail."""
+        live = self.units.live()
+        if self._noted[0] is not live or self._noted[1] != len(self.records):
+            self._noted = live, len(self.records)
+            units = [rank for ranks in self.ranks().values() for rank in ranks]
+            self.history = self.history.add(self.step, sum(g.live_parameters for g in self.units.layers), units)
+
     def settle(self) -> None:
         """Write into the model what was decided besides ranks, after every step and before they change; cannot fail."""
 
@@ -249,6 +265,7 @@ class Controller(Generic[Config]):
                 return
             with unbroken():
                 self.settle()
+                self.note()
                 keep()
 
     def finalize(self) -> None:
@@ -268,16 +285,72 @@ class Controller(Generic[Config]):
         mean_rank = float(np.mean(self.units.live()))
         return {"step": self.step, "phase": "fixed", "mean_rank": mean_rank, "parameters": self.parameters()}
 
+    def rank_history(self) -> list[dict[str, Any]]:
+        """Return `step`, `params` (live) and `ranks` by module at each step where they changed, at most 400 of them."""
+        return [
+            {"step": step, "params": count, "ranks": self.units.by_module(np.array(ranks, dtype=np.int64))}
+            for step, count, ranks in self.history.entries
+        ]
+
+    def metrics(self, **facts: Any) -> dict[str, Any]:
+        """Return what metrics.json of this run holds, `facts` included; see `report`."""
+        check_facts(facts)
+        model = self._model()
+        if model is None:
+            raise ValueError("report: the model must be there, got one that was deleted")
+        with unbroken():
+            self.note()
+        return {**run_metrics(self, model, self.history.peak), **facts}
+
+    def report(self, folder: str | Path, **facts: Any) -> Path:
+        """Write metrics.json, records.jsonl and report.html of this run, as `finetune` does: at its end or at any time.
+
+        `python -m ardlora_ext report FOLDER` draws the page again, that of several folders a comparison. Without
+        matplotlib and jinja2 (the `train` extra) there is no page, but what it is drawn from. Of several processes, the
+        first one calls this.
+
+        Args:
+            folder: made if missing; other files in it stay.
+            facts: what only the caller knows, all of it optional. `history`: dicts of `step` and `loss` (and `lr`);
+                `evals`: dicts of `step` and `metric`; `metric_name`, `metric_before`, `metric_after`, `loss_before`,
+                `loss_after`, `data`, `task`, `epochs`, `batch_size`, `train_examples`, `test_examples`, `seconds`,
+                `step_ms_median`, `tokens_per_s`, `command`, `settings` (a dict), `model`.
+
+        Returns:
+            The page, or metrics.json where there is none.
+
+        Raises:
+            ValueError: a fact of another name.
+            OSError: the folder cannot be written; the files of before are still there (the message tells).
+
+        Example:
+            losses = [{"step": step, "loss": loss} for step, loss in enumerate(seen, start=1)]
+            controller.report("run", history=losses, data="reviews")
+        """
+        metrics = self.metrics(**facts)
+        files: Mapping[str, bytes] = run_files(metrics, self.records)
+        try:
+            from ardlora_ext.report.page import render
+        except ImportError:
+            write_set(Path(folder), files)
+            return Path(folder, METRICS_FILE)
+        write_set(Path(folder), {REPORT_FILE: render(metrics, self.records).encode(), **files})
+        return Path(folder, REPORT_FILE)
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists: everything a resumed run needs to take the same decisions."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
             "records": [_plain(record) for record in self.records],
+            "history": self.history.to_json(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state from `state_dict`."""
+        history = state.get("history")  # older states have none
+        self.history = RankHistory() if history is None else RankHistory.from_json(history, len(self.units))
+        self._noted = None, 0
         self._is_given()
         self.step = int(state["step"])
         self.total_steps = self.total_steps if state["total_steps"] is None else state["total_steps"]
