@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         nargs="+",
-        help="folders of runs: of `finetune`, Trainer with RankCallback, or `controller.report`",
+        help="folders of runs: of finetune, of Trainer with RankCallback, or of controller.report",
     )
     parser.add_argument(
         "--to",
