@@ -21,6 +21,7 @@ from ardlora_ext.checkpoint.peft_write import (
     peft_files,
     to_json,
 )
+from ardlora_ext.checkpoint.save_pretrained import card_of, without_users_card
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import config_from_dict
 from ardlora_ext.errors import written_by_strangers
@@ -29,6 +30,8 @@ from ardlora_ext.json_file import checksums, parse_json
 from ardlora_ext.layers.experts import fold_stack
 from ardlora_ext.layers.linear import fold
 from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.plan.memory import live_parameters
+from ardlora_ext.report.model_card import CARD
 
 Tensors = dict[str, torch.Tensor]
 
@@ -65,15 +68,19 @@ def reexport(
         whole |= {f"{name}{PEFT_ROWS}": rows for name, rows in _of(tensors, "", ".token_rows").items()}
         stacks = {name: StackPlace(**entry["stack"]) for name, entry in state["modules"].items() if "stack" in entry}
         about = _about(source, old)
+        ranks = {name: list(entry["ranks"]) for name, entry in state["modules"].items()}
+        layouts = {name: stored_layout(entry) for name, entry in state["modules"].items()}
         peft_config, peft_tensors, exported = peft_files(folded, magnitudes, whole, about, form, compress, stacks)
+        card = card_of(config, peft_config, ranks, live_parameters(layouts, ranks, config))
     state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: old[STATE_WEIGHTS]})  # older ones had none of the state
     files = {
+        CARD: card,
         ADAPTER_WEIGHTS: save_tensors(peft_tensors, {"format": "pt"}),
         ADAPTER_CONFIG: to_json(peft_config),
         STATE_WEIGHTS: old[STATE_WEIGHTS],
         STATE: to_json(state),
     }
-    write_set(Path(directory), files)
+    write_set(Path(directory), without_users_card(files, Path(directory)))
     return exported
 
 
@@ -96,6 +103,12 @@ def _of(tensors: Tensors, prefix: str, suffix: str) -> Tensors:
     }
 
 
+def stored_layout(entry: Mapping[str, Any]) -> UnitLayout:
+    """Return the units of a module, from what `ardlora_state.json` says about it."""
+    sizes = len(entry["ranks"]), entry["in_features"], entry["out_features"]
+    return UnitLayout(entry["kind"], entry["factoring"], *sizes)
+
+
 def stored_factors(
     name: str, entry: Mapping[str, Any], config: AdapterConfig, tensors: Tensors
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,8 +124,7 @@ def stored_factors(
         ValueError: they do not fit together.
     """
     try:
-        ranks = list(entry["ranks"])
-        layout = UnitLayout(entry["kind"], entry["factoring"], len(ranks), entry["in_features"], entry["out_features"])
+        ranks, layout = list(entry["ranks"]), stored_layout(entry)
         a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
     except KeyError as cause:
         raise ValueError(f"'{name}' must have factors and ranks in the saved state, got no {cause}") from cause

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ardlora_ext.checkpoint.peft_write import (
     peft_files,
     to_json,
 )
-from ardlora_ext.config import ArdConfig, DoraConfig
+from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig
 from ardlora_ext.config.registry import config_to_dict, name_of
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import checksums
@@ -124,6 +124,14 @@ def save_pretrained(
     return exported
 
 
+def card_of(
+    config: AdapterConfig, peft_config: Mapping[str, Any], ranks: Mapping[str, Sequence[int]], parameters: int
+) -> bytes:
+    """Return the model card of an adapter with these ranks by module, and so many live parameters."""
+    about = (peft_config.get("base_model_name_or_path"), peft_config.get("task_type"))
+    return model_card(name_of(config), *about, ranks, parameters).encode()
+
+
 def without_users_card(files: dict[str, bytes], directory: Path) -> dict[str, bytes]:
     """Return the files without the model card where the user has written one."""
     return files if may_write_card(directory) else {name: data for name, data in files.items() if name != CARD}
@@ -163,9 +171,8 @@ def adapter_files(
     check_json("save_pretrained", state)
     state["sha256"] = checksums(state, STATE, {STATE_WEIGHTS: raw_weights})
     ranks = {name: layer.ranks for name, layer in layers.items()}
-    about = (config["base_model_name_or_path"], config["task_type"], ranks, parameters_report(model).live)
     files = {
-        CARD: model_card(name_of(record.config), *about).encode(),
+        CARD: card_of(record.config, config, ranks, parameters_report(model).live),
         ADAPTER_WEIGHTS: weights,
         ADAPTER_CONFIG: to_json(config),
         STATE_WEIGHTS: raw_weights,

@@ -128,7 +128,7 @@ def replicate(model: Model, group: processes.Group = None) -> Model:
 def _exchange(model: nn.Module, record: Injection) -> None:
     """Make the adapter of `record` the active one."""
     if injection(model) is not record:
-        rest(model)
+        rest("replicate", model)
         activate(model, record)
 
 

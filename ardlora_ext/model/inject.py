@@ -123,14 +123,14 @@ def activate(model: nn.Module, record: Injection, then: Callable[[], None] = not
         then()
 
 
-def rest(model: nn.Module, then: Callable[[], None] = nothing) -> Injection:
-    """Take the active adapter out: the model is the plain base, until `activate` puts one in again.
+def rest(op: str, model: nn.Module, then: Callable[[], None] = nothing) -> Injection:
+    """Take the active adapter out for `op`: the model is the plain base, until `activate` puts one in again.
 
     All or nothing; `then` is called in the same piece.
     """
     record = injection(model)
     for name, layer in adapters(model).items():
-        check_unmerged("adapter", name, layer)
+        check_unmerged(op, name, layer)
     learned = _saved_values(model, record)
     with unbroken():
         _take_out(model, record, learned)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ardlora_ext.model.heads import head_cut
 from ardlora_ext.native.units import UnitLayout
-from ardlora_ext.plan.memory import Plan, adapter_bytes, uniform
+from ardlora_ext.plan.memory import Plan, adapter_bytes, ranks_of
 
 LAYOUTS = ((1, 1), (1, 8), (8, 1), (8, 8), (8, 64))
 
@@ -80,7 +80,7 @@ def _by_input(name: str, layout: UnitLayout) -> bool:
 
 
 def _sharding(plan: Plan, gpu: Gpu, tp: int, fsdp: int) -> Sharding:
-    ranks = uniform(plan.layouts, plan.config.initial_rank)
+    ranks = ranks_of(plan.layouts, plan.config.start_rank)
     gradients = partial = 0
     base_s = adapter_s = 0.0
     for name, layout in plan.layouts.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from ardlora_ext.config import AdapterConfig, ArdConfig, DoraConfig, SvdConfig
+from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.layers.rows import capacity_of
 from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.native.units import UnitLayout
@@ -173,9 +173,14 @@ class Plan:
         }
 
 
+def ranks_of(layouts: Layouts, rank: Callable[[str], int]) -> dict[str, list[int]]:
+    """Return for all units of a module the rank that belongs to its name, or what a unit can use."""
+    return {name: [min(rank(name), layout.max_rank)] * layout.units for name, layout in layouts.items()}
+
+
 def uniform(layouts: Layouts, rank: int) -> dict[str, list[int]]:
     """Return ranks of `rank` everywhere, or of what a unit can use."""
-    return {name: [min(rank, layout.max_rank)] * layout.units for name, layout in layouts.items()}
+    return ranks_of(layouts, lambda _: rank)
 
 
 def live_parameters(layouts: Layouts, ranks: Ranks, config: AdapterConfig) -> int:
@@ -188,10 +193,10 @@ def live_parameters(layouts: Layouts, ranks: Ranks, config: AdapterConfig) -> in
     return factors
 
 
-def _capacities(layout: UnitLayout, ranks: Sequence[int], config: AdapterConfig) -> tuple[int, int]:
-    """Return the rows that (lora_A, lora_B) hold."""
+def _capacities(name: str, layout: UnitLayout, ranks: Sequence[int], config: AdapterConfig) -> tuple[int, int]:
+    """Return the rows that (lora_A, lora_B) of a module hold."""
     if config.capacity == "fixed":
-        return layout.rows([min(config.max_rank, layout.max_rank)] * layout.units)
+        return layout.rows([min(config.limit(name), layout.max_rank)] * layout.units)
     a, b = layout.rows(ranks)
     return capacity_of(a), capacity_of(b)
 
@@ -207,7 +212,7 @@ def adapter_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, itemsiz
     """
     trained = fixed = scores = 0
     for name, layout in layouts.items():
-        a, b = _capacities(layout, ranks[name], config)
+        a, b = _capacities(name, layout, ranks[name], config)
         trained += itemsize * (a * layout.a_width + b * layout.b_width)
         gated = a if layout.gate_on_a else b
         if isinstance(config, ArdConfig) and config.mode == "paper":
@@ -224,14 +229,16 @@ def adapter_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, itemsiz
 def hidden_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, rows: Mapping[str, int]) -> int:
     """Return the bytes of all H, [M, the rows that both factors hold], in float32; CUDA keeps 16 bits where x has."""
     return sum(
-        4 * rows.get(name, 0) * min(_capacities(layout, ranks[name], config)) for name, layout in layouts.items()
+        4 * rows.get(name, 0) * min(_capacities(name, layout, ranks[name], config)) for name, layout in layouts.items()
     )
 
 
-def peft_parameters(layouts: Layouts, rank: int) -> int:
-    """Return the parameters of plain LoRA at this rank."""
+def peft_parameters(layouts: Layouts, rank: Callable[[str], int]) -> int:
+    """Return the parameters of plain LoRA at the rank of each module."""
     matrices = {name: lay.units if lay.kind == "experts" else 1 for name, lay in layouts.items()}
-    return sum(rank * n * (layouts[name].in_features + layouts[name].out_features) for name, n in matrices.items())
+    return sum(
+        rank(name) * n * (layouts[name].in_features + layouts[name].out_features) for name, n in matrices.items()
+    )
 
 
 def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, length: int) -> Plan:
@@ -247,8 +254,6 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
     Raises:
         ValueError: as `wrap`.
     """
-    if config.rank_pattern:
-        raise ValueError(f"plan: rank_pattern must be empty, a plan has one start rank, got {config.rank_pattern}")
     _, layouts, saved = plan_targets(model, config)
     traced = trace(model, config, batch, length)
     unique = {id(p): p for p in model.parameters()}.values()
@@ -257,13 +262,11 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
     dtype = next(iter(unique)).dtype
     itemsize = dtype.itemsize if config.adapter_dtype == "auto" else 4
     context = _Context(layouts, config, traced, base, 3 * sum(p.numel() * p.element_size() for p in whole), itemsize)
-    start = config.initial_rank
-    ahead = isinstance(config, ArdConfig) and config.mode == "paper"
-    moving = start + 1 if ahead else start  # the look-ahead component
-    last = int(getattr(config, "target_r", None) or getattr(config, "r0", None) or start)
-    largest = start if not isinstance(config, ArdConfig) else config.max_rank
+    ahead = isinstance(config, ArdConfig) and config.mode == "paper"  # the look-ahead component
+    largest = config.limit if isinstance(config, ArdConfig) else config.start_rank
+    last = _last(config)
     parameters = sum(p.numel() for p in unique)
-    training = context.ours(moving)
+    training = context.ours(lambda name: config.start_rank(name) + ahead)
     budget = getattr(config, "budget", None)
     return Plan(
         model=name,
@@ -280,11 +283,20 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
         peft_mean=context.peft(last),
         peft_max=context.peft(largest),
         curve=[_point(context, rank, parameters) for rank in CURVE],
-        budget=live_parameters(layouts, uniform(layouts, last), config) if budget is None else budget,
+        budget=live_parameters(layouts, ranks_of(layouts, last), config) if budget is None else budget,
         checkpointed=training.activations - traced.ours + traced.checkpointed,
         rows=traced.rows,
         problem=traced.problem,
     )
+
+
+def _last(config: AdapterConfig) -> Callable[[str], int]:
+    """Return the mean rank of a module's units at the end of a run, by its name."""
+    if isinstance(config, ArdConfig):
+        return config.share
+    if isinstance(config, AdaConfig):
+        return lambda _: config.target_r
+    return config.start_rank
 
 
 @dataclass(frozen=True)
@@ -296,22 +308,22 @@ class _Context:
     head: int
     itemsize: int
 
-    def ours(self, rank: int) -> Bytes:
-        ranks = uniform(self.layouts, rank)
+    def ours(self, rank: Callable[[str], int]) -> Bytes:
+        ranks = ranks_of(self.layouts, rank)
         weights, gradients, scores = adapter_bytes(self.layouts, ranks, self.config, self.itemsize)
         kept = self.traced.ours + hidden_bytes(self.layouts, ranks, self.config, self.traced.rows)
         return Bytes(self.base, weights, gradients, 2 * gradients, scores, self.head, kept)
 
-    def peft(self, rank: int) -> Bytes:
+    def peft(self, rank: Callable[[str], int]) -> Bytes:
         size = 4 * peft_parameters(self.layouts, rank)
-        kept = self.traced.peft + 4 * rank * sum(self.traced.rows.values())
+        kept = self.traced.peft + sum(4 * rank(name) * rows for name, rows in self.traced.rows.items())
         return Bytes(self.base, size, size, 2 * size, 0, self.head, kept)
 
 
 def _point(context: _Context, rank: int, total: int) -> Point:
-    ours, peft = context.ours(rank), context.peft(rank)
+    ours, peft = context.ours(lambda _: rank), context.peft(lambda _: rank)
     live = live_parameters(context.layouts, uniform(context.layouts, rank), context.config)
-    theirs = peft_parameters(context.layouts, rank)
+    theirs = peft_parameters(context.layouts, lambda _: rank)
     return Point(rank, live, live / total, ours.state, ours.activations, theirs, peft.state, peft.activations)
 
 
@@ -330,9 +342,7 @@ def _kinds(layouts: Layouts) -> list[Kind]:
             count * layout.units,
             layout.in_features,
             layout.out_features,
-            {"matrix": "whole", "out_heads": "output rows", "in_heads": "input columns", "experts": "experts"}[
-                layout.kind
-            ],
+            _CUTS[layout.kind],
             layout.parameters([1] * layout.units),
         )
         for (leaf, layout), count in groups.items()

@@ -171,6 +171,6 @@ def test_two_adapted_layers_with_one_weight_are_named() -> None:
 def test_a_merged_adapter_cannot_be_disabled_and_says_so() -> None:
     model = ard.wrap(Attention(), ard.LoraConfig(r=2))
     ard.merge_adapter(model)
-    message = r"'q_proj' must not be merged; call ardlora_ext\.unmerge_adapter"
+    message = r"^disable_adapter: 'q_proj' must not be merged; call ardlora_ext\.unmerge_adapter"
     with pytest.raises(ValueError, match=message), ard.disable_adapter(model):
         pass

@@ -251,8 +251,12 @@ def test_what_is_refused_changes_nothing() -> None:
     ard.add_adapter(of, "second", ARD)
     ard.merge_adapter(of)
     own = fingerprint(of)
-    for call in (lambda: ard.set_adapter(of, "second"), lambda: ard.add_adapter(of, "x", ARD)):
-        with pytest.raises(ValueError, match=r"'q_proj' must not be merged; call ardlora_ext\.unmerge_adapter"):
+    for op, call in (
+        ("set_adapter", lambda: ard.set_adapter(of, "second")),
+        ("add_adapter", lambda: ard.add_adapter(of, "x", ARD)),
+        ("delete_adapter", lambda: ard.delete_adapter(of, "default")),
+    ):
+        with pytest.raises(ValueError, match=rf"^{op}: 'q_proj' must not be merged; call ardlora_ext\.unmerge_adapter"):
             call()
         assert fingerprint(of) == own
 

@@ -51,16 +51,22 @@ def held(kind: str, config: AdapterConfig) -> dict[str, int]:
     return {"base": base, "gradients": gradients, "moments": moments, "activations": activations}
 
 
+PATTERN = {r"down_proj|intermediate\.dense": 2, r".*\.0\..*(v_proj|value)": 6}
+NAMES = ["lora", "ard-matrix", "ard-head", "elalora", "dora", "lora-pattern", "ard-pattern"]
 CONFIGS = [
     ard.LoraConfig(r=5),
     ard.ArdConfig(mode="paper", r0=4, granularity="matrix"),
     ard.ArdConfig(mode="paper", r0=4, granularity="head"),
     ard.ElaConfig(r=4),
     ard.DoraConfig(r=4),
+    ard.LoraConfig(r=5, rank_pattern=PATTERN),
+    ard.ArdConfig(r0=3, rank_pattern=PATTERN),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["lora", "ard-matrix", "ard-head", "elalora", "dora"])
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=["lora", "ard-matrix", "ard-head", "elalora", "dora", "lora-pattern", "ard-pattern"]
+)
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_bytes_are_what_training_holds(kind: str, config: AdapterConfig, tmp_path: Path) -> None:
     make_config(kind).save_pretrained(tmp_path)
@@ -78,6 +84,16 @@ def test_parameters_are_what_the_report_counts(method: str) -> None:
     layouts = plan_targets(model, config)[1]
     planned = live_parameters(layouts, uniform(layouts, config.initial_rank), config)
     assert planned == ard.parameters_report(ard.wrap(model, config)).live
+
+
+def test_a_pattern_counts_in_the_budget_too() -> None:
+    config, model = ard.ArdConfig(r0=3, rank_pattern=PATTERN), LlamaForCausalLM(make_config("llama"))
+    plan = make_plan("tiny", model, config, BATCH, LENGTH)
+    wrapped = ard.wrap(LlamaForCausalLM(make_config("llama")), config)
+    assert plan.budget == ard.attach(wrapped, total_steps=9).summary()["budget"]
+    assert plan.peft_mean.weights == 4 * sum(
+        config.share(name) * (layer.in_features + layer.out_features) for name, layer in ard.adapters(wrapped).items()
+    )
 
 
 def test_a_plan_loads_and_changes_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard
 from torch import nn
 
 import ardlora_ext as ard
+from ardlora_ext.checkpoint.reexport import reexport
 from ardlora_ext.report.model_card import model_card, with_metadata_of
 
 from helpers.models import llama
@@ -32,6 +33,20 @@ def test_every_save_writes_one_that_the_hub_reads(tmp_path: Path) -> None:
         text = (tmp_path / "README.md").read_text()
         assert "- Method: ARD-LoRA\n- Ranks: 3 to 3, mean 3.00" in text
         (tmp_path / "README.md").unlink()
+
+
+@pytest.mark.filterwarnings("ignore:save_pretrained")
+@pytest.mark.parametrize("config", [ard.ArdConfig(r0=3), ard.ElaConfig(r=3), ard.DoraConfig(r=3)])
+def test_an_export_has_the_card_of_the_save(config: Any, tmp_path: Path) -> None:
+    model = llama()[0]
+    model.config._name_or_path = "someone/base"  # type: ignore[union-attr]
+    ard.save_pretrained(ard.wrap(model, config), tmp_path / "run")
+    card = (tmp_path / "run" / "README.md").read_bytes()
+    reexport(tmp_path / "run", tmp_path / "served")
+    assert (tmp_path / "served" / "README.md").read_bytes() == card
+    (tmp_path / "served" / "README.md").write_text("# Mine\n")
+    reexport(tmp_path / "run", tmp_path / "served", form="compact")
+    assert (tmp_path / "served" / "README.md").read_text() == "# Mine\n"
 
 
 @pytest.mark.filterwarnings("ignore:save_pretrained")

@@ -14,19 +14,13 @@ from datasets import Dataset
 from peft import PeftModel, prepare_model_for_kbit_training
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    BertTokenizerFast,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -35,34 +29,15 @@ from ardlora_ext.checkpoint.training_state import moving_state
 
 from helpers.models import trainable
 from helpers.training import bits
+from helpers.word_models import MOVING, WORDS, arguments, examples, save_bert, save_llama
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_process")]  # of the libraries
-
-WORDS = ("[PAD]", "[BOS]", "[EOS]", "[UNK]", *(f"w{i}" for i in range(40)))
-MOVING = {
-    "mode": "paper",
-    "granularity": "head",
-    "r0": 2,
-    "update_interval": 2,
-    "lr_alpha": 0.2,
-    "warmup_ratio": 0.1,
-    "freeze_ratio": 0.2,
-}
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny LLaMA and its tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **sizes, **special)).save_pretrained(folder)
-    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
-    PreTrainedTokenizerFast(tokenizer_object=vocabulary, **names).save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 def quantised(folder: Path, bits: int = 4) -> nn.Module:
@@ -70,17 +45,6 @@ def quantised(folder: Path, bits: int = 4) -> nn.Module:
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     config = BitsAndBytesConfig(**options) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    fixed = {"max_steps": 12, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "save_steps": 6}
-    quiet = {"disable_tqdm": True, "logging_steps": 100, "learning_rate": 1e-2}
-    return TrainingArguments(str(folder), **{**fixed, **quiet, **options})
-
-
-def examples(count: int = 40) -> list[dict[str, torch.Tensor]]:
-    tokens = torch.randint(4, len(WORDS), (count, 8), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 # --- quantised bases --------------------------------------------------------------------------------------------------
@@ -205,13 +169,7 @@ def test_log_probabilities_of_the_wrong_reference_are_refused(llama: Path, tmp_p
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny BERT."""
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[4:]]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=45, **sizes)).save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 def sentences(folder: Path, model: SentenceTransformer, *callbacks: Any) -> SentenceTransformerTrainer:

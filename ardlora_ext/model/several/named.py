@@ -56,9 +56,9 @@ def add_resting(model: nn.Module, op: str, adapter_name: str, make: Callable[[],
         raise ValueError(f"{op}: adapter_name must be new, got {adapter_name!r} beside {list(named)}")
     part = home(model)
     with as_before(part) as keep:
-        before = rest(part)
+        before = rest("add_adapter", part)
         make()
-        new = rest(part)
+        new = rest("add_adapter", part)
 
         def added() -> None:
             new.named = named
@@ -83,10 +83,10 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in record.named:
         raise ValueError(f"set_adapter: adapter_name must be one of {list(record.named)}, got {adapter_name!r}")
     if record.named[adapter_name] is not record:
-        _switch(model, adapter_name)
+        _switch("set_adapter", model, adapter_name)
 
 
-def _switch(model: nn.Module, adapter_name: str, then: Callable[[], None] = nothing) -> None:
+def _switch(op: str, model: nn.Module, adapter_name: str, then: Callable[[], None] = nothing) -> None:
     """Make a resting adapter the active one; call `then` in the same piece."""
     part, other = home(model), injection(model).named[adapter_name]
     with as_before(part) as keep:
@@ -95,7 +95,7 @@ def _switch(model: nn.Module, adapter_name: str, then: Callable[[], None] = noth
             then()
             keep()
 
-        rest(part)
+        rest(op, part)
         activate(part, other, switched)
 
 
@@ -121,7 +121,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         with unbroken():
             forget()
         return
-    _switch(model, others[0], forget)
+    _switch("delete_adapter", model, others[0], forget)
     warnings.warn(f"delete_adapter: '{adapter_name}' was active; '{others[0]}' is now", stacklevel=2)
 
 
@@ -146,7 +146,7 @@ class disable_adapter:  # noqa: N801 - used as a function, as in PEFT
     def __enter__(self) -> None:
         if not self._nested:
             with self._way_back:
-                self._record = rest(self._part, self._freeze)
+                self._record = rest("disable_adapter", self._part, self._freeze)
 
     def __exit__(self, *error: object) -> None:
         if self._record is not None:
