@@ -86,9 +86,11 @@ def test_parameters_are_what_the_report_counts(method: str) -> None:
     assert planned == ard.parameters_report(ard.wrap(model, config)).live
 
 
-def test_a_pattern_counts_in_the_budget_too() -> None:
-    config, model = ard.ArdConfig(r0=3, rank_pattern=PATTERN), LlamaForCausalLM(make_config("llama"))
-    plan = make_plan("tiny", model, config, BATCH, LENGTH)
+def test_a_pattern_counts_in_the_budget_too(tmp_path: Path) -> None:
+    make_config("llama").save_pretrained(tmp_path)
+    name, model = skeleton(str(tmp_path), torch.float32)
+    config = ard.ArdConfig(r0=3, rank_pattern=PATTERN)
+    plan = make_plan(name, model, config, BATCH, LENGTH)
     wrapped = ard.wrap(LlamaForCausalLM(make_config("llama")), config)
     assert plan.budget == ard.attach(wrapped, total_steps=9).summary()["budget"]
     assert plan.peft_mean.weights == 4 * sum(

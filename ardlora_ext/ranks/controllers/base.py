@@ -176,7 +176,7 @@ class Controller(Generic[Config]):
         self.metric: LossMetric | None = None
         self.copies: list[weakref.ref[nn.Module]] = []  # whose ranks follow
         self.history = RankHistory()
-        self._noted: tuple[object, int] = None, 0  # the ranks and the number of records that `history` knows
+        self._noted: tuple[Ints | None, int] = None, 0  # live ranks and the number of records that `history` knows
         self._model = weakref.ref(model)
         self.given = False  # whether its state was, by a checkpoint or by the wish for a new schedule
 
@@ -231,11 +231,16 @@ class Controller(Generic[Config]):
 
     def note(self) -> None:
         """Keep ranks and live parameters where they have changed; cannot fail."""
-        live = self.units.live()
-        if self._noted[0] is not live or self._noted[1] != len(self.records):
-            self._noted = live, len(self.records)
-            units = [rank for ranks in self.ranks().values() for rank in ranks]
-            self.history = self.history.add(self.step, sum(g.live_parameters for g in self.units.layers), units)
+        live, records = self._noted
+        now = self.units.live()
+        if live is None or records != len(self.records) or not (live is now or np.array_equal(live, now)):
+            self.history = self._history_now()
+        self._noted = now, len(self.records)
+
+    def _history_now(self) -> RankHistory:
+        """Return the history with the present ranks."""
+        units = [rank for ranks in self.ranks().values() for rank in ranks]
+        return self.history.add(self.step, sum(layer.live_parameters for layer in self.units.layers), units)
 
     def settle(self) -> None:
         """Write into the model what was decided besides ranks, after every step and before they change; cannot fail."""
@@ -286,10 +291,10 @@ class Controller(Generic[Config]):
         return {"step": self.step, "phase": "fixed", "mean_rank": mean_rank, "parameters": self.parameters()}
 
     def rank_history(self) -> list[dict[str, Any]]:
-        """Return `step`, `params` (live) and `ranks` by module at each step where they changed, at most 400 of them."""
+        """Return `step`, `params` (live) and `ranks` by module where they changed, at most 400 times, and now."""
         return [
             {"step": step, "params": count, "ranks": self.units.by_module(np.array(ranks, dtype=np.int64))}
-            for step, count, ranks in self.history.entries
+            for step, count, ranks in self._history_now().entries
         ]
 
     def metrics(self, **facts: Any) -> dict[str, Any]:
@@ -298,8 +303,6 @@ class Controller(Generic[Config]):
         model = self._model()
         if model is None:
             raise ValueError("report: the model must be there, got one that was deleted")
-        with unbroken():
-            self.note()
         return {**run_metrics(self, model, self.history.peak), **facts}
 
     def report(self, folder: str | Path, **facts: Any) -> Path:
@@ -350,7 +353,7 @@ class Controller(Generic[Config]):
         """Take over a state from `state_dict`."""
         history = state.get("history")  # older states have none
         self.history = RankHistory() if history is None else RankHistory.from_json(history, len(self.units))
-        self._noted = None, 0
+        self._noted = None if history is None else self.units.live(), len(state["records"])
         self._is_given()
         self.step = int(state["step"])
         self.total_steps = self.total_steps if state["total_steps"] is None else state["total_steps"]
