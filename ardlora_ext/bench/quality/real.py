@@ -137,9 +137,8 @@ class RealTask:
         logits, targets = self._predict("test")
         if self.texts.data.labels:
             score = float((logits.argmax(-1) == targets).float().mean())
-        else:
-            score = spearman(logits[:, 0].tolist(), targets.tolist())
-        return {"score": score}
+            return {"score": score, "nll": float(F.cross_entropy(logits, targets))}
+        return {"score": spearman(logits[:, 0].tolist(), targets.tolist())}
 
 
 def _like_lengths(lengths: list[int], size: int, seed: int) -> Iterator[list[int]]:
