@@ -11,7 +11,7 @@ from ardlora_ext.config.checks import choice, require
 from ardlora_ext.config.patterns import pattern_key
 
 _ONLY_IN = {
-    "anneal": ("start", "shape", "metric", "allocation", "budget_counts", "serve_rank"),
+    "anneal": ("start", "shape", "metric", "allocation", "budget_counts", "serve_rank", "tolerance"),
     "paper": (
         *("l1", "tv", "variation", "lr_alpha", "slope", "gate", "variation_form", "normalize"),
         *("cost_weighted", "lr_price", "harden_ratio", "reorder", "gate_floor", "gate_width", "hysteresis"),
@@ -34,6 +34,8 @@ class ArdConfig(AdapterConfig):
     by proximal steps on the gradient of a fractional ("ramp") gate. The paper gives no values: defaults are ours,
     measured on the bench of this project.
 
+    `budget="auto"` needs no size: the budget falls as long as a cut is worth it, see `tolerance`.
+
     What a user sets comes first, then what the paper names, then what only we tune.
 
     Attributes:
@@ -43,7 +45,11 @@ class ArdConfig(AdapterConfig):
         mode: `anneal` (fat start, thin end) or `paper`; the options of one are refused in the other.
         granularity: as in `AdapterConfig`; the paper's unit is a `head` of a layer.
         budget: adapter parameters allowed at the end; the price is then found by dual ascent. `None` with `l1=None`:
-            the parameters of plain LoRA at rank r0, so ranks move but never cost more in total.
+            the parameters of plain LoRA at rank r0, so ranks move but never cost more in total. `auto` (`anneal`): cut
+            while that costs no more than `tolerance`, at most to a 64th of the start.
+        tolerance: `budget="auto"`: the share of the gain so far that halving the parameters may cost, in (0, 1). A cut
+            is judged by what the metric says it costs, and by the loss on `holdout` before and after it where `attach`
+            has one; where it is too dear a smaller one is tried.
         budget_counts: `anneal`: what the budget counts: `live` parameters, or those of the portable PEFT file
             (`exported`), which pads every module that is left to one rank; there a module is a unit.
         serve_rank: `anneal`: largest rank of a unit at the end, so that a server need not hold more for any module.
@@ -85,7 +91,8 @@ class ArdConfig(AdapterConfig):
     r_max: int | None = None
     r_min: int | None = None
     mode: Literal["anneal", "paper"] = "anneal"
-    budget: int | None = None
+    budget: int | Literal["auto"] | None = None
+    tolerance: float = 0.02
     budget_counts: Literal["live", "exported"] = "live"
     serve_rank: int | None = None
     total_steps: int | None = None
@@ -141,7 +148,11 @@ class ArdConfig(AdapterConfig):
                 f"ArdConfig: rank_pattern must be at most r_max = {self.max_rank}, got {r} for {pattern!r}",
             )
         require(self.budget is None or self.l1 is None, "ArdConfig: budget and l1 must not both be given")
-        require(self.budget is None or self.budget >= 1, f"ArdConfig: budget must be >= 1, got {self.budget}")
+        require(
+            self.budget is None or self.budget == "auto" or self.budget >= 1,
+            f"ArdConfig: budget must be >= 1 or 'auto', got {self.budget}",
+        )
+        require(0.0 < self.tolerance < 1.0, f"ArdConfig: tolerance must be in (0, 1), got {self.tolerance}")
         require(self.l1 is None or self.l1 >= 0, f"ArdConfig: l1 must be >= 0, got {self.l1}")
         require(self.tv >= 0, f"ArdConfig: tv must be >= 0, got {self.tv}")
         for name in ("lr_alpha", "lr_price"):
@@ -168,6 +179,12 @@ class ArdConfig(AdapterConfig):
             value = getattr(self, name)
             require(value == default[name], f"ArdConfig: {name} must come with mode='{other}', got {value!r} in "
                                             f"mode='{self.mode}'")  # fmt: skip
+        require(self.budget == "auto" or self.tolerance == default["tolerance"],
+                f"ArdConfig: tolerance must come with budget='auto', got budget={self.budget}")  # fmt: skip
+        require(self.budget != "auto" or self.mode == "anneal",
+                f"ArdConfig: budget='auto' must come with mode='anneal', got mode={self.mode!r}")  # fmt: skip
+        require(self.budget != "auto" or self.allocation == "learned",
+                f"ArdConfig: budget='auto' must come with allocation='learned', got {self.allocation!r}")  # fmt: skip
         require(math.isfinite(self.start) and self.start >= 1, f"ArdConfig: start must be >= 1, got {self.start}")
         require(self.serve_rank is None or self.serve_rank >= max(1, self.min_rank),
                 f"ArdConfig: serve_rank must be at least r_min and 1, got {self.serve_rank}")  # fmt: skip
@@ -189,6 +206,11 @@ class ArdConfig(AdapterConfig):
         if self.r_min is None:
             return 0 if self.mode == "anneal" else 1
         return self.r_min
+
+    @property
+    def allowance(self) -> int | None:
+        """The budget where it is a number."""
+        return self.budget if isinstance(self.budget, int) else None
 
     @property
     def initial_rank(self) -> int:

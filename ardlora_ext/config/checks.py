@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from numbers import Integral, Real
@@ -55,8 +56,11 @@ def _converted(what: str, kind: str, value: Any) -> Any:
         require(whole, f"{what} must be whole numbers >= 0, got {value!r:.80}")
         return tuple(map(int, numbers)) if isinstance(numbers, tuple) else int(numbers)
     if first == "int" and not isinstance(value, Mapping):
+        words = re.findall(r"'(\w+)'", kind.replace('"', "'")) if "Literal" in kind else []
+        if isinstance(value, str) and value in words:
+            return value
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        require(whole, f"{what} must be a whole number, got {value!r}")
+        require(whole, f"{what} must be {' or '.join(['a whole number', *map(repr, words)])}, got {value!r}")
         return int(value)
     if first == "float":
         real = isinstance(value, Real) and not isinstance(value, bool)

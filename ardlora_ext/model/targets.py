@@ -309,14 +309,14 @@ def _check_head_dim(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> No
 
 
 def _check_budget(config: AdapterConfig, layouts: dict[str, UnitLayout]) -> None:
-    if not isinstance(config, ArdConfig) or config.budget is None:
+    if not isinstance(config, ArdConfig) or config.allowance is None:
         return
     floor, full = parameter_range(layouts, config.max_rank, config.min_rank)
     least = f"rank {config.min_rank} everywhere"
     if floor == 0:  # nothing would be left to train
         floor, least = min(layout.a_width + layout.b_width for layout in layouts.values()), "one component"
-    if not floor <= config.budget <= full:
+    if not floor <= config.allowance <= full:
         raise ValueError(
             f"wrap: budget must be between {floor:,} parameters ({least}) and {full:,} "
-            f"(rank {config.max_rank} everywhere), got {config.budget:,}"
+            f"(rank {config.max_rank} everywhere), got {config.allowance:,}"
         )

@@ -267,7 +267,7 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
     last = _last(config)
     parameters = sum(p.numel() for p in unique)
     training = context.ours(lambda name: config.start_rank(name) + ahead)
-    budget = getattr(config, "budget", None)
+    budget = config.allowance if isinstance(config, ArdConfig) else None
     return Plan(
         model=name,
         dtype=str(dtype).removeprefix("torch."),
@@ -291,9 +291,9 @@ def make_plan(name: str, model: nn.Module, config: AdapterConfig, batch: int, le
 
 
 def _last(config: AdapterConfig) -> Callable[[str], int]:
-    """Return the mean rank of a module's units at the end of a run, by its name."""
+    """Return the mean rank of a module's units at the end of a run, by its name; with `budget="auto"` the most."""
     if isinstance(config, ArdConfig):
-        return config.share
+        return config.start_rank if config.budget == "auto" else config.share
     if isinstance(config, AdaConfig):
         return lambda _: config.target_r
     return config.start_rank

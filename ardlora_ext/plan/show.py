@@ -27,10 +27,11 @@ def size(number: float) -> str:
 def show(plan: Plan, model: nn.Module, console: Console, gpu: tuple[str, Gpu] | None, paper: bool) -> None:
     """Print a plan; with the paper's arithmetic and the estimate for several GPUs where they are asked for."""
     method = type(plan.config).__name__.removesuffix("Config")
+    most = "at most " if getattr(plan.config, "budget", None) == "auto" else ""
     console.print(
         f"[bold]{plan.model}[/]: {plan.parameters:,} parameters in {plan.dtype}, "
         f"{plan.batch} x {plan.length} tokens (images have their own), {method}: "
-        f"{len(plan.layouts)} modules, {plan.units:,} units, budget {plan.budget:,} "
+        f"{len(plan.layouts)} modules, {plan.units:,} units, budget {most}{plan.budget:,} "
         f"({plan.budget / plan.parameters:.3%} of the model)"
         + (f", {plan.trained_whole:,} parameters of the head" if plan.trained_whole else ""),
         highlight=False,

@@ -51,8 +51,9 @@ def attach(
             the inner one's steps are followed. None: the first one that takes a step on an adapter, whoever makes it;
             it is checked then.
         total_steps: optimizer steps of the run, when the config does not say; ARD freezes ranks in the last part.
-        holdout: returns the loss of a held-out batch; ARD then learns alpha on those (bilevel, first order) at the
-            price of one more forward and backward per step, instead of on the training batch.
+        holdout: returns the loss of a held-out batch; ARD in `mode="paper"` then learns alpha on those (bilevel, first
+            order) at the price of one more forward and backward per step, instead of on the training batch. With
+            `budget="auto"` it is called in eval mode before and after each cut, and is to look at the same data always.
 
     Returns:
         The controller: `ranks()`, `records`, `summary()`, `state_dict()`.

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.parameters import parameters_report
 from ardlora_ext.model.record import adapters
+from ardlora_ext.ranks.controllers.trial import scored, tried
 from ardlora_ext.ranks.controllers.worth import Choice, allocate, least_cost, offers
 from ardlora_ext.ranks.loss_metric import Batch, LossFunction, measured, model_loss
-from ardlora_ext.ranks.svd_prune import check_settled, prune
+from ardlora_ext.ranks.svd_prune import check_settled
 
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.125, 0.0625)
 
@@ -77,18 +75,21 @@ def frontier(
     choices = [Choice.of([o]) for name, layer in layers.items() for o in offers(name, layer, 0, metric.of(name))]
     fixed = sum(layer.parameters_at([0] * layer.layout.units) for layer in layers.values())
     whole = sum(layer.live_parameters for layer in layers.values())
-    means, points = metric.means, {}
+    points: dict[int, Point] = {}
+
+    def note() -> None:
+        sizes = parameters_report(model)
+        if sizes.live not in points:
+            found = scored(model, lambda: judged(model))
+            ranks = {name: list(layer.ranks) for name, layer in layers.items()}
+            points[sizes.live] = Point(sizes.live, sizes.exported, found, ranks)
+
     for share in sorted(shares, reverse=True):
-        with _kept(list(layers.values())):
-            if share < 1.0:
-                allowed = max(int(share * whole) - fixed, least_cost(choices))
-                prune(model, allocate(choices, allowed).ranks, None, metric)
-            sizes = parameters_report(model)
-            if sizes.live not in points:
-                found = _judged(model, judged)
-                ranks = {name: list(layer.ranks) for name, layer in layers.items()}
-                points[sizes.live] = Point(sizes.live, sizes.exported, found, ranks)
-        metric.means = means
+        if share == 1.0:
+            note()
+            continue
+        allowed = max(int(share * whole) - fixed, least_cost(choices))
+        tried(model, allocate(choices, allowed).ranks, metric, note)
     return list(points.values())
 
 
@@ -113,47 +114,3 @@ def smallest_within(points: Sequence[Point], tolerance: float, better: str = "lo
 def _mean_loss(data: Sequence[Batch], loss_fn: LossFunction | None) -> Callable[[nn.Module], float]:
     loss = loss_fn or model_loss
     return lambda model: sum(float(loss(model, batch)) for batch in data) / len(data)
-
-
-@torch.no_grad()
-def _judged(model: nn.Module, score: Callable[[nn.Module], float]) -> float:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return float(score(model))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-@torch.no_grad()
-def _kept(layers: Sequence[LoraLinear]) -> Iterator[None]:
-    """Put ranks, factors, gradients and gates back in the end."""
-    held = [
-        (
-            list(layer.ranks),
-            {
-                name: (p.detach().clone(), None if p.grad is None else p.grad.clone())
-                for name, p in layer.factors.items()
-            },
-            None if layer.lora_gate is None else layer.lora_gate.clone(),
-        )
-        for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, (ranks, factors, gate) in zip(layers, held, strict=True):
-                for name, parameter in layer.factors.items():
-                    values, gradient = factors[name]
-                    parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
-                    if parameter.shape == values.shape:
-                        parameter.copy_(values)
-                    else:
-                        parameter.set_(values)  # type: ignore[call-overload]
-                    parameter.grad = gradient
-                if gate is not None:
-                    layer.lora_gate = gate
-                layer.set_ranks(ranks)

@@ -71,13 +71,14 @@ def _summary_rows(metrics: Json, folder: Path) -> list[tuple[str, str]]:
     metric: Callable[[float], str] = lambda value: format_metric(metrics["metric_name"], value)  # noqa: E731
     units = list(chain.from_iterable(metrics["ranks"].values()))
     budget = metrics["params_budget"]
+    auto = "auto" if metrics.get("config", {}).get("budget") == "auto" else "none"
     share = metrics["params_live"] / metrics["params_total"]
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [
         (metrics["metric_name"], f"{metric(metrics['metric_before'])} → {metric(metrics['metric_after'])}"),
         ("loss", f"{metrics['loss_before']:.4f} → {metrics['loss_after']:.4f}"),
         ("adapter parameters", f"{metrics['params_live']:,} live ({share:.2%} of the model)"),
-        ("", f"{metrics['params_peak']:,} at the peak, budget {'none' if budget is None else f'{budget:,}'}"),
+        ("", f"{metrics['params_peak']:,} at the peak, budget {auto if budget is None else f'{budget:,}'}"),
         *_export_rows(metrics),
         ("rank", f"mean {statistics.fmean(units):.2f}, min {min(units)}, max {max(units)}, {len(units):,} units"),
         ("time", f"{format_duration(metrics['seconds'])}, {metrics['step_ms_median']:.0f} ms a step (median)"),

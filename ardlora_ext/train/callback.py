@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -51,14 +53,21 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Args:
         config: wraps Trainer's model when Trainer is made, and each that `model_init` makes, unless it is wrapped
             already. None: it must be.
+        holdout: as for `attach`.
         report: whether to write those two files.
 
     Attributes:
         controller: what `attach` returned, from the beginning of training on.
     """
 
-    def __init__(self, config: AdapterConfig | PeftLoraConfig | None = None, *, report: bool = True) -> None:
-        self.config, self.report = config, report
+    def __init__(
+        self,
+        config: AdapterConfig | PeftLoraConfig | None = None,
+        holdout: Callable[[], torch.Tensor] | None = None,
+        *,
+        report: bool = True,
+    ) -> None:
+        self.config, self.holdout, self.report = config, holdout, report
         self.controller: Controller[Any] | None = None
         self.restored: dict[str, Any] | None = None  # set by Trainer when it restores callbacks itself
         self._training = False
@@ -177,7 +186,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if record.controller is not None and optimizer is not None and not _follows(record, unwrapped(optimizer)):
             record.controller.detach()  # of an earlier training
         if optimizer is not None and (record.controller is None or not record.controller.handles):
-            attach(model, optimizer, total_steps=state.max_steps)
+            attach(model, optimizer, total_steps=state.max_steps, holdout=self.holdout)
         if record.controller is not None:
             self.controller = record.controller
             self._first_step = record.controller.step, state.global_step

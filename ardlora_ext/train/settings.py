@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import shlex
 from collections.abc import Mapping
@@ -51,6 +52,12 @@ def metric_of(task: Task, metrics: Mapping[str, float]) -> tuple[float, float]:
 def option(default: Any, help: str, *names: str, **keywords: Any) -> Any:
     """Return a field that is an option of the command line as well, see `subcommands.add_options`."""
     return field(default=default, metadata={"help": help, "names": names, **keywords})
+
+
+def _parameters(text: str) -> int | str:
+    if text != "auto" and not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +114,18 @@ class RankOptions:
     r: int = option(
         8, "rank of every unit at the start (adalora: at the end, it starts at 1.5 times that)", metavar="RANK"
     )
-    budget: int | None = option(
-        None, "adapter parameters at the end (default: as plain LoRA with --r has)", metavar="PARAMETERS"
+    budget: int | Literal["auto"] | None = option(
+        None,
+        "adapter parameters at the end (default: as plain LoRA with --r has; auto: as few as cost little)",
+        metavar="PARAMETERS|auto",
+        type=_parameters,
+        choices=None,
+    )
+    tolerance: float | None = option(
+        None, "with --budget auto: share of the gain that halving the parameters may cost (default: 0.02)", metavar="X"
+    )
+    serve_rank: int | None = option(
+        None, "ard: largest rank of a module at the end, so that a server need not hold more", metavar="RANK"
     )
     granularity: Literal["head", "matrix", "layer"] | None = option(None, GRANULARITY)
     factoring: Literal["shared", "independent"] | None = option(None, FACTORING)
@@ -225,6 +242,8 @@ class Settings(RunOptions, TrainingOptions, RankOptions, DataOptions, ModelOptio
             "granularity": self.granularity,
             "factoring": self.factoring,
             "budget": self.budget,
+            "tolerance": self.tolerance,
+            "serve_rank": self.serve_rank,
         }
         return config_for(self.method, self.r, options)
 

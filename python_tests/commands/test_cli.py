@@ -68,6 +68,10 @@ TINY = ["--model", "{encoder}", "--data", "{reviews}", "--max-steps", "2"]
         ([*TINY, "--r", "0"], "must be"),
         ([*TINY, "--target-modules", "qerry"], "qerry"),
         ([*TINY, "--budget", "3"], "budget"),
+        (["--budget", "some"], "argument --budget: must be a whole number or auto, got 'some'"),
+        (["--budget", "auto", "--tolerance", "2"], "finetune: ArdConfig: tolerance must be in (0, 1), got 2.0"),
+        (["--budget", "900", "--tolerance", "0.1"], "tolerance must come with budget='auto', got budget=900"),
+        (["--budget", "auto", "--method", "lora"], "finetune: budget must come with method ard, got lora"),
         (
             [*TINY, "--training-arg", "weight_decai=1"],
             "must be NAME=VALUE of TrainingArguments, got weight_decai=1; did you mean",

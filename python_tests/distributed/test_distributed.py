@@ -18,7 +18,7 @@ from ardlora_ext.config import AdapterConfig
 
 from helpers import workers
 from helpers.models import Attention, llama, trainable
-from helpers.process_runs import ARD, BATCH, METHODS, STEPS, SVD
+from helpers.process_runs import ARD, BATCH, HELD_OUT, METHODS, STEPS, SVD
 
 
 class Branches(nn.Module):
@@ -66,7 +66,7 @@ def held_out(model: nn.Module, rank: int, size: int) -> Callable[[], torch.Tenso
     return lambda: (model(x[rank::size]) - y[rank::size]).square().mean()
 
 
-def train(rank: int, size: int, wrapper: Wrapper, config: AdapterConfig, bilevel: bool = False) -> Trained:
+def train(rank: int, size: int, wrapper: Wrapper, config: AdapterConfig, held: bool = False) -> Trained:
     """Train on this process's share: two micro-batches a step, a short last batch, a branch that is unused at times."""
     torch.manual_seed(0)
     model = Branches()
@@ -74,7 +74,7 @@ def train(rank: int, size: int, wrapper: Wrapper, config: AdapterConfig, bilevel
     ard.wrap(model, config)
     wrapped = wrapper(model)
     optimizer = torch.optim.AdamW(trainable(model), lr=0.01, eps=1e-4)
-    controller = ard.attach(wrapped, optimizer, STEPS, held_out(model, rank, size) if bilevel else None)
+    controller = ard.attach(wrapped, optimizer, STEPS, held_out(model, rank, size) if held else None)
     losses = []
     for t in range(STEPS):
         batch = torch.arange(t * BATCH, (t + 1) * BATCH - (3 if t == STEPS - 1 else 0))
@@ -91,7 +91,8 @@ def train(rank: int, size: int, wrapper: Wrapper, config: AdapterConfig, bilevel
         nn.utils.clip_grad_norm_(trainable(model), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    events = [(r["step"], r["event"], r["module"], r["unit"], r["from"], r["to"]) for r in controller.records]
+    keys = ("step", "event", "module", "unit", "from", "to")
+    events = [tuple(map(record.get, keys)) for record in controller.records]
     weights = {f"{n}.{f}": w for n, layer in ard.adapters(model).items() for f, w in _live(layer).items()}
     return Trained(controller.ranks(), events, weights, losses)
 
@@ -103,8 +104,7 @@ def _live(layer: ard.LoraLinear) -> dict[str, torch.Tensor]:
 
 def train_all(rank: int, size: int, wrappers: list[Wrapper]) -> dict[str, list[Trained]]:
     return {
-        name: [train(rank, size, w, config, name == "ard-bilevel") for w in wrappers]
-        for name, config in METHODS.items()
+        name: [train(rank, size, w, config, name in HELD_OUT) for w in wrappers] for name, config in METHODS.items()
     }
 
 
@@ -112,7 +112,7 @@ def train_all(rank: int, size: int, wrappers: list[Wrapper]) -> dict[str, list[T
 def reference() -> dict[str, Trained]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {name: train(0, 1, alone, config, name == "ard-bilevel") for name, config in METHODS.items()}
+    found = {name: train(0, 1, alone, config, name in HELD_OUT) for name, config in METHODS.items()}
     torch.set_num_threads(threads)
     return found
 

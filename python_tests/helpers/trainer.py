@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def plain_loop(
     autocast: bool = False,
     schedule: str = "constant",
     n: int = 40,
+    holdout: Callable[[], torch.Tensor] | None = None,
 ) -> nn.Module:
     """What `Trainer` is held against: plain torch, `attach`, the same examples in the same order."""
     batches = _forever(DataLoader(examples(n), batch_size=MICRO))  # type: ignore[arg-type]
@@ -102,7 +103,7 @@ def plain_loop(
     assert sum(len(g["params"]) for g in groups) == len(plain)
     optimizer = AdamW(groups, lr=1e-2, fused=True)
     scheduler = get_scheduler(schedule, optimizer, 5 if schedule != "constant" else 0, STEPS)
-    ard.attach(model, optimizer, total_steps=STEPS)
+    ard.attach(model, optimizer, STEPS, holdout)
     for _ in range(STEPS):
         for _ in range(accumulate):
             inputs = next(batches)

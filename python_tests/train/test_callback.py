@@ -74,6 +74,37 @@ def test_trainer_takes_the_steps_of_a_plain_loop(case: str, tmp_path: Path) -> N
     assert len({r for units in controller.ranks().values() for r in units}) > 1, "ranks moved"
 
 
+def test_held_out_batches_stop_the_anneal(tmp_path: Path) -> None:
+    """Cuts as `attach` makes them with the same batches."""
+    options = ard.ArdConfig(r0=2, budget="auto", tolerance=0.2, update_interval=2)
+    models = []
+    for through_trainer in (True, False):
+        torch.manual_seed(0)
+        model = bert()[0]
+        batch = {key: torch.stack([row[key] for row in examples(8)]) for key in ("input_ids", "labels")}
+
+        def held_out(model: nn.Module = model, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
+            assert not model.training
+            loss: torch.Tensor = model(**batch).loss
+            return loss
+
+        if through_trainer:
+            made = Trainer(model, arguments(tmp_path), train_dataset=examples(40),
+                           callbacks=[ard.RankCallback(options, held_out)])  # fmt: skip
+            made.pop_callback(PrinterCallback)
+            torch.manual_seed(7)
+            made.train()
+        else:
+            ard.wrap(model, options)
+            torch.manual_seed(7)
+            plain_loop(model, holdout=held_out)
+        models.append(model)
+    assert_equal(*models)
+    records = models[0]._ardlora.controller.records  # type: ignore[union-attr]
+    assert records
+    assert any(record["measured"] is not None for record in records)
+
+
 class Tracker(TrainerCallback):
     """Stands where Trainer puts TensorBoard and W&B: before the callbacks of the user."""
 

@@ -2,7 +2,7 @@
 
 A method is named on the command line, with fields of its config to change after a colon: `ard`, `ard:tv=0`,
 `elalora:k=4,b=2`; `rank=R` gives it the budget of LoRA at rank R instead of the bed's, and `ard:l1=P` a fixed price
-instead of a budget. A method whose class or function
+or `ard:budget=auto` a tolerance instead of a budget. A method whose class or function
 this build does not have is reported by name; the others run.
 """
 
@@ -106,8 +106,8 @@ class Method:
 
     @property
     def priced(self) -> bool:
-        """Whether it pays a fixed price for ranks instead of keeping to a budget."""
-        return self.changes.get("l1") is not None
+        """Whether a price or a tolerance decides how large it gets, and no budget."""
+        return self.changes.get("l1") is not None or self.changes.get("budget") == "auto"
 
     def rank(self, default: int) -> int:
         """Return the rank whose LoRA parameters are this method's budget."""
@@ -122,7 +122,7 @@ class Method:
         """
         config = self.recipe.config(plan)
         changes = {key: value for key, value in self.changes.items() if key != "rank"}
-        if self.priced:
+        if changes.get("l1") is not None:
             changes["budget"] = None
         known = sorted(entry.name for entry in dataclasses.fields(config))
         unknown = [key for key in changes if key not in known]

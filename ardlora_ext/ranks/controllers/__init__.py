@@ -34,9 +34,12 @@ def make_controller(
 ) -> Controller[Any]:
     """Return the controller that belongs to a config."""
     if isinstance(config, ArdConfig) and config.mode == "anneal":
-        if holdout is not None:
-            raise ValueError("attach: holdout must come with ArdConfig(mode='paper'), got mode='anneal'")
-        return AnnealController(model, config, total_steps)
+        if holdout is not None and config.budget != "auto":
+            raise ValueError(
+                "attach: holdout must come with ArdConfig(budget='auto') or ArdConfig(mode='paper'), got "
+                f"mode='anneal' and budget={config.budget}"
+            )
+        return AnnealController(model, config, total_steps, holdout)
     if isinstance(config, ArdConfig):
         return ArdController(model, config, total_steps, holdout)
     if holdout is not None:

@@ -218,7 +218,9 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_a_holdout_is_refused() -> None:
     model = ard.wrap(nn.Sequential(Attention()), config())
-    with pytest.raises(ValueError, match=r"holdout must come with ArdConfig\(mode='paper'\)"):
+    with pytest.raises(
+        ValueError, match=r"holdout must come with ArdConfig\(budget='auto'\) or ArdConfig\(mode='paper'\)"
+    ):
         ard.attach(model, AdamW(trainable(model)), holdout=lambda: torch.zeros(()))
 
 

@@ -8,23 +8,29 @@ where L is what the loss is expected to lose by the components that go, to secon
 what a component of the unit costs, and the price the lowest that meets the budget of the time: an exact knapsack.
 Components go by recompression with the optimizer's state; none comes back, so a unit may have rank 0. The last part of
 the run trains at the final ranks.
+
+With `budget="auto"` the budget falls further, but no cut is made that costs more than the tolerance.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ardlora_ext.config import ArdConfig
 from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.model.parameters import SERVED_RANKS, served_rank
 from ardlora_ext.ranks.controllers.ard.regularizer import layer_key
+from ardlora_ext.ranks.controllers.ard.tolerance import DEEPEST, PARTS, Cut, Holdout
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
+from ardlora_ext.ranks.controllers.trial import scored, tried
 from ardlora_ext.ranks.controllers.worth import Allocation, Choice, Offer, allocate, allocate_padded, offers
 from ardlora_ext.ranks.loss_metric import LossMetric
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
@@ -48,26 +54,47 @@ class AnnealController(Controller[ArdConfig]):
 
     Attributes:
         shares: [units] r0 of each.
-        budget: parameters at the end.
+        budget: parameters at the end, with `budget="auto"` at least.
         first: parameters at the start.
         price: worth per parameter around which the present ranks were chosen, relative to all that there is.
     """
 
-    def __init__(self, model: nn.Module, config: ArdConfig, total_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ArdConfig,
+        total_steps: int | None = None,
+        holdout: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(model, config, config.total_steps if total_steps is None else total_steps)
         units = self.units
+        self.model = model
         self.shares: Ints = np.array([config.share(n) for n in units.names], dtype=np.int64)[units.module_of]
-        self.budget = float(
-            self._counted(np.minimum(self.shares, units.limit)) if config.budget is None else config.budget
-        )
         self.first = self._counted(units.live())
         self.price = 0.0
         self.finished = False
+        self.holdout = None if holdout is None else Holdout(lambda: scored(model, lambda: float(holdout())))
         # Experts have passes of their own, which nobody watches; worths in two metrics cannot be compared.
         if config.metric == "loss" and not any(isinstance(layer, ExpertStack) for layer in units.layers):
             self.metric = LossMetric(dict(zip(units.names, units.layers, strict=True)))
 
     # The schedule.
+
+    @property
+    def auto(self) -> bool:
+        """Whether the tolerance, not a budget, ends the fall."""
+        return self.config.budget == "auto"
+
+    @property
+    def budget(self) -> float:
+        """Parameters at the end, with `budget="auto"` at least."""
+        units, config = self.units, self.config
+        if self.auto:
+            floor = self._counted(np.minimum(config.min_rank, units.limit))
+            return max(self.first / DEEPEST, floor, float(units.costs.own.min()))
+        if config.allowance is not None:
+            return float(config.allowance)
+        return self._counted(np.minimum(self.shares, units.limit))
 
     @property
     def begins(self) -> int | None:
@@ -110,6 +137,8 @@ class AnnealController(Controller[ArdConfig]):
             self.metric.looking = not self.finished and self.step % _LOOK == 0
 
     def observe(self) -> None:
+        if self.holdout is not None and self.holdout.first is None and not self.finished:
+            self.holdout.first = self._held_out_loss()
         if self.metric is not None and not self.finished and self.step % _LOOK == 0:
             self.metric.take(self.processes)
 
@@ -121,7 +150,7 @@ class AnnealController(Controller[ArdConfig]):
     # Decisions.
 
     def parts(self) -> list[object]:
-        return [self] if self.metric is None else [self, self.metric]
+        return [self, *(part for part in (self.metric, self.holdout) if part is not None)]
 
     def settle(self) -> None:
         self._look()
@@ -132,16 +161,23 @@ class AnnealController(Controller[ArdConfig]):
         allowed = None if self.finished else self._budget_now()
         if allowed is not None:
             self.finished = self.ends is not None and self.step >= self.ends
-            update = self._cut(allowed)
+            update = self._tolerated(allowed) if self.auto else self._cut(allowed)
         return update
 
     def finalize(self) -> None:
-        if not self.finished:
-            self.carry_out(self._last_cut)
+        while not self.finished:
+            self.carry_out(self._next_cut if self.auto else self._last_cut)
 
     def _last_cut(self) -> RankUpdate | None:
         self.finished = True
         return self._cut(int(self.budget))
+
+    def _next_cut(self) -> RankUpdate | None:
+        """Go one of the steps that the longest run would take."""
+        present = self._counted(self.units.live())
+        update = self._tolerated(max(int(present * DEEPEST ** (-1 / _MOST_CUTS)), int(self.budget)))
+        self.finished |= update is None
+        return update
 
     def _cut(self, allowed: int) -> RankUpdate | None:
         """Choose ranks for `allowed` parameters."""
@@ -149,11 +185,53 @@ class AnnealController(Controller[ArdConfig]):
         most = self._most()
         if self._counted(live) <= allowed and int(live.max()) <= most:
             return None
-        found = self._allocation(allowed, most)
-        wanted = np.array([r for name in self.units.names for r in found.ranks[name]], dtype=np.int64)
-        wanted = np.minimum(wanted, live)
+        return self._made(self._allocation(allowed, most), allowed)
+
+    def _tolerated(self, allowed: int) -> RankUpdate | None:
+        """Cut towards `allowed` as far as the tolerance lets."""
+        live, most = self.units.live(), self._most()
+        present = self._counted(live)
+        if present <= allowed and int(live.max()) <= most:
+            return None
+        for part in range(PARTS):
+            aim = max(allowed, int(present * 0.5**0.5**part))
+            found = self._allocation(aim, most)
+            wanted = self._wanted(found)
+            if not found.total > 0.0 or np.array_equal(wanted, live):
+                break
+            cut = self._judged(Cut(present, self._counted(wanted), 1.0 - found.kept / found.total), wanted)
+            if cut.within(self.config.tolerance):
+                return self._made(found, aim, cut)
+            if part == 0:
+                self._hold(cut)
+        return self._cut(int(present))  # to what `serve_rank` allows
+
+    def _judged(self, cut: Cut, wanted: Ints) -> Cut:
+        """Return the cut with what it costs on held-out batches, if there are any and it is not too dear already."""
+        if self.holdout is None or not cut.within(self.config.tolerance):
+            return cut
+        before = self._held_out_loss()
+        names = self.units.by_module(wanted)
+        return self.holdout.judged(cut, before, tried(self.model, names, self.metric, self._held_out_loss))
+
+    def _held_out_loss(self) -> float:
+        assert self.holdout is not None
+        return self.holdout.now(self.units.layers[0].lora_A.device, self.processes)
+
+    def _hold(self, cut: Cut) -> None:
+        """Note a cut that is too dear."""
+        reason = f"{cut.told()}, more than {self.config.tolerance:.2%} for each halving"
+        self.records.append({"step": self.step, "event": "hold", **cut.costs(), "reason": reason})
+
+    def _wanted(self, found: Allocation) -> Ints:
+        ranks = np.array([r for name in self.units.names for r in found.ranks[name]], dtype=np.int64)
+        return np.minimum(ranks, self.units.live())
+
+    def _made(self, found: Allocation, allowed: int, cut: Cut | None = None) -> RankUpdate | None:
+        """Return the change to these ranks, and note why."""
+        live, wanted = self.units.live(), self._wanted(found)
         self.price = found.price / found.total if found.total > 0.0 else 0.0
-        self._record(live, wanted, allowed, found)
+        self._record(live, wanted, allowed, found, cut)
         names = self.units.by_module(wanted)
         now = self.units.by_module(live)
         modules = {
@@ -219,11 +297,12 @@ class AnnealController(Controller[ArdConfig]):
 
     # Records and state.
 
-    def _record(self, before: Ints, after: Ints, allowed: int, found: Allocation) -> None:
+    def _record(self, before: Ints, after: Ints, allowed: int, found: Allocation, cut: Cut | None) -> None:
         event = "freeze" if self.finished else "adapt"
         reason = f"{allowed:,} parameters are allowed now: what is below price {self.price:.3g} goes"
         if found.total > 0.0:
             reason += f", {1.0 - found.kept / found.total:.2%} of all"
+        costs = {} if cut is None else cut.costs()
         for u in np.flatnonzero(before != after):
             m = int(self.units.module_of[u])
             self.records.append(
@@ -235,6 +314,7 @@ class AnnealController(Controller[ArdConfig]):
                     "from": int(before[u]),
                     "to": int(after[u]),
                     "price": self.price,
+                    **costs,
                     "reason": reason,
                 }
             )
@@ -257,22 +337,26 @@ class AnnealController(Controller[ArdConfig]):
             "mean_rank": float(np.mean(self.units.live())),
             "alpha": float(np.mean(self.alpha)),
             "price": float(self.price),
-            "budget": int(self.budget),
+            "budget": None if self.auto else int(self.budget),
             "parameters": self.parameters(),
         }
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state |= {"first": float(self.first), "price": float(self.price), "finished": self.finished}
+        state["held_out"] = None if self.holdout is None else self.holdout.first
         state["metric"] = None if self.metric is None else self.metric.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         numbers = {key: float(state[key]) for key in ("first", "price")}
-        if not all(map(math.isfinite, numbers.values())):
-            raise ValueError("state: first and price must be finite, got NaN or Inf")
+        held_out = state.get("held_out")
+        if not all(map(math.isfinite, [*numbers.values(), 0.0 if held_out is None else float(held_out)])):
+            raise ValueError("state: first, price and held_out must be finite, got NaN or Inf")
         if self.metric is not None and state["metric"] is not None:
             self.metric.load_state_dict(state["metric"])
         super().load_state_dict(state)
         self.first, self.price, self.finished = numbers["first"], numbers["price"], bool(state["finished"])
+        if self.holdout is not None:
+            self.holdout.first = held_out
         self._look()

@@ -96,8 +96,8 @@ class ArdController(Controller[ArdConfig]):
     def _budget(self) -> float | None:
         if self.config.l1 is not None:
             return None
-        if self.config.budget is not None:
-            return float(self.config.budget)
+        if self.config.allowance is not None:
+            return float(self.config.allowance)
         return self.units.costs.parameters(self._starts)
 
     # Phases.
