@@ -15,6 +15,9 @@ COMMANDS = (
     Command("plan", "ardlora_ext.commands.plan", "tell what adapters on a model would cost, without its weights"),
     Command("export", "ardlora_ext.commands.export", "write a saved adapter again in another PEFT form"),
     Command("check-adapter", "ardlora_ext.commands.check_adapter", "tell which loaders will scale an adapter right"),
+    Command(
+        "frontier", "ardlora_ext.commands.frontier", "score a trained adapter at many sizes, and write one of them"
+    ),
     Command("report", "ardlora_ext.commands.report", "draw report.html from the saved files of a run"),
     Command("bench", "ardlora_ext.bench.cli", "measure kernels, training steps and the quality of allocation"),
 )

@@ -19,6 +19,7 @@ from ardlora_ext.errors import InputError
 from ardlora_ext.report import places, plots
 from ardlora_ext.report.numbers import format_amount, format_count, format_duration, format_metric
 from ardlora_ext.report.run_files import METRICS_FILE, REPORT_FILE, Json, complete, load_run, write_page
+from ardlora_ext.report.sizes import draw_sizes, load_frontier
 
 _ROWS_OPEN = 12
 _ROWS_MOST = 2000
@@ -44,7 +45,8 @@ class Figure:
 def write_report(folder: Path, target: Path | None = None) -> Path:
     """Draw the page of the run that saved its files in `folder`; `target` is report.html in it by default."""
     metrics, records = load_run(folder)
-    html = render_of([folder], lambda: render(metrics, records))
+    sizes = load_frontier(folder)
+    html = render_of([folder], lambda: render(metrics, records, sizes))
     target = target or folder / REPORT_FILE
     write_page(target, html)
     return target
@@ -72,8 +74,8 @@ def environment() -> Environment:
     return pages
 
 
-def render(metrics: Json, records: Sequence[Json]) -> str:
-    """Return the report as one HTML page."""
+def render(metrics: Json, records: Sequence[Json], sizes: Json | None = None) -> str:
+    """Return the report as one HTML page; with `sizes`, what `frontier` found."""
     metrics = complete(metrics)
     return (
         environment()
@@ -81,7 +83,8 @@ def render(metrics: Json, records: Sequence[Json]) -> str:
         .render(
             m=metrics,
             metric=lambda value: format_metric(metrics["metric_name"], value),
-            figures=_figures(metrics),
+            figures=_figures(metrics) | _of_sizes(sizes),
+            sizes=sizes,
             facts=_where_rank_went(metrics),
             units=list(chain.from_iterable(metrics["ranks"].values())),
             mean=statistics.fmean,
@@ -125,6 +128,15 @@ def _figures(metrics: Json) -> dict[str, Figure]:
             plots.params_over_time(history, metrics["params_budget"], steps),
         )
     return figures
+
+
+def _of_sizes(sizes: Json | None) -> dict[str, Figure]:
+    if sizes is None:
+        return {}
+    caption = "Each size is cut from the whole adapter by what the loss would lose, and not trained on."
+    if sizes.get("chosen") is not None:
+        caption += f" Ringed: {sizes['chosen']:,} parameters, the size that was asked for."
+    return {"sizes": Figure("Score against adapter parameters", caption, draw_sizes(sizes))}
 
 
 def _where_rank_went(metrics: Json) -> list[str]:

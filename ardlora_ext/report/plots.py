@@ -31,9 +31,9 @@ GROWN, PRUNED, ACCENT = "#0f766e", "#b45309", "#1d4ed8"
 KIND_COLOURS = ("#1d4ed8", "#ea8a0c", "#0f9d77", "#c2255c", "#7048e8", "#0c8599", "#8d5524", "#868e96")
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["#f3f6fb", "#c3dafe", "#7fb0f7", "#3b76e0", "#1f45a8", "#111f56"])
 
-_WIDTH_IN, _DPI = 11.0, 170
+WIDTH_IN, _DPI = 11.0, 170
 _FLAT_LABELS = 6  # more names on an axis are slanted
-_STYLE = {
+STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": INK,
@@ -63,9 +63,9 @@ def rank_heatmap(ranks: Ranks, start: int) -> bytes:
     layers = sorted(set(columns.values()) - {-1}) + ([-1] if -1 in columns.values() else [])
     norm = Normalize(0, max(1, math.ceil(1.5 * start), *chain.from_iterable(ranks.values())))
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         heights = [0.75, 0.58 * len(rows), 0.09]
-        figure = Figure(figsize=(_WIDTH_IN, 1.6 + sum(heights)), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, 1.6 + sum(heights)), layout="constrained")
         grid = figure.add_gridspec(3, 2, width_ratios=[1, 0.13], height_ratios=heights)
         tiles = figure.add_subplot(grid[1, 0])
         above = figure.add_subplot(grid[0, 0], sharex=tiles)
@@ -78,7 +78,7 @@ def rank_heatmap(ranks: Ranks, start: int) -> bytes:
         _layer_bars(above, [statistics.fmean(by_layer[layer]) for layer in layers], norm)
         _kind_bars(beside, [statistics.fmean(by_kind[row]) for row in rows], norm)
         _colour_bar(figure.add_subplot(grid[2, 0]), norm, start)
-        return _png(figure)
+        return png(figure)
 
 
 def _draw_tile(axes: Axes, corner: tuple[int, int], units: Sequence[int], norm: Normalize, layers: int) -> None:
@@ -88,7 +88,7 @@ def _draw_tile(axes: Axes, corner: tuple[int, int], units: Sequence[int], norm: 
     tile = PatchCollection(patches, cmap=AMOUNT, norm=norm, linewidths=0.4, edgecolors="white")
     tile.set_array(list(units))
     axes.add_collection(tile)
-    room_in = _WIDTH_IN * 0.74 / layers * stripe
+    room_in = WIDTH_IN * 0.74 / layers * stripe
     if room_in < 0.085:
         return
     for index, rank in enumerate(units):
@@ -150,8 +150,8 @@ def ranks_over_time(rank_history: Sequence[Json], last_step: int) -> bytes:
     modules = list(rank_history[0]["ranks"])
     kinds, layers = kind_labels(modules), layer_names(modules)
     depth = list(dict.fromkeys(layers.values()))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 3.7), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_IN, 3.7), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         shades = {name: AMOUNT(0.28 + 0.72 * i / max(1, len(depth) - 1)) for i, name in enumerate(depth)}
         hues = {name: KIND_COLOURS[i % len(KIND_COLOURS)] for i, name in enumerate(dict.fromkeys(kinds.values()))}
@@ -162,7 +162,7 @@ def ranks_over_time(rank_history: Sequence[Json], last_step: int) -> bytes:
             _end_labels(axes, rank_history[-1]["ranks"], keys, colours)
         left.set(title="Mean rank by kind of matrix", xlabel="step", ylabel="mean rank")
         right.set(title="Mean rank by layer", xlabel="step")
-        return _png(figure)
+        return png(figure)
 
 
 def _rank_lines(
@@ -204,8 +204,8 @@ def params_over_time(rank_history: Sequence[Json], budget: int | None, last_step
     """Draw the live adapter parameters against the budget, and below how many units grew or shrank at each change."""
     steps = [entry["step"] for entry in rank_history]
     params = [entry["params"] for entry in rank_history]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 4.2), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_IN, 4.2), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         above.plot([*steps, last_step], [*params, params[-1]], drawstyle="steps-post", color=ACCENT)
         above.fill_between([*steps, last_step], [*params, params[-1]], step="post", color=ACCENT, alpha=0.10)
@@ -224,7 +224,7 @@ def params_over_time(rank_history: Sequence[Json], budget: int | None, last_step
         below.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         below.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
         below.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 1.35))
-        return _png(figure)
+        return png(figure)
 
 
 def _moves(before: Ranks, after: Ranks) -> tuple[int, int]:
@@ -237,8 +237,8 @@ def loss_and_metric(history: Sequence[Json], evals: Sequence[Json], metric_name:
     """Draw the training loss (strong: smoothed) and the metric on held-out examples, or the one of them there is."""
     steps = [entry["step"] for entry in history]
     losses = [entry["loss"] for entry in history]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 3.4), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_IN, 3.4), layout="constrained")
         axes = list(figure.subplots(1, bool(losses) + bool(evals), squeeze=False)[0])
         if losses:
             left = axes.pop(0)
@@ -248,7 +248,7 @@ def loss_and_metric(history: Sequence[Json], evals: Sequence[Json], metric_name:
             left.margins(x=0)
         if evals:
             _draw_metric(axes.pop(), evals, metric_name)
-        return _png(figure)
+        return png(figure)
 
 
 def _draw_metric(axes: Axes, evals: Sequence[Json], name: str) -> None:
@@ -276,8 +276,8 @@ def _draw_metric(axes: Axes, evals: Sequence[Json], name: str) -> None:
 
 def compare_training(runs: Mapping[str, Json]) -> bytes:
     """Draw the smoothed training loss and the held-out metric of several runs, by name."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 3.6), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for (name, run), colour in zip(runs.items(), cycle(KIND_COLOURS)):
             steps = [entry["step"] for entry in run["history"]]
@@ -293,13 +293,13 @@ def compare_training(runs: Mapping[str, Json]) -> bytes:
         for axes in (left, right):
             axes.margins(x=0)
         left.legend()
-        return _png(figure)
+        return png(figure)
 
 
 def compare_ranks(runs: Mapping[str, Json]) -> bytes:
     """Draw the live parameters over training and the final mean rank of each layer of several runs, by name."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 3.6), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         layers: dict[str, None] = {}
         for (name, run), colour in zip(runs.items(), cycle(KIND_COLOURS)):
@@ -317,7 +317,7 @@ def compare_ranks(runs: Mapping[str, Json]) -> bytes:
         left.legend()
         right.set(title="Mean rank by layer")
         right.set_xticks(range(len(layers)), list(layers), rotation=30 if len(layers) > _FLAT_LABELS else 0, ha="right")
-        return _png(figure)
+        return png(figure)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -330,7 +330,8 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return the picture of a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()

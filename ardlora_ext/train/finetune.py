@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer, set_seed
 
 from ardlora_ext import processes
+from ardlora_ext.checkpoint.load_pretrained import load_pretrained
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
 from ardlora_ext.train.base_model import head_modules, held_length, load_model, load_tokenizer
@@ -99,8 +100,8 @@ def run(settings: Settings) -> Json | None:
     return metrics
 
 
-def prepare(settings: Settings) -> Job:
-    """Load data and model, and make the trainer."""
+def prepare(settings: Settings, saved: Path | None = None) -> Job:
+    """Load data and model, and make the trainer; with `saved`, the adapter of that folder is loaded, too."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     set_seed(settings.seed)
@@ -126,6 +127,8 @@ def prepare(settings: Settings) -> Job:
         parts = encode(corpus, tokenizer, length, settings.eval_share)
     heads = () if corpus.task in ("lm", "sft") else head_modules(model)
     config = settings.adapter_config(heads)
+    if saved is not None:
+        load_pretrained(model, saved)
     ranks = RankCallback(config, report=False)  # written with the adapter, as one set
     record = RunRecord(settings.method, corpus.task, settings.command())
     trainer = make_trainer(settings, corpus.task, model, tokenizer, parts, heads, length, [ranks, record])

@@ -38,6 +38,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ardlora_ext {ardlora_ext.__version__}\n"
 
 
+def test_a_budget_is_a_number_or_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--out", "run", "--budget", "some"])
+    assert caught.value.code == 2
+    assert "argument --budget: must be a whole number or auto, got 'some'" in capsys.readouterr().err
+
+
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -68,7 +75,6 @@ TINY = ["--model", "{encoder}", "--data", "{reviews}", "--max-steps", "2"]
         ([*TINY, "--r", "0"], "must be"),
         ([*TINY, "--target-modules", "qerry"], "qerry"),
         ([*TINY, "--budget", "3"], "budget"),
-        (["--budget", "some"], "argument --budget: must be a whole number or auto, got 'some'"),
         (["--budget", "auto", "--tolerance", "2"], "finetune: ArdConfig: tolerance must be in (0, 1), got 2.0"),
         (["--budget", "900", "--tolerance", "0.1"], "tolerance must come with budget='auto', got budget=900"),
         (["--budget", "auto", "--method", "lora"], "finetune: budget must come with method ard, got lora"),

@@ -29,7 +29,7 @@ from helpers.models import Attention
         (ard.ArdConfig, {"r0": 0}, "ArdConfig: r0 must be >= 1, got 0"),
         (ard.ArdConfig, {"r0": 4, "r_max": 3}, "r_max must be >= r0, got 3"),
         (ard.ArdConfig, {"budget": 10, "l1": 1.0}, "budget and l1 must not both be given"),
-        (ard.ArdConfig, {"budget": 0}, "budget must be >= 1, got 0"),
+        (ard.ArdConfig, {"budget": 0}, "budget must be >= 1 or 'auto', got 0"),
         (ard.ArdConfig, {"l1": -1.0}, r"l1 must be >= 0, got -1\.0"),
         (ard.ArdConfig, {"tv": -1.0}, r"tv must be >= 0, got -1\.0"),
         (ard.ArdConfig, {"slope": "chord"}, "slope must be one of 'secant', 'tangent', got 'chord'"),
