@@ -166,6 +166,15 @@ class AdaptedWeight:
             raise self._refusal(f"to({dtype})")
         return self
 
+    def float(self) -> AdaptedWeight:
+        """Return it, where it is in float32."""
+        return self.to(torch.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        if "stack" not in vars(self):  # while it is copied or unpickled
+            raise AttributeError(name)
+        raise AttributeError(str(self._refusal(f".{name}")))
+
     def __getitem__(self, pick: Any) -> AdaptedWeight:
         if self.pick is not None or not isinstance(pick, int | torch.Tensor):
             raise self._refusal(f"[{pick!r:.40}]")

@@ -271,7 +271,9 @@ class Odd(StackedExperts):
             return torch.einsum("mk,enk->men", x, self.weight).sum(1)
         if self.use == "transposed":
             return x @ self.weight[0]
-        return F.linear(x, self.weight[0].abs())
+        if self.use == "float":
+            return F.linear(x.float(), self.weight[0].float())
+        return F.linear(x, getattr(self.weight[0], self.use)())
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,8 @@ class Odd(StackedExperts):
     [
         ("einsum", "Odd must use 'weight' in products that adapters can follow, got einsum"),
         ("transposed", r"got a use of it as the transpose of \[experts, out, in\]"),
-        ("abs", "'AdaptedWeight' object has no attribute 'abs'"),
+        ("abs", r"Odd must use 'weight' in products that adapters can follow, got \.abs"),
+        ("double", r"Odd must use 'weight' in products that adapters can follow, got \.double"),
     ],
 )
 def test_what_adapters_cannot_follow_is_never_passed_over(use: str, message: str) -> None:
@@ -289,6 +292,16 @@ def test_what_adapters_cannot_follow_is_never_passed_over(use: str, message: str
     with pytest.raises((TypeError, AttributeError), match=message):
         model(torch.randn(4, 8))
     assert model[0].base_layer.weight is model[0].base_layer._parameters["weight"]  # nothing stays in its place
+
+
+def test_a_cast_to_the_dtype_that_is_there_is_followed() -> None:
+    model = nn.Sequential(Odd(3, 8))
+    ard.wrap(model, ard.LoraConfig(r=2, target_modules=["weight"]))
+    model[0].use, x = "float", torch.randn(4, 8)
+    layer = next(iter(ard.adapters(model).values()))
+    nn.init.normal_(layer.lora_B)
+    weight = model[0].base_layer.weight[0] + layer.get_delta_weight()[0]
+    torch.testing.assert_close(model(x), F.linear(x, weight))
 
 
 def test_structure_tells_the_axes() -> None:

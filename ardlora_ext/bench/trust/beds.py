@@ -122,7 +122,8 @@ def observed(
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            value = (str(value.dtype), list(value.shape), value.detach().reshape(-1).view(torch.uint8).tolist())
+            data = value.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+            value = (str(value.dtype), list(value.shape), data)
         found[name] = value
 
     for name, value in model.state_dict().items():
@@ -151,5 +152,13 @@ def observed(
             for j, parameter in enumerate(group["params"]):
                 for key, item in optimizer.state.get(parameter, {}).items():
                     add(f"state {i} {j} {key}", item)
-        add("generators", repr((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state(legacy=False))))
+        numbers = torch.get_rng_state().numpy().tobytes()
+        generator = np.random.get_state(legacy=False)
+        add("generators", repr((numbers, random.getstate(), _bare(generator))))
     return found
+
+
+def _bare(generator: Any) -> list[object]:
+    """Return numpy's state with its array as bytes."""
+    inner = generator["state"]
+    return [inner["key"].tobytes(), inner["pos"], generator["has_gauss"], generator["gauss"]]

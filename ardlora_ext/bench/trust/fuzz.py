@@ -33,6 +33,10 @@ class Loaders:
     def __init__(self, folder: Path, tally: Tally) -> None:
         self.folder, self.tally = folder, tally
         save_all(folder)
+        self.files = {name: {p.name: p.read_bytes() for p in (folder / name).iterdir()} for name in CONFIGS}
+        self.whole = {name: build(CONFIGS[name]) for name in CONFIGS}  # what is loaded into, until a load is taken
+        self.base, self.plain, self.nothing = Block(), Block(), Block()
+        self.seen: dict[int, str] = {}  # fingerprints of these
 
     def case(self, rng: random.Random) -> None:
         """Break one file of one checkpoint and load it."""
@@ -40,25 +44,33 @@ class Loaders:
         loaders = self._loaders(name)
         what = rng.choice(sorted(loaders))
         starts, load, (model, optimizer) = loaders[what]
-        folder = self.folder / "broken"
-        shutil.copytree(self.folder / name, folder, dirs_exist_ok=True)
-        path = rng.choice([path for path in sorted(folder.iterdir()) if path.name.startswith(starts)])
+        folder, good = self.folder / name, self.files[name]
+        path = folder / rng.choice([other for other in sorted(good) if other.startswith(starts)])
         path.write_bytes(mutated(path, rng))
-        if rng.random() < 0.7:
-            for sealed_name in ("ardlora_state.json", "ardlora_resume.json"):
-                sealed(folder, sealed_name)
-        before = fingerprint(model, optimizer)
+        changed, seal = {path.name}, "ardlora_resume.json" if what == "load_state" else "ardlora_state.json"
+        if rng.random() < 0.7 and sealed(folder, seal):
+            changed.add(seal)
+        before = self.seen.get(id(model)) or fingerprint(model, optimizer)
         outcome = _outcome(lambda: load(folder), (ValueError, OSError))
         self.tally.counts[f"{what} {outcome.partition(':')[0]}"] += 1
         self.tally.check(outcome in ("taken", "refused"), f"{what} of {name}, {path.name}: {outcome}")
         if outcome != "taken":
-            self.tally.check(fingerprint(model, optimizer) == before, f"{what} of {name}, {path.name}: changed")
+            self.seen[id(model)] = fingerprint(model, optimizer)
+            self.tally.check(self.seen[id(model)] == before, f"{what} of {name}, {path.name}: changed")
+        else:
+            self.seen.clear()  # random generators too are others now
+        if outcome == "taken" and what == "load_state":
+            self.whole[name] = build(CONFIGS[name])
+        elif outcome == "taken":
+            self.base, self.plain = Block(), Block()
+        for other in changed:
+            (folder / other).write_bytes(good[other])
 
     def _loaders(self, name: str) -> dict[str, tuple[tuple[str, ...], Callable[[Path], Any], Any]]:
         """Return for each loader the files it reads, a call, and what the call may change."""
-        base, plain, (model, optimizer) = Block(), Block(), build(CONFIGS[name])
+        base, plain, (model, optimizer) = self.base, self.plain, self.whole[name]
         config = ard.DoraConfig(r=8) if name == "dora" else ard.ArdConfig(mode="paper", r0=8, granularity="matrix")
-        nothing = Block(), None
+        nothing = self.nothing, None
         return {
             "load_state": (("ardlora_resume",), lambda f: ard.load_state(model, optimizer, f), (model, optimizer)),
             "load_pretrained": (("ardlora_state",), lambda f: ard.load_pretrained(base, f), (base, None)),

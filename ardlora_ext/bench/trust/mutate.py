@@ -66,15 +66,16 @@ def mutated(path: Path, rng: random.Random) -> bytes:
     return _tensors(data, rng) if path.suffix == ".safetensors" else _bytes(data, rng)
 
 
-def sealed(folder: Path, name: str) -> None:
-    """Give a JSON file checksums that fit whatever now lies beside it, as a stranger would."""
+def sealed(folder: Path, name: str) -> bool:
+    """Give a JSON file checksums that fit whatever now lies beside it, as a stranger would; tell whether that went."""
     try:
         value = json.loads((folder / name).read_bytes())
         others = [other for other in value["sha256"] if other != name]
         value["sha256"] = checksums(value, name, {other: (folder / other).read_bytes() for other in others})
     except (ValueError, TypeError, LookupError, OSError, RecursionError, AttributeError):
-        return  # broken too much for that
+        return False  # broken too much for that
     (folder / name).write_text(json.dumps(value))
+    return True
 
 
 def _bytes(data: bytes, rng: random.Random) -> bytes:

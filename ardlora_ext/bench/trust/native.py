@@ -24,7 +24,7 @@ _MARK = 0xA5
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)  # by code
 _BYTES = (4, 2, 2)
 _ROUNDING = (2e-5, 1.6e-2, 2e-3)  # of results, relative to the largest
-_CALLS = 20_000  # of a process
+_CALLS = (20_000, 160_000)  # of the first process, and of later ones, where starting costs more than calling
 
 Bytes = NDArray[np.uint8]
 Found = tuple[Bytes, int, int]  # a result, its dtype code, and that of the coarsest rounding on the way
@@ -239,7 +239,7 @@ class Native:
     """Each case is a process, so that a crash is a finding and not the end."""
 
     def __init__(self, folder: Path, tally: Tally) -> None:
-        self.tally = tally
+        self.tally, self.calls = tally, _CALLS[0]
 
     def case(self, rng: random.Random) -> None:
         """Make many calls in a process of their own."""
@@ -249,7 +249,8 @@ class Native:
             "-c",
             "import sys; from ardlora_ext.bench.trust.native import report; report(*sys.argv[1:])",
         ]
-        command = [sys.executable, *words, str(rng.randrange(10**9)), str(_CALLS)]
+        command = [sys.executable, *words, str(rng.randrange(10**9)), str(self.calls)]
+        self.calls = _CALLS[1]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             self.tally.failures.append(f"{' '.join(command[-2:])} ended with {done.returncode}: {done.stderr[-300:]}")

@@ -17,7 +17,7 @@ from ardlora_ext.bench.zoo.inputs import Inputs, find_inputs, outputs
 from ardlora_ext.bench.zoo.tiny import modality, tiny_models
 
 PASS, REFUSED, FAIL, UNKNOWN = "pass", "refused", "FAIL", "not built"
-_OURS = ("wrap: ", "attach: ", "save_pretrained: ")
+_OURS = ("wrap: ", "attach: ", "save_pretrained: ", "merge: ", "LoraExperts: ")
 _NOT_OURS = ("PEFT adapts no such model", "too small to tell")
 _LOAD_OURS = "load with ardlora_ext.load_pretrained"  # in what save_pretrained says of PEFT
 _NOTHING = "two steps of training changed nothing"
@@ -44,7 +44,7 @@ def travel(kind: str, config: ard.AdapterConfig | None = None) -> Outcome:
         try:
             word = _stages(model, inputs, ard.ArdConfig() if config is None else config)
         except Exception as cause:
-            ours = isinstance(cause, ValueError) and str(cause).startswith(_OURS)
+            ours = str(cause).startswith(_OURS)
             return Outcome(REFUSED if ours else FAIL, *about, _said(cause))
     sentences = [str(w.message) for w in caught if str(w.message).startswith(_OURS)]
     told = "; ".join(dict.fromkeys(sentences))
