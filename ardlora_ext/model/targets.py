@@ -230,7 +230,7 @@ def _by_name(
 
 
 def _other_kinds(model: nn.Module, patterns: Sequence[str | list[str]]) -> str:
-    """Return what a user wants who names embeddings or convolutions, or nothing."""
+    """Return what a user wants who names layers of other kinds: embeddings, convolutions, attention, norms."""
     for name, module in model.named_modules():
         if not any(matches(name, pattern) for pattern in patterns):
             continue
@@ -240,10 +240,10 @@ def _other_kinds(model: nn.Module, patterns: Sequence[str | list[str]]) -> str:
                 f": '{name}' is an embedding, which gets no low-rank adapter; train some of its rows by "
                 f"trainable_token_indices={{'{leaf}': [...]}}, or all of it by modules_to_save=['{leaf}']"
             )
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if any(True for _ in module.parameters(recurse=False)):
+            kind = "convolution" if isinstance(module, nn.modules.conv._ConvNd) else f"{type(module).__name__}"
             return (
-                f": '{name}' is a convolution, which gets no low-rank adapter; train it whole by "
-                f"modules_to_save=['{leaf}']"
+                f": '{name}' is a {kind}, which gets no low-rank adapter; train it whole by modules_to_save=['{leaf}']"
             )
     return ""
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "ardlora/importance.h"
+#include "ardlora/lora_grouped.h"
 #include "ardlora/lora_linear.h"
 #include "ardlora/orthogonal_rows.h"
 #include "ardlora/rank_resize.h"
@@ -111,6 +112,50 @@ void lora_case() {
     const std::vector<std::vector<char>> found = {y.bytes, dx.bytes, da.bytes, db.bytes, gates};
     if (first.empty()) first = found;
     for (std::size_t i = 0; i < found.size(); ++i) expect_same(found[i], first[i], "lora_linear");
+  }
+}
+
+// Experts with no rows, no rank or neither among them, and rows past the last one's, which must stay as they are.
+void grouped_case() {
+  const Count experts = pick({1, 2, 5});
+  std::vector<Count> ranks, offsets{0};
+  for (Count e = 0; e < experts; ++e) {
+    ranks.push_back(pick({0, 1, 2, 8, 9, 17}));
+    offsets.push_back(offsets.back() + pick({0, 0, 1, 7, 8, 21}));
+  }
+  const UnitTable t(UnitKind::kExperts, Factoring::kIndependent, pick({1, 3, 16, 43}), pick({1, 5, 32, 45}), ranks);
+  const DType type = static_cast<DType>(rng() % 3), adapter = rng() % 2 == 0 ? DType::kFloat32 : type;
+  const Count rows = offsets.back() + pick({0, 0, 3}), padding = pick({0, 0, 1, 3}), slack = pick({0, 0, 4});
+  constexpr DType kFloat = DType::kFloat32;
+  Matrix x(rows, t.a().features, type, padding), dy(rows, t.b().features, type, padding);
+  Matrix a(t.a().rows + slack, t.a().width, adapter), b(t.b().rows + slack, t.b().width, adapter);
+  const Matrix y0(rows, t.b().features, type, padding), dx0(rows, t.a().features, type, padding);
+  const std::vector<float> gate = floats(t.b().rows);
+  const bool gated = rng() % 2 == 0 && !gate.empty(), want_dx = rng() % 4 != 0;
+  const Dropout dropout = rng() % 2 == 0 ? Dropout{} : make_dropout(0.3, rng());
+  std::vector<std::vector<char>> first;
+  for (const int threads : {1, 3}) {
+    Matrix y = y0, dx = dx0, h(rows, t.hidden() + slack, kFloat), dh(rows, t.hidden() + slack, kFloat);
+    Matrix da(a.rows, a.cols, kFloat), db(b.rows, b.cols, kFloat);
+    std::vector<float> dgate(gate.size());
+    const GroupedParams p{
+        {&t, x.view(), a.view(), b.view(), gated ? gate.data() : nullptr, 0.5f, h.view(), threads, dropout},
+        offsets.data()};
+    lora_grouped_forward(p, y.view());
+    MatrixView to = dx.view();
+    if (!want_dx) to.data = nullptr;
+    lora_grouped_backward(p, dy.view(), dh.view(), to, da.view(), db.view(), gated ? dgate.data() : nullptr);
+    std::vector<char> gates(dgate.size() * sizeof(float));
+    if (!gates.empty()) std::memcpy(gates.data(), dgate.data(), gates.size());
+    const std::vector<std::vector<char>> found = {y.bytes, dx.bytes, da.bytes, db.bytes, gates};
+    if (first.empty()) first = found;
+    for (std::size_t i = 0; i < found.size(); ++i) expect_same(found[i], first[i], "lora_grouped");
+    const auto past = static_cast<std::size_t>(offsets.back() * y.stride * dtype_size(type));
+    if (past < y.bytes.size() && !std::equal(y.bytes.begin() + static_cast<Count>(past), y.bytes.end(),
+                                             y0.bytes.begin() + static_cast<Count>(past))) {
+      std::puts("lora_grouped writes past the rows of its experts");
+      std::exit(1);
+    }
   }
 }
 
@@ -239,6 +284,7 @@ int main(int argc, char** argv) {
     cpu::set_isa(isa);
     for (int number = 0; number < std::atoi(word.c_str()); ++number) {
       lora_case();
+      grouped_case();
       resize_case();
       passes_case();
       regularizer_case();

@@ -103,6 +103,20 @@ class Turned(nn.Module):
         return out
 
 
+class Recurrent(nn.Module):
+    """Layers of other kinds around a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.norm = nn.GRU(10, 8, batch_first=True), nn.LayerNorm(8)
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.gru(x[None])[0])
+        out: torch.Tensor = self.out(x + self.attention(x, x, x)[0])[0]
+        return out
+
+
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     (Mlp, {"target_modules": "lin0"}),
     (Mlp, {"target_modules": ["lin0"]}),
@@ -126,6 +140,8 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     (Turned, {"target_modules": ["conv1d"], "fan_in_fan_out": True}),
     (Turned, {"target_modules": ["conv1d"], "fan_in_fan_out": True, "use_dora": True}),
     (Turned, {"target_modules": ["conv1d"], "fan_in_fan_out": True, "trainable_token_indices": {"emb": [0, 10]}}),
+    (Recurrent, {"target_modules": ["out"], "modules_to_save": ["norm"]}),
+    (Recurrent, {"target_modules": ["out"], "modules_to_save": ["gru", "attention"], "use_dora": True}),
 ]
 
 
@@ -212,6 +228,22 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     ),
     (Mlp, {"target_modules": ["lin2", "lin3"]}, "'lin2', 'lin3'; near misses: lin., lin.; linear"),
     (lambda: nn.MultiheadAttention(8, 2), {"target_modules": "all-linear"}, "model must have linear layers"),
+    (
+        lambda: nn.Sequential(nn.Conv3d(1, 2, 3), nn.Linear(2, 2)),
+        {"target_modules": ["0"], "use_dora": True},
+        "'0' is a convolution, which",
+    ),
+    (
+        Recurrent,
+        {"target_modules": ["attention", "out"]},
+        r"'attention' is a MultiheadAttention, which .*=\['attention'\]",
+    ),
+    (Recurrent, {"target_modules": ["gru"]}, "'gru' is a GRU, which gets no low-rank adapter; train it whole"),
+    (Recurrent, {"target_modules": ["norm"]}, "'norm' is a LayerNorm, which"),
+    (Mlp, {"target_parameters": ["lin1.weight"]}, "leave target_parameters at None, .* experts in target_modules"),
+    (Mlp, {"target_modules": ["lin0"], "bias": "lora_only"}, "leave bias at 'none', got 'lora_only'; modules_to_save"),
+    (Mlp, {"target_modules": ["lin0"], "lora_bias": True}, "leave lora_bias at False"),
+    (Mlp, {"target_modules": ["lin0"], "init_lora_weights": "gaussian"}, "must be True or 'pissa', got 'gaussian'"),
 ]
 
 
@@ -219,3 +251,80 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
 def test_what_only_peft_adapts_is_refused_with_the_way(make: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"wrap: .*{said}"):
         ard.wrap(make(), peft.LoraConfig(**options))
+
+
+# --- what else PEFT promises for such models --------------------------------------------------------------------------
+
+
+def learned(config: ard.AdapterConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = ard.wrap(Mlp().to(dtype), config or ard.LoraConfig(r=2))
+    for layer in ard.adapters(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config", [ard.LoraConfig(r=2), ard.DoraConfig(r=2), ard.ArdConfig(r0=2), ard.ElaConfig(r=2, b=1)]
+)
+def test_a_step_changes_what_trains_and_nothing_else(config: ard.AdapterConfig) -> None:
+    model = learned(config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model(X).square().mean().backward()
+    optimizer.step()
+    for name, value in model.named_parameters():
+        assert value.requires_grad == ("base_layer" not in name)
+        assert torch.equal(value, before[name]) != value.requires_grad, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_goes_in_and_comes_out(dtype: torch.dtype, autocast: bool) -> None:
+    model, x = learned(dtype=dtype).eval(), X.to(dtype)
+    exact = out(learned(dtype=dtype).float())
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        found = model(x)
+    merged = ard.merge(model)(x)
+    for value in (found, merged):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.float(), exact, atol=0.03, rtol=0.03)
+
+
+def test_adapters_that_are_no_numbers_are_not_merged() -> None:
+    model = learned()
+    with torch.no_grad():
+        ard.adapters(model)["lin1"].lora_A[0, 0] = torch.inf
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    for merge in (ard.merge, ard.merge_adapter):
+        with pytest.raises(ValueError, match="adapters must be finite, got NaN or Inf in 'lin1'"):
+            merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["lin0", "lora_A", "weight", "base_layer", "a b"])
+def test_an_adapters_name_makes_no_difference(name: str, tmp_path: Path) -> None:
+    plain = learned(ard.LoraConfig(r=3))
+    model = learned()
+    ard.add_adapter(model, name, ard.LoraConfig(r=3))
+    ard.set_adapter(model, name)
+    for layer, other in zip(ard.adapters(model).values(), ard.adapters(plain).values(), strict=True):
+        layer.load_state_dict(other.state_dict())
+    assert torch.equal(out(model), out(plain))
+    for of, folder in ((model, "named"), (plain, "plain")):
+        ard.save_pretrained(of, tmp_path / folder)
+    weights = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("named", "plain")]
+    assert weights[0] == weights[1]
+    ard.set_adapter(model, "default")
+    assert torch.equal(out(model), out(learned()))
+
+
+def test_a_wrapped_layer_tells_what_its_base_does() -> None:
+    model, base = learned(), learned().lin0.base_layer
+    assert (model.lin0.in_features, model.lin0.out_features) == (10, 20)
+    assert torch.equal(model.lin0.weight, base.weight)
+    assert torch.equal(model.lin0.bias, base.bias)
+    assert "ranks=2" in repr(model.lin0)
+    assert "(base_layer): Linear(in_features=10" in repr(model.lin0)
+    with pytest.raises(TypeError, match="adapter_names"):  # PEFT's batches of several adapters
+        model.lin0(X, adapter_names=["default"] * len(X))

@@ -295,9 +295,9 @@ def test_what_adapters_cannot_follow_is_never_passed_over(use: str, message: str
 
 
 def test_a_cast_to_the_dtype_that_is_there_is_followed() -> None:
-    model = nn.Sequential(Odd(3, 8))
+    model, x = nn.Sequential(Odd(3, 8)), torch.randn(4, 8)
+    model[0].use = "float"
     ard.wrap(model, ard.LoraConfig(r=2, target_modules=["weight"]))
-    model[0].use, x = "float", torch.randn(4, 8)
     layer = next(iter(ard.adapters(model).values()))
     nn.init.normal_(layer.lora_B)
     weight = model[0].base_layer.weight[0] + layer.get_delta_weight()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 import ardlora_ext as ard
 from ardlora_ext import unbroken
-from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, observed
+from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, observed, save_all
 from ardlora_ext.bench.trust.faults import Injected, Operations
 from ardlora_ext.model.record import injection
 from ardlora_ext.ranks import resize
@@ -150,6 +151,7 @@ class Lines:
 
     def __init__(self, stop: int | None, act: Callable[[FrameType], bool]) -> None:
         self.seen, self.stop, self.act = 0, stop, act
+        self.places: dict[tuple[CodeType, int], tuple[int, int]] = {}  # of each line, its first and last number
 
     def __enter__(self) -> Lines:
         sys.settrace(self._call)
@@ -165,6 +167,9 @@ class Lines:
         if event == "line" and frame.f_code.co_filename != __file__:
             if self.stop is not None and self.seen >= self.stop and self.act(frame):
                 self.stop = None
+            if self.stop is None:
+                place = frame.f_code, frame.f_lineno
+                self.places[place] = self.places.get(place, (self.seen,))[0], self.seen
             self.seen += 1
         return self._line
 
@@ -197,34 +202,95 @@ class Changes:
         how = rng.choice(("operation", "line", "Ctrl-C"))
         if threading.current_thread() is not threading.main_thread():
             how = "line" if how == "Ctrl-C" else how
-        else:
+        change = Change(self.tally, f"{kind} {seed}", lambda: KINDS[kind](random.Random(seed)))
+        counter = change.whole(how)
+        change.stop(how, rng.randrange(max(1, counter.seen)))
+
+
+class Interrupts:
+    """Ctrl-C at every line of the package that a change or a load runs: when it comes there first, and last.
+
+    Each case is the next line; after the last one of a change comes the next change.
+    """
+
+    def __init__(self, folder: Path, tally: Tally) -> None:
+        self.folder, self.tally = folder, tally
+        save_all(folder)
+        self._left: list[int] = []
+        self._change: Change | None = None
+        self._kinds = itertools.cycle([*LOADS, *KINDS])
+
+    def case(self, rng: random.Random) -> None:
+        """Interrupt the change under way at its next line."""
+        if self._change is None or not self._left:
+            kind, seed = next(self._kinds), rng.randrange(10**9)
+            self._change = Change(self.tally, f"{kind} {seed}", lambda: self._bed(kind, random.Random(seed)))
+            counter = self._change.whole("Ctrl-C")
+            assert isinstance(counter, Lines)
+            self._left = sorted({at for place in counter.places.values() for at in place}, reverse=True)
+            self.tally.counts[f"{kind}: lines of the package"] = len(counter.places)
+        self._change.stop("Ctrl-C", self._left.pop())
+
+    def _bed(self, kind: str, rng: random.Random) -> Bed:
+        if kind in KINDS:
+            return KINDS[kind](rng)
+        name = rng.choice(sorted(CONFIGS))
+        if kind == "load_state":
+            model, optimizer = build(CONFIGS[name], steps=1)
+            return Bed(model, optimizer, lambda: ard.load_state(model, optimizer, self.folder / name))
+        if kind == "load_pretrained":
+            base = Block()
+            return Bed(base, None, lambda: ard.load_pretrained(base, self.folder / name))
+        base, config = Block(), ard.DoraConfig(r=8) if name == "dora" else ard.ArdConfig(mode="paper", r0=8)
+        return Bed(base, None, lambda: ard.load_peft(base, self.folder / name, config))
+
+
+LOADS = ("load_state", "load_pretrained", "load_peft")
+
+
+class Change:
+    """A change that can be made anew on an equal model: once whole, then stopped somewhere."""
+
+    def __init__(self, tally: Tally, name: str, make: Callable[[], Bed]) -> None:
+        self.tally, self.name, self.make = tally, name, make
+        self.after: dict[str, object] = {}
+        self.count = 0
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts jobs
-        act = _interrupt if how == "Ctrl-C" else _raise
-        twin, bed = (KINDS[kind](random.Random(seed)) for _ in range(2))
-        counter: Any = Operations(None) if how == "operation" else Lines(None, act)
+
+    def whole(self, how: str) -> Operations | Lines:
+        """Make it; return what has counted the places where it can be stopped."""
+        twin = self.make()
+        counter: Operations | Lines = Operations(None) if how == "operation" else Lines(None, _raise)
         with counter:
             twin.change()
-        after, before, content = twin.seen(), bed.seen(identity=True), bed.seen()
-        stop = rng.randrange(max(1, counter.seen))
-        stopper: Any = Operations(stop) if how == "operation" else Lines(stop, act)
+        self.after, self.count = twin.seen(), counter.seen
+        return counter
+
+    def stop(self, how: str, at: int) -> None:
+        """Stop it at this place and check what is left."""
+        bed = self.make()
+        before, content = bed.seen(identity=True), bed.seen()
+        act = _interrupt if how == "Ctrl-C" else _raise
+        stopper: Any = Operations(at) if how == "operation" else Lines(at, act)
         raised = False
         with suppress(Injected, KeyboardInterrupt), stopper:
             raised = True
             bed.change()
             raised = False
-        name = f"{kind} {seed}, {how} {stop} of {counter.seen}"
+        name = f"{self.name}, {how} {at} of {self.count}"
         found, unchanged = bed.seen(), bed.seen(identity=True) == before
         self.tally.check(
-            unchanged or found == after,
-            f"{name}: half changed: {_differing(found, content)} done, {_differing(found, after)} not",
+            unchanged or found == self.after,
+            f"{name}: half changed: {_differing(found, content)} done, {_differing(found, self.after)} not",
         )
-        self.tally.check(raised or not unchanged or after == content, f"{name}: returned and did nothing")
+        self.tally.check(raised or not unchanged or self.after == content, f"{name}: returned and did nothing")
         if how == "operation":
             self.tally.check(not stopper.allocated, f"{name}: allocates where it may not: {stopper.allocated[:3]}")
         held = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
         self.tally.check(not held or how != "Ctrl-C", f"{name}: Ctrl-C is held for good")
-        if unchanged and after != content:
+        if unchanged and self.after != content:
             bed.change()
             found = bed.seen()
-            self.tally.check(found == after, f"{name}: {_differing(found, after)} are others the second time")
+            self.tally.check(found == self.after, f"{name}: {_differing(found, self.after)} are others the second time")
         self.tally.counts[f"{how}: {'as before' if unchanged else 'done'}"] += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import Column, Result, publish
 from ardlora_ext.bench.trust.beds import Hunt, Tally
-from ardlora_ext.bench.trust.changes import Changes
+from ardlora_ext.bench.trust.changes import Changes, Interrupts
 from ardlora_ext.bench.trust.faults import FileFaults, LoadFaults
 from ardlora_ext.bench.trust.fuzz import Commands, Loaders
 from ardlora_ext.bench.trust.kills import Kills
@@ -25,6 +25,7 @@ HUNTS: dict[str, Callable[[Path, Tally], Hunt]] = {
     "file-faults": FileFaults,
     "load-faults": LoadFaults,
     "changes": Changes,
+    "interrupts": Interrupts,
     "loaders": Loaders,
     "commands": Commands,
     "native": Native,

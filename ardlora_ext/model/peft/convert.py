@@ -68,6 +68,12 @@ def own_config(op: str, config: AdapterConfig | PeftLoraConfig, model: nn.Module
     return (DoraConfig if said["use_dora"] else LoraConfig)(**values)
 
 
+_WAYS = {
+    "target_parameters": "; name experts in target_modules, and what is to be trained whole in modules_to_save",
+    "bias": "; modules_to_save trains whole layers",
+}
+
+
 def _check_rest(op: str, config: PeftLoraConfig, said: dict[str, Any]) -> None:
     """Check that every option without counterpart is as PEFT has it by default."""
     for entry in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -75,7 +81,8 @@ def _check_rest(op: str, config: PeftLoraConfig, said: dict[str, Any]) -> None:
         value = said[entry.name]
         if entry.name in (*_SHARED, *_ELSEWHERE) or value == default or value in (None, False, "none", {}, []):
             continue
-        raise ValueError(f"{op}: peft.LoraConfig must leave {entry.name} at {default!r}, got {value!r:.60}")
+        way = _WAYS.get(entry.name, "")
+        raise ValueError(f"{op}: peft.LoraConfig must leave {entry.name} at {default!r}, got {value!r:.60}{way}")
 
 
 def _start(op: str, start: Any) -> str:
