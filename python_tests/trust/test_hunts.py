@@ -19,6 +19,7 @@ from ardlora_ext.bench.trust.command import hunt
         ("file-faults", 150),
         ("load-faults", 200),
         ("changes", 200),
+        ("interrupts", 120),
         ("loaders", 500),
         ("commands", 40),
         ("threads", 3),
@@ -26,7 +27,7 @@ from ardlora_ext.bench.trust.command import hunt
 )
 @pytest.mark.filterwarnings("ignore")  # of what broken files lead to
 def test_nothing_is_found(name: str, cases: int) -> None:
-    done, tally = hunt(name, range(cases), 60.0)
+    done, tally = hunt(name, range(cases), 300.0)
     assert tally.failures == []
     assert done == cases, "slower than ever"
     assert tally.counts.total() >= cases
@@ -35,7 +36,7 @@ def test_nothing_is_found(name: str, cases: int) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="no guard pages here")
 def test_native_calls_find_nothing() -> None:
     """In a process of its own, which a kernel that goes too far ends; on every instruction set."""
-    _, tally = hunt("native", range(1), 60.0)
+    _, tally = hunt("native", range(1), 300.0)
     assert tally.failures == []
     assert tally.counts["native calls"] >= 10_000
 
