@@ -16,6 +16,8 @@ class UnitTable:
     @property
     def ranks(self) -> list[int]: ...
     @property
+    def units(self) -> int: ...
+    @property
     def unit_begin(self) -> list[int]: ...
     @property
     def hidden(self) -> int: ...
@@ -73,33 +75,33 @@ def lora_backward(
     seed: int,
 ) -> None: ...
 def lora_grouped_forward(
-    table: UnitTable,
+    adapter: LoraAdapter,
     offsets: NDArray[np.int64],
-    x: _Matrix,
-    lora_A: _Matrix,
-    lora_B: _Matrix,
-    gate: int,
-    scaling: float,
-    h: _Matrix,
-    y: _Matrix,
+    places: int,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    y: _Rows,
     threads: int,
     dropout: float,
     seed: int,
 ) -> None: ...
 def lora_grouped_backward(
-    table: UnitTable,
+    adapter: LoraAdapter,
     offsets: NDArray[np.int64],
-    x: _Matrix,
-    lora_A: _Matrix,
-    lora_B: _Matrix,
-    gate: int,
-    scaling: float,
-    h: _Matrix,
-    dy: _Matrix,
-    dh: _Matrix,
-    dx: _Matrix,
-    dA: _Matrix,
-    dB: _Matrix,
+    places: int,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    dy: _Rows,
+    dh: int,
+    dx: _Rows,
+    dA: int,
+    dB: int,
     dgate: int,
     threads: int,
     dropout: float,
@@ -232,6 +234,39 @@ def cuda_lora_forward(
 ) -> None: ...
 def cuda_lora_backward(
     adapter: LoraAdapter,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    dy: _Rows,
+    dh: int,
+    dx: _Rows,
+    dA: int,
+    dB: int,
+    dgate: int,
+    dropout: float,
+    seed: int,
+    call: _Call,
+) -> None: ...
+def cuda_lora_grouped_forward(
+    adapter: LoraAdapter,
+    offsets: int,
+    places: int,
+    rows: int,
+    dtype: int,
+    x: _Rows,
+    h: int,
+    hidden: int,
+    y: _Rows,
+    dropout: float,
+    seed: int,
+    call: _Call,
+) -> None: ...
+def cuda_lora_grouped_backward(
+    adapter: LoraAdapter,
+    offsets: int,
+    places: int,
     rows: int,
     dtype: int,
     x: _Rows,

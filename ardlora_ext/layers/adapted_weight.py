@@ -7,16 +7,21 @@ expert (`W[e]`) and multiply by it, gather the experts of each row (`W[ids]`), m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext import processes
+from ardlora_ext.layers.routing import Routing
 from ardlora_ext.native import ops
+from ardlora_ext.native.compiled import as_rows
 from ardlora_ext.native.grouped import Base, lora_grouped
+from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout
+
+Places = Callable[[], torch.Tensor | None]
 
 _PRODUCTS = ("matmul", "__matmul__", "mm", "bmm")
 _GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
@@ -33,6 +38,7 @@ class Stack(Protocol):
     parameter: str
     transposed: bool
     tokens: torch.Tensor
+    prepared: Prepared
 
     @property
     def base_layer(self) -> object: ...
@@ -42,43 +48,57 @@ class Stack(Protocol):
 
     def _adapter(self, dtype: torch.dtype, dropout: ops.Dropout) -> ops.Adapter: ...
 
+    def _draw(self) -> ops.Dropout: ...
+
 
 @lru_cache(maxsize=1 << 12)
-def _matrix_table(in_features: int, out_features: int, rank: int) -> torch.Tensor:
-    return UnitLayout("matrix", "independent", 1, in_features, out_features).encode([rank])
+def _single_table(in_features: int, out_features: int, rank: int) -> torch.Tensor:
+    return UnitLayout("experts", "independent", 1, in_features, out_features).encode([rank])
 
 
-class _Call:
-    """What all products of one forward pass share: the factors, cut by expert where they are asked for."""
+class Call:
+    """What all products of one forward pass share: the routing, the mask, the factors cut by expert on demand."""
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
+    def __init__(self, stack: Stack, routing: Routing) -> None:
+        self.stack, self.routing = stack, routing
         masked = stack.training and stack.lora_dropout > 0.0
-        seed = torch.randint(2**61, (), device="cpu") ^ processes.rank() if masked else None
-        self.dropout: ops.Dropout = (stack.lora_dropout, seed) if masked else ops.NO_DROPOUT
+        self.dropout = stack._draw() if masked else ops.NO_DROPOUT
         self._parts: list[tuple[torch.Tensor, ...]] | None = None
+        self._rows = 0  # that came expert by expert
 
-    def adapter(self, dtype: torch.dtype) -> ops.Adapter:
-        """Return what the grouped op takes, for activations of this dtype."""
-        return self.stack._adapter(dtype, self.dropout)
+    def grouped(self, x: torch.Tensor, base: Base | None, offsets: torch.Tensor, places: Places) -> torch.Tensor:
+        """Return the product of rows of all experts; `places` are asked for where there is a mask."""
+        self._count(offsets.diff())
+        at = None if self.dropout[1] is None else places()
+        return lora_grouped(x, base, offsets, *self.stack._adapter(x.dtype, self.dropout), at, self.stack.prepared)
 
-    def of(self, expert: int, dtype: torch.dtype) -> ops.Adapter:
-        """Return what the ops take of one expert; all experts' gradients meet in one node (split's)."""
+    def single(self, x: torch.Tensor, base: Base | None, expert: int) -> torch.Tensor:
+        """Return the product of rows of one expert; all experts' gradients meet in one node (split's)."""
         layout, ranks = self.stack.layout, self.stack.ranks
         if self._parts is None:
-            whole = [t for t in self.adapter(dtype)[:3] if t is not None]
+            whole = [t for t in self.stack._adapter(x.dtype, self.dropout)[:3] if t is not None]
             live = sum(ranks)
             self._parts = [torch.split(t, [*ranks, len(t) - live]) for t in whole]
         a, b, *gates = (part[expert] for part in self._parts)
-        table = _matrix_table(layout.in_features, layout.out_features, ranks[expert])
-        p, seed = self.dropout
-        own = ops.NO_DROPOUT if seed is None else (p, seed + expert)
-        return a, b, gates[0] if gates else None, table, self.stack.scaling, own
+        table = _single_table(layout.in_features, layout.out_features, ranks[expert])
+        adapter = a, b, gates[0] if gates else None, table, self.stack.scaling, self.dropout
+        places = None
+        if self.dropout[1] is not None:
+            places = self.routing.places_of(expert, len(x))
+            if places is None:
+                places = torch.arange(self._rows, self._rows + len(x), device=x.device)
+            self._rows += len(x)
+        return lora_grouped(x, base, torch.tensor([0, len(x)], device=x.device), *adapter, places)
 
-    def count(self, rows: torch.Tensor) -> None:
-        """Add [experts] rows to what the experts have seen in training."""
+    def count_single(self, expert: int, rows: int) -> None:
+        """Add rows to what one expert has seen in training."""
         if self.stack.training and torch.is_grad_enabled():
-            self.stack.tokens += rows
+            self.stack.tokens[expert] += rows
+
+    def _count(self, rows: torch.Tensor) -> None:
+        """Add [experts] rows to what the experts have seen in training, where the rows are: nothing waits for them."""
+        if self.stack.training and torch.is_grad_enabled():
+            self.stack.tokens = self.stack.tokens.to(rows.device) + rows
 
 
 class AdaptedWeight:
@@ -87,12 +107,11 @@ class AdaptedWeight:
     def __init__(
         self,
         stack: Stack,
-        call: _Call | None = None,
+        call: Call,
         pick: int | torch.Tensor | None = None,
         flipped: bool = False,
     ) -> None:
-        self.stack, self.pick, self.flipped = stack, pick, flipped
-        self.call = _Call(stack) if call is None else call
+        self.stack, self.call, self.pick, self.flipped = stack, call, pick, flipped
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -227,63 +246,41 @@ class AdaptedWeight:
         self._check_axes(in_first)
         assert isinstance(self.pick, int)
         expert = self.pick
-        weight = self.tensor.mT if in_first else self.tensor
-        rows = torch.zeros(self.stack.layout.units, dtype=torch.float64, device="cpu")
-        rows[expert] = x.numel() // max(x.shape[-1], 1)
-        self.call.count(rows)
+        weight = self.tensor if in_first else self.tensor.mT  # [in, out]
+        self.call.count_single(expert, x.numel() // max(x.shape[-1], 1))
         if self.stack.ranks[expert] == 0 or x.numel() == 0:
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight.mT, bias)
+        rows = as_rows(x)
         if x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            y = ops.lora_linear(x, weight, None, *self.call.of(expert, x.dtype))
-            return y if bias is None else y + bias
-        y = F.linear(x, weight, bias)
-        return ops.lora_accumulate(y, x.to(y.dtype), *self.call.of(expert, y.dtype))
+            y = self.call.single(rows, Base(lambda t, stack: t @ stack[0], weight[None]), expert)
+        else:
+            y = F.linear(rows, weight.mT)
+            y = y + self.call.single(rows.to(y.dtype), None, expert)
+        y = y.view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
 
     def _grouped(self, func: Any, x: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         """Multiply rows sorted by expert, `offs` [experts] where each expert's end."""
         self._check_axes(in_first=True)
-        offsets = F.pad(offs.cpu().long(), (1, 0))
-        if not x.is_cpu:
-            return self._one_by_one(x, offsets)
-        self.call.count(offsets.diff())
         base = Base(lambda rows, stack: func(rows, stack, offs=offs), self.tensor)
-        return lora_grouped(x, base, offsets, *self.call.adapter(x.dtype))
+        return self.call.grouped(x, base, F.pad(offs.long(), (1, 0)), lambda: self.call.routing.order(len(x)))
 
     def _dealt(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [experts, T, in]: each expert has as many rows."""
         self._check_axes(in_first=True)
         experts, each, _ = x.shape
-        offsets = torch.arange(experts + 1, device="cpu") * each
-        if not x.is_cpu:
-            return self._one_by_one(x.flatten(0, 1), offsets).view(experts, each, -1)
-        self.call.count(offsets.diff())
+        offsets = torch.arange(experts + 1, device=x.device) * each
         base = Base(lambda rows, stack: torch.bmm(rows.view(experts, each, -1), stack).flatten(0, 1), self.tensor)
-        return lora_grouped(x.flatten(0, 1), base, offsets, *self.call.adapter(x.dtype)).view(experts, each, -1)
-
-    def _one_by_one(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Multiply rows sorted by expert with the kernels of one matrix: where there are no grouped ones (CUDA)."""
-        sizes = offsets.diff().tolist()
-        *parts, past = torch.split(x, [*sizes, len(x) - sum(sizes)])
-        each = [
-            AdaptedWeight(self.stack, self.call, e, self.flipped)._matrix(rows, None, self.in_first)
-            for e, rows in enumerate(parts)
-        ]
-        return torch.cat([*each, past.new_zeros(len(past), each[0].shape[1])])
+        return self.call.grouped(x.flatten(0, 1), base, offsets, lambda: None).view(experts, each, -1)
 
     def _gathered(self, x: torch.Tensor, first: bool) -> torch.Tensor:
         """Multiply each of x [S, 1, in], or as columns [S, in, 1], by the matrix of its own expert."""
         self._check_axes(in_first=not first)
         assert isinstance(self.pick, torch.Tensor)
         rows = x[..., 0] if first else x[:, 0]
-        order = torch.argsort(self.pick, stable=True)
-        counts = torch.bincount(self.pick, minlength=self.stack.layout.units).cpu()
-        offsets = F.pad(counts.cumsum(0), (1, 0))
-        if x.is_cpu:
-            self.call.count(counts)
-            y = torch.bmm(self.tensor, x)[..., 0] if first else torch.bmm(x, self.tensor)[:, 0]
-            update = lora_grouped(rows[order], None, offsets, *self.call.adapter(rows.dtype))
-            y = y + update[torch.argsort(order)]
-        else:
-            stack = AdaptedWeight(self.stack, self.call, None, self.flipped)
-            y = stack._one_by_one(rows[order], offsets)[torch.argsort(order)]
+        experts, order = torch.sort(self.pick, stable=True)
+        offsets = torch.searchsorted(experts, torch.arange(self.stack.layout.units + 1, device=x.device))
+        y = torch.bmm(self.tensor, x)[..., 0] if first else torch.bmm(x, self.tensor)[:, 0]
+        update = self.call.grouped(rows[order], None, offsets, lambda: order)
+        y = y + update[torch.argsort(order)]
         return y[..., None] if first else y[:, None]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ardlora_ext.layers.adapted_weight import AdaptedWeight
+from ardlora_ext.layers.adapted_weight import AdaptedWeight, Call
 from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.routing import Routing
 from ardlora_ext.native.units import UnitLayout
 
 
@@ -25,7 +26,8 @@ class ExpertStack(LoraLinear):
     Attributes:
         parameter: name of the stacked parameter in the experts module.
         transposed: whether that is [experts, in, out]; else [experts, out, in].
-        tokens: [experts] rows that each expert has seen in training mode since the controller last looked.
+        tokens: [experts] rows that each expert has seen in training mode since the controller last looked, on the
+            device of the rows.
     """
 
     def __init__(
@@ -141,9 +143,10 @@ class LoraExperts(nn.Module):
         """
         place = vars(self.base_layer)  # an instance's own attributes come before its parameters
         waiting = [stack for stack in self.stacks if stack.undo_merge is None]
+        routing = Routing([*args, *kwargs.values()])
         try:
             for stack in waiting:
-                place[stack.parameter] = AdaptedWeight(stack)
+                place[stack.parameter] = AdaptedWeight(stack, Call(stack, routing))
             return self.base_layer(*args, **kwargs)
         finally:
             for stack in waiting:

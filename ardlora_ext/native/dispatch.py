@@ -23,6 +23,8 @@ __all__ = [
     "importance",
     "lora_backward",
     "lora_forward",
+    "lora_grouped_backward",
+    "lora_grouped_forward",
     "native_adapter",
     "rank_resize",
     "row_dots",
@@ -153,6 +155,68 @@ def lora_backward(
         core.cuda_lora_backward(*first, d_h.data_ptr(), of_dx, *out, *dropout, call)
     else:
         core.lora_backward(*first, 0 if d_h is None else d_h.data_ptr(), of_dx, *out, threads(), *dropout)
+
+
+class Sorted(NamedTuple):
+    """How rows are sorted by expert; both int64 on the device of the rows."""
+
+    offsets: torch.Tensor  # [experts + 1]
+    places: torch.Tensor | None  # [M], each row's number in the counter of dropout; None: its order
+
+    def at(self) -> tuple[int, int]:
+        """Return both addresses, 0 for none."""
+        return self.offsets.data_ptr(), 0 if self.places is None else self.places.data_ptr()
+
+
+def lora_grouped_forward(
+    native: NativeAdapter,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    by_expert: Sorted,
+    dropout: tuple[float, int],
+) -> torch.Tensor:
+    """Add the experts' adapters to y [M, N], contiguous, for x [M, K] sorted by expert; return H [M, largest rank].
+
+    On a CUDA device the offsets stay there: nothing waits for them, and nothing can refuse them.
+    """
+    (m, k), n, code = x.shape, y.shape[1], DTYPE_CODES[x.dtype]
+    hidden = -(-native.table.hidden // 8) * 8  # rows of whole 16 bytes
+    h = x.new_empty((m, hidden), dtype=hidden_dtype(x))
+    offsets, places = by_expert.at()
+    rows = m, code, (x.data_ptr(), k, x.stride(0)), h.data_ptr(), hidden, (y.data_ptr(), n, n)
+    if native.on_cuda:
+        call, _workspace = _device_call(native, x)
+        core.cuda_lora_grouped_forward(native.adapter, offsets, places, *rows, *dropout, call)
+    else:
+        core.lora_grouped_forward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *dropout)
+    return h
+
+
+def lora_grouped_backward(
+    native: NativeAdapter,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    dy: torch.Tensor,
+    d_h: torch.Tensor,
+    dx: torch.Tensor | None,
+    d_a: torch.Tensor,
+    d_b: torch.Tensor,
+    d_gate: torch.Tensor | None,
+    by_expert: Sorted,
+    dropout: tuple[float, int],
+) -> None:
+    """Write the gradients of factors, gates and H, and add to dx, as `lora_backward`; zeros for experts without rows."""
+    (m, k), n = x.shape, dy.shape[1]
+    of_x, of_h, of_dy = (x.data_ptr(), k, x.stride(0)), (h.data_ptr(), h.shape[1]), (dy.data_ptr(), n, dy.stride(0))
+    of_dx = (0, k, k) if dx is None else (dx.data_ptr(), k, k)
+    out = d_h.data_ptr(), of_dx, d_a.data_ptr(), d_b.data_ptr(), 0 if d_gate is None else d_gate.data_ptr()
+    rows = m, DTYPE_CODES[x.dtype], of_x, *of_h, of_dy, *out
+    offsets, places = by_expert.at()
+    if native.on_cuda:
+        call, _workspace = _device_call(native, x)
+        core.cuda_lora_grouped_backward(native.adapter, offsets, places, *rows, *dropout, call)
+    else:
+        core.lora_grouped_backward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *dropout)
 
 
 def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> Callable[[], None]:

@@ -113,12 +113,16 @@ def philox(seed: int, counter: tuple[int, int, int, int], rounds: int = 7) -> tu
     return c0, c1, c2, c3
 
 
-def dropout_factors(p: float, seed: int, rows: int, cols: int) -> torch.Tensor:
-    """Return what dropout multiplies x [rows, cols] with: 0 or 1 / (1 - p), p in steps of 1/65536."""
+def dropout_factors(p: float, seed: int, rows: int | Sequence[int], cols: int) -> torch.Tensor:
+    """Return what dropout multiplies x [rows, cols] with: 0 or 1 / (1 - p), p in steps of 1/65536.
+
+    `rows` may be each row's number in the counter instead: rows that come sorted keep the masks of their tokens.
+    """
     threshold = math.floor(p * 65536.0 + 0.5)
-    out = torch.empty(rows, cols, dtype=torch.float64)
-    for m in range(rows):
-        lanes = [philox(seed, (lane, m, 0, 0)) for lane in range(16 * math.ceil(cols / 128))]
+    places = range(rows) if isinstance(rows, int) else rows
+    out = torch.empty(len(places), cols, dtype=torch.float64)
+    for m, place in enumerate(places):
+        lanes = [philox(seed, (lane, place, 0, 0)) for lane in range(16 * math.ceil(cols / 128))]
         for n in range(cols):
             word = lanes[n // 128 * 16 + n % 16][n % 128 // 32]
             bits = word >> 16 if n // 16 % 2 else word & 0xFFFF

@@ -34,32 +34,7 @@ cuda::Gemm gemm_kind(const std::string& name) {
   return cuda::Gemm::kOuterShrink;
 }
 
-}  // namespace
-
-void bind_cuda_lora(py::module_& m) {
-  m.def(
-      "cuda_segment_table",
-      [](const UnitTable& table) {
-        const std::vector<std::int64_t> words = cuda::segment_table(table);
-        return py::array_t<std::int64_t>(static_cast<py::ssize_t>(words.size()), words.data());
-      },
-      py::arg("table"));
-  m.def(
-      "cuda_gemm_plan",
-      [](const UnitTable& table, bool is_a, const std::string& kind, std::int64_t rows, int dtype, bool dropout,
-         const std::pair<int, int>& multiprocessors) {
-        return describe(cuda::plan_gemm(gemm_kind(kind), is_a ? table.a() : table.b(), table.hidden(), rows,
-                                        dtype_from_code(dtype, "gemm_plan"), dropout,
-                                        {multiprocessors.first, multiprocessors.second}));
-      },
-      py::arg("table"), py::arg("is_a"), py::arg("kind"), py::arg("rows"), py::arg("dtype"), py::arg("dropout"),
-      py::arg("multiprocessors"));
-  m.def(
-      "cuda_lora_workspace",
-      [](const UnitTable& table, std::int64_t rows, int dtype, int device) {
-        return cuda::lora_workspace(table, rows, dtype_from_code(dtype, "lora_workspace"), device);
-      },
-      py::arg("table"), py::arg("rows"), py::arg("dtype"), py::arg("device"));
+void bind_forward_and_backward(py::module_& m) {
   m.def(
       "cuda_lora_forward",
       [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
@@ -90,6 +65,75 @@ void bind_cuda_lora(py::module_& m) {
       py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
       py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("dropout"),
       py::arg("seed"), py::arg("call"));
+}
+
+const std::int64_t* offsets_at(std::uintptr_t address) { return reinterpret_cast<const std::int64_t*>(address); }
+
+// The offsets and places by address, in device memory.
+void bind_grouped(py::module_& m) {
+  m.def(
+      "cuda_lora_grouped_forward",
+      [](const LoraAdapter& adapter, std::uintptr_t offsets, std::uintptr_t places, std::int64_t rows, int dtype,
+         const RowsArg& x, std::uintptr_t h, std::int64_t hidden, const RowsArg& y, double dropout, std::uint64_t seed,
+         const CallArg& call) {
+        const DType type = dtype_from_code(dtype, "lora_grouped_forward");
+        const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
+                                            sorted_dropout(dropout, seed, places, rows));
+        const MatrixView yv = rows_view(y, rows, type);
+        py::gil_scoped_release release;
+        cuda::lora_grouped_forward({p, offsets_at(offsets)}, yv, device_call(call));
+      },
+      py::arg("adapter"), py::arg("offsets"), py::arg("places"), py::arg("rows"), py::arg("dtype"), py::arg("x"),
+      py::arg("h"), py::arg("hidden"), py::arg("y"), py::arg("dropout"), py::arg("seed"), py::arg("call"));
+  m.def(
+      "cuda_lora_grouped_backward",
+      [](const LoraAdapter& adapter, std::uintptr_t offsets, std::uintptr_t places, std::int64_t rows, int dtype,
+         const RowsArg& x, std::uintptr_t h, std::int64_t hidden, const RowsArg& dy, std::uintptr_t dh,
+         const RowsArg& dx, std::uintptr_t da, std::uintptr_t db, std::uintptr_t dgate, double dropout,
+         std::uint64_t seed, const CallArg& call) {
+        const DType type = dtype_from_code(dtype, "lora_grouped_backward");
+        const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
+                                            sorted_dropout(dropout, seed, places, rows));
+        const MatrixView dyv = rows_view(dy, rows, type), dhv = packed_view(dh, rows, hidden, type),
+                         dxv = rows_view(dx, rows, type), dav = gradient_view(da, p.lora_A),
+                         dbv = gradient_view(db, p.lora_B);
+        py::gil_scoped_release release;
+        cuda::lora_grouped_backward({p, offsets_at(offsets)}, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate),
+                                    device_call(call));
+      },
+      py::arg("adapter"), py::arg("offsets"), py::arg("places"), py::arg("rows"), py::arg("dtype"), py::arg("x"),
+      py::arg("h"), py::arg("hidden"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"),
+      py::arg("dgate"), py::arg("dropout"), py::arg("seed"), py::arg("call"));
+}
+
+}  // namespace
+
+void bind_cuda_lora(py::module_& m) {
+  m.def(
+      "cuda_segment_table",
+      [](const UnitTable& table) {
+        const std::vector<std::int64_t> words = cuda::segment_table(table);
+        return py::array_t<std::int64_t>(static_cast<py::ssize_t>(words.size()), words.data());
+      },
+      py::arg("table"));
+  m.def(
+      "cuda_gemm_plan",
+      [](const UnitTable& table, bool is_a, const std::string& kind, std::int64_t rows, int dtype, bool dropout,
+         const std::pair<int, int>& multiprocessors) {
+        return describe(cuda::plan_gemm(
+            gemm_kind(kind), is_a ? table.a() : table.b(), table.hidden(), rows, dtype_from_code(dtype, "gemm_plan"),
+            dropout, {multiprocessors.first, multiprocessors.second}, table.kind() == UnitKind::kExperts));
+      },
+      py::arg("table"), py::arg("is_a"), py::arg("kind"), py::arg("rows"), py::arg("dtype"), py::arg("dropout"),
+      py::arg("multiprocessors"));
+  m.def(
+      "cuda_lora_workspace",
+      [](const UnitTable& table, std::int64_t rows, int dtype, int device) {
+        return cuda::lora_workspace(table, rows, dtype_from_code(dtype, "lora_workspace"), device);
+      },
+      py::arg("table"), py::arg("rows"), py::arg("dtype"), py::arg("device"));
+  bind_forward_and_backward(m);
+  bind_grouped(m);
 }
 
 }  // namespace ardlora

@@ -39,6 +39,11 @@ inline MatrixView gradient_view(std::uintptr_t data, const MatrixView& factor) {
   return packed_view(data, factor.rows, factor.cols, DType::kFloat32);
 }
 
+// Of rows sorted by expert: `places`, by address, are their numbers in the counter, or 0 for their order.
+inline Dropout sorted_dropout(double p, std::uint64_t seed, std::uintptr_t places, std::int64_t rows) {
+  return make_dropout(p, seed, reinterpret_cast<const std::int64_t*>(places), rows);
+}
+
 inline void bind_lora_adapter(pybind11::module_& m) {
   namespace py = pybind11;
   py::class_<LoraAdapter>(m, "LoraAdapter", "Table, factors, gates and scaling of one adapter, by address.",

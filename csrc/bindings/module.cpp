@@ -43,6 +43,7 @@ void bind_unit_table(py::module_& m) {
            }),
            py::arg("kind"), py::arg("factoring"), py::arg("in_features"), py::arg("out_features"), py::arg("ranks"))
       .def_property_readonly("ranks", &UnitTable::ranks)
+      .def_property_readonly("units", [](const UnitTable& t) { return t.ranks().size(); })
       .def_property_readonly("unit_begin", &UnitTable::unit_begin)
       .def_property_readonly("hidden", &UnitTable::hidden)
       .def_property_readonly("gate_on_a", &UnitTable::gate_on_a)
@@ -134,36 +135,39 @@ GroupedParams grouped(const LoraParams& lora, const IndexArray& offsets, const c
 void bind_lora_grouped(py::module_& m) {
   m.def(
       "lora_grouped_forward",
-      [](const UnitTable& table, const IndexArray& offsets, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b,
-         std::uintptr_t gate, float scaling, const MatrixArg& h, const MatrixArg& y, int threads, double dropout,
+      [](const LoraAdapter& adapter, const IndexArray& offsets, std::uintptr_t places, std::int64_t rows, int dtype,
+         const RowsArg& x, std::uintptr_t h, std::int64_t hidden, const RowsArg& y, int threads, double dropout,
          std::uint64_t seed) {
         constexpr const char* op = "lora_grouped_forward";
-        const GroupedParams p = grouped({&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling,
-                                         view(h, op), threads, make_dropout(dropout, seed)},
-                                        offsets, op);
-        const MatrixView yv = view(y, op);
+        const DType type = dtype_from_code(dtype, op);
+        const LoraParams lora = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, DType::kFloat32),
+                                               threads, sorted_dropout(dropout, seed, places, rows));
+        const GroupedParams p = grouped(lora, offsets, op);
+        const MatrixView yv = rows_view(y, rows, type);
         py::gil_scoped_release release;
         lora_grouped_forward(p, yv);
       },
-      py::arg("table"), py::arg("offsets"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"),
-      py::arg("scaling"), py::arg("h"), py::arg("y"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
+      py::arg("adapter"), py::arg("offsets"), py::arg("places"), py::arg("rows"), py::arg("dtype"), py::arg("x"),
+      py::arg("h"), py::arg("hidden"), py::arg("y"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
   m.def(
       "lora_grouped_backward",
-      [](const UnitTable& table, const IndexArray& offsets, const MatrixArg& x, const MatrixArg& a, const MatrixArg& b,
-         std::uintptr_t gate, float scaling, const MatrixArg& h, const MatrixArg& dy, const MatrixArg& dh,
-         const MatrixArg& dx, const MatrixArg& da, const MatrixArg& db, std::uintptr_t dgate, int threads,
-         double dropout, std::uint64_t seed) {
+      [](const LoraAdapter& adapter, const IndexArray& offsets, std::uintptr_t places, std::int64_t rows, int dtype,
+         const RowsArg& x, std::uintptr_t h, std::int64_t hidden, const RowsArg& dy, std::uintptr_t dh,
+         const RowsArg& dx, std::uintptr_t da, std::uintptr_t db, std::uintptr_t dgate, int threads, double dropout,
+         std::uint64_t seed) {
         constexpr const char* op = "lora_grouped_backward";
-        const GroupedParams p = grouped({&table, view(x, op), view(a, op), view(b, op), floats(gate), scaling,
-                                         view(h, op), threads, make_dropout(dropout, seed)},
-                                        offsets, op);
-        const MatrixView dyv = view(dy, op), dhv = view(dh, op), dxv = view(dx, op), dav = view(da, op),
-                         dbv = view(db, op);
+        const DType type = dtype_from_code(dtype, op);
+        const LoraParams lora = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, DType::kFloat32),
+                                               threads, sorted_dropout(dropout, seed, places, rows));
+        const GroupedParams p = grouped(lora, offsets, op);
+        const MatrixView dyv = rows_view(dy, rows, type), dhv = packed_view(dh, rows, hidden, DType::kFloat32),
+                         dxv = rows_view(dx, rows, type), dav = gradient_view(da, lora.lora_A),
+                         dbv = gradient_view(db, lora.lora_B);
         py::gil_scoped_release release;
         lora_grouped_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate));
       },
-      py::arg("table"), py::arg("offsets"), py::arg("x"), py::arg("lora_A"), py::arg("lora_B"), py::arg("gate"),
-      py::arg("scaling"), py::arg("h"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"),
+      py::arg("adapter"), py::arg("offsets"), py::arg("places"), py::arg("rows"), py::arg("dtype"), py::arg("x"),
+      py::arg("h"), py::arg("hidden"), py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"),
       py::arg("dgate"), py::arg("threads"), py::arg("dropout"), py::arg("seed"));
 }
 

@@ -33,11 +33,16 @@ ARDLORA_DEVICE PhiloxWords philox(const Dropout& d, std::uint32_t counter, std::
   return {{c0, c1, c2, c3}};
 }
 
+// Rows past the last, in the tail of a tile, have no counter and are not stored.
+ARDLORA_DEVICE std::uint32_t row_counter(const Dropout& d, int row) {
+  return static_cast<std::uint32_t>(d.rows == nullptr || row >= d.count ? row : d.rows[row]);
+}
+
 // One element, for layouts without chunks.
 ARDLORA_DEVICE bool kept(const Dropout& d, int row, int column) {
   const int block = column / kPhiloxColumns, in_block = column % kPhiloxColumns;
-  const PhiloxWords w = philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + column % kPhiloxLanes),
-                               static_cast<std::uint32_t>(row));
+  const PhiloxWords w =
+      philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + column % kPhiloxLanes), row_counter(d, row));
   const bool odd = (in_block & 32) != 0, upper = (in_block & 64) != 0;
   const std::uint32_t low = odd ? w.word[1] : w.word[0], high = odd ? w.word[3] : w.word[2];
   const std::uint32_t bits = upper ? high : low;
@@ -56,11 +61,11 @@ template <int kChunk>
 ARDLORA_DEVICE ChunkMasks chunk_masks(const Dropout& d, int row, int block, int slot) {
   // Half h of v is at least the threshold where h + (2^16 - threshold) carries: both halves in one addition.
   const std::uint32_t add = ((0x10000u - d.threshold) & 0xffffu) * 0x10001u;
+  const std::uint32_t counter = row_counter(d, row);
   std::uint32_t carries[4] = {};  // of word i, each new one above the older
 #pragma unroll 1
   for (int e = 0; e < kChunk; ++e) {
-    const PhiloxWords w = philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + slot * kChunk + e),
-                                 static_cast<std::uint32_t>(row));
+    const PhiloxWords w = philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + slot * kChunk + e), counter);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const std::uint32_t v = w.word[i], below = (v & 0x7fff7fffu) + (add & 0x7fff7fffu);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/dropout.cuh"
+#include "cuda/row_blocks.cuh"
 #include "cuda/segment_table.h"
 #include "cuda/tile_io.cuh"
 
@@ -13,8 +14,9 @@ namespace ardlora::cuda {
 
 struct ExpandParams {
   FactorTable table;
-  int width;      // columns of a segment
-  Activations h;  // in the type of y
+  const RowBlock* blocks;  // of rows sorted by expert, grid.x of them; else null
+  int width;               // columns of a segment
+  Activations h;           // in the type of y
   Operand w;
   const float* gate;  // of W's rows, or null
   float scale;
@@ -95,11 +97,11 @@ struct ExpandTile {
   Word16 old[4][kChunks];
   float acc[2][kWarpColumns / 8][4];
 
-  ARDLORA_DEVICE ExpandTile(const ExpandParams& params, int row, int col_begin, int tile_column)
+  ARDLORA_DEVICE ExpandTile(const ExpandParams& params, int row, int end, int col_begin, int tile_column)
       : p(params), lane_row(warp_row() + lane_id() / 4) {
     const int column = tile_column + warp_column() + lane_id() % 4 * kChunk;
     y_column = col_begin + column;
-    rows_left = p.y.rows - row - lane_row;
+    rows_left = end - row - lane_row;
     columns_left = p.width - column;
     y = static_cast<T*>(p.y.data) + (row + lane_row) * p.y.stride + y_column;
   }
@@ -186,9 +188,14 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   constexpr int kLogHalf = 6;
   static_assert(1 << kLogHalf == kExpandHalf);
   ARDLORA_SHARED(shared);
-  const DeviceSegment segment = load_record(p.table.segments + blockIdx.y / static_cast<unsigned>(p.column_tiles));
+  const RowBlock rows = row_block(p.blocks, static_cast<int>(blockIdx.x), kExpandRows, p.y.rows);
+  if (rows.segment < 0) return;
+  const DeviceSegment segment =
+      load_record(p.table.segments + rows.segment + blockIdx.y / static_cast<unsigned>(p.column_tiles));
   if (segment.rank == 0) return;
-  const int row = static_cast<int>(blockIdx.x) * kExpandRows;
+  const int row = rows.begin;
+  Activations h_rows = p.h;
+  h_rows.rows = rows.end;
   const int tile_column = static_cast<int>(blockIdx.y) % p.column_tiles * kExpandColumns;  // in the segment
   const int log_ranks = log_rank_tile(p.rank_tile);
   const int rank_tiles = (segment.rank + p.rank_tile - 1) >> log_ranks;
@@ -201,7 +208,7 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
     return Tile<T>{h_tiles + (rank_tiles > 1 ? step % 2 * h_bytes : 0), kExpandRows};
   };
 
-  ExpandTile<T> y(p, row, segment.col_begin, tile_column);
+  ExpandTile<T> y(p, row, rows.end, segment.col_begin, tile_column);
   y.begin(0);
   if (dropping) masks.fill(p.dropout, row, segment.col_begin + tile_column);
 
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   };
   const auto copy_h = [&](int step, int tile) {
     const int column = segment.h_begin + tile * p.rank_tile;
-    copy_async<T, kExpandThreads, kExpandRows>(h_tile(step), p.h, row, column, log_ranks, column + ranks(tile));
+    copy_async<T, kExpandThreads, kExpandRows>(h_tile(step), h_rows, row, column, log_ranks, column + ranks(tile));
     cp_async_commit();
   };
   const auto fetch_w = [&](int half, int tile) {

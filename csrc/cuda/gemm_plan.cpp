@@ -54,19 +54,39 @@ struct Problem {
   int bytes;  // of an element of the activations
   bool dropout;
   const Multiprocessors& device;
+  bool sorted;  // by expert: a segment is an expert
 
   std::int64_t segments() const { return static_cast<std::int64_t>(factor.segments.size()); }
+  // Segments that each block of rows meets.
+  std::int64_t beside() const { return sorted ? 1 : segments(); }
+  // Blocks of up to `length` rows, in the worst case where they are sorted.
+  std::int64_t row_blocks(std::int64_t length) const {
+    return sorted ? rows / length + std::min(segments(), rows) : ceil_div(rows, length);
+  }
 };
+
+// The rows of a share where rows are sorted by expert: two waves of blocks if they are of one expert, but so many rows
+// that partial sums are a small part of what is moved. An expert with more has a partial sum for each share.
+void set_row_shares(GemmPlan& plan, const Problem& p, std::int64_t blocks) {
+  constexpr std::int64_t kWaves = 2, kResident = 2, kLeast = 256, kOfRank = 32, kMostShares = 32768;
+  const std::int64_t shares = std::max<std::int64_t>(1, kWaves * kResident * p.device.count / blocks);
+  const std::int64_t rows =
+      std::max({ceil_div(p.rows, shares), kLeast, kOfRank * p.factor.max_rank, ceil_div(p.rows, kMostShares)});
+  plan.share = static_cast<int>(ceil_div(rows, 16) * 16);
+  plan.sums = static_cast<int>((p.rows - 1) / plan.share);
+  plan.shares = std::max(1, 2 * plan.sums);
+  plan.partial_rows = p.factor.max_rank;
+}
 
 // Each returns the tiles along x and y.
 using Tiles = std::pair<std::int64_t, std::int64_t>;
 
 Tiles plan_shrink(GemmPlan& plan, const Problem& p) {
   const std::int64_t rank_tiles = ceil_div(p.factor.max_rank, plan.rank_tile);
-  const std::vector<SegmentGroup> groups = segment_groups(p.factor);
-  std::int32_t longest = 0;
+  const std::vector<SegmentGroup> groups = p.sorted ? std::vector<SegmentGroup>{} : segment_groups(p.factor);
+  std::int32_t longest = 1;
   for (const SegmentGroup& g : groups) longest = std::max(longest, g.segments);
-  const Tiles tiles{ceil_div(p.rows, kShrinkRows), static_cast<std::int64_t>(groups.size()) * rank_tiles};
+  const Tiles tiles{p.row_blocks(kShrinkRows), (p.sorted ? 1 : static_cast<std::int64_t>(groups.size())) * rank_tiles};
   plan.threads = kShrinkThreads;
   plan.shared = shrink_shared(plan.rank_tile);
   plan.tiles = static_cast<int>(rank_tiles);
@@ -88,7 +108,7 @@ Tiles plan_expand(GemmPlan& plan, const Problem& p) {
   plan.threads = kExpandThreads;
   plan.shared = expand_shared(p.bytes, plan.rank_tile, p.factor.max_rank > plan.rank_tile ? 2 : 1, p.dropout);
   plan.tiles = static_cast<int>(ceil_div(p.factor.width, kExpandColumns));
-  return {ceil_div(p.rows, kExpandRows), p.segments() * plan.tiles};
+  return {p.row_blocks(kExpandRows), p.beside() * plan.tiles};
 }
 
 Tiles plan_outer(GemmPlan& plan, const Problem& p) {
@@ -103,7 +123,11 @@ Tiles plan_outer(GemmPlan& plan, const Problem& p) {
   plan.partial_stride = ceil_div(p.factor.width, 4) * 4;
   plan.hidden_rows = shrinks ? p.rows : 0;
   plan.hidden_stride = ceil_div(p.hidden, 8) * 8;
-  const Tiles tiles{p.segments() * plan.tiles, ceil_div(ranks, plan.rank_tile)};
+  const Tiles tiles{p.beside() * plan.tiles, ceil_div(ranks, plan.rank_tile)};
+  if (p.sorted) {
+    set_row_shares(plan, p, tiles.first * tiles.second);
+    return tiles;
+  }
   set_shares(plan,
              {.blocks = tiles.first * tiles.second,
               .length = p.rows,
@@ -118,7 +142,7 @@ Tiles plan_outer(GemmPlan& plan, const Problem& p) {
 }  // namespace
 
 GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations,
-                   bool dropout, const Multiprocessors& device) {
+                   bool dropout, const Multiprocessors& device, bool sorted) {
   constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max() - 1024, kMaxY = 65535;
   ARDLORA_CHECK(rows <= kMaxRows, "gemm_plan: x must have at most ", kMaxRows, " rows, got ", rows);
   GemmPlan plan{};
@@ -126,14 +150,16 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
   plan.shares = 1;
   plan.rank_tile = fitting_rank_tile(factor.max_rank);
   if (rows == 0 || factor.segments.empty()) return plan;
-  const Problem problem{factor, hidden, rows, static_cast<int>(dtype_size(activations)), dropout, device};
+  const Problem problem{factor, hidden, rows, static_cast<int>(dtype_size(activations)), dropout, device, sorted};
   const auto [x, y] = kind == Gemm::kShrink   ? plan_shrink(plan, problem)
                       : kind == Gemm::kExpand ? plan_expand(plan, problem)
                                               : plan_outer(plan, problem);
   ARDLORA_CHECK(y <= kMaxY, "gemm_plan: a factor must need at most ", kMaxY, " tiles, got ", y);
   plan.blocks[0] = static_cast<unsigned>(x);
   plan.blocks[1] = static_cast<unsigned>(y);
-  plan.blocks[2] = static_cast<unsigned>(plan.shares);
+  // Of sorted rows an expert without any has a share too: its gradient is zero.
+  const bool counted = sorted && kind == Gemm::kOuter;
+  plan.blocks[2] = static_cast<unsigned>(counted ? rows / plan.share + problem.segments() : plan.shares);
   return plan;
 }
 

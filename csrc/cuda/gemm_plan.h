@@ -65,6 +65,7 @@ struct GemmPlan {
   int tiles;                    // rank tiles of a group (shrink) or column tiles of a segment
   int shares;                   // parts of the summed dimension; more than one: partial sums go to the workspace
   int share;                    // its length: steps (shrink) or rows
+  int sums;                     // of sorted rows: experts with several shares, at most
   std::int64_t partial_rows;    // of a share
   std::int64_t partial_stride;  // floats
   std::int64_t hidden_rows;     // outer_shrink: of a column tile's partial sums of dH
@@ -81,9 +82,10 @@ struct Multiprocessors {
   int shared;  // bytes of each
 };
 
-// `hidden`: columns of H.
+// `hidden`: columns of H. `sorted`: the factor is of experts, and rows come sorted by expert, who knows how many for
+// each (row_blocks.cuh): there are blocks for the worst case, along x, for `outer` along z.
 GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations,
-                   bool dropout, const Multiprocessors& device);
+                   bool dropout, const Multiprocessors& device, bool sorted = false);
 
 // Whether one pass over dy makes dH and dB, instead of a shrink and an outer. Its parts of dH are 4 bytes a rank for
 // each 128 columns of dy, written and read again: from 32 ranks on that is more than reading dy twice. Units that share

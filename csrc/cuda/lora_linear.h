@@ -4,6 +4,7 @@
 // are float.
 #pragma once
 
+#include "ardlora/lora_grouped.h"
 #include "ardlora/lora_linear.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/launch.h"
@@ -23,6 +24,12 @@ std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType act
 void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call);
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
                    const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call);
+
+// As in ardlora/lora_grouped.h. The offsets are in device memory and stay there, so that they cannot be refused: rows
+// that bad ones give to no expert, or to two, stay as they are or with the first.
+void lora_grouped_forward(const GroupedParams& p, const MatrixView& y, const DeviceCall& call);
+void lora_grouped_backward(const GroupedParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
+                           const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call);
 
 Multiprocessors multiprocessors(int device);
 

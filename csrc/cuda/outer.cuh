@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/dropout.cuh"
+#include "cuda/row_blocks.cuh"
 #include "cuda/segment_table.h"
 #include "cuda/tile_io.cuh"
 
@@ -16,15 +17,18 @@ namespace ardlora::cuda {
 
 struct OuterParams {
   FactorTable table;
-  int width;      // columns of a segment
-  Activations h;  // in the type of x
+  const RowBlock* blocks;  // shares of rows sorted by expert, grid.z of them; else null
+  int width;               // columns of a segment
+  Activations h;           // in the type of x
   Activations x;
   const float* gate;  // of dW's rows, or null
   float scale;        // with dropout: times its keep_scale
-  float* out;         // dW, or [shares, rows, out_stride]
+  float* out;         // dW
   std::int64_t out_stride;
+  float* partial;  // sums of shares, to which the second stage brings scale and gate: [shares, rows of dW, .] or, where
+                   // rows are sorted, [shares, ranks, .]; or null
+  std::int64_t partial_stride;
   std::int64_t share_stride;  // between shares
-  bool partial;               // scale and gate are left to the second stage
   int share;                  // rows of a share
   int column_tiles;           // grid.x = segments * column_tiles
   int rank_tile;              // 16, 32 or 64; grid.y counts them
@@ -101,7 +105,10 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   static_assert(1 << kLogColumns == kOuterColumns);
   constexpr int kXBytes = tile_bytes<T>(kRows, kOuterColumns);
   ARDLORA_SHARED(shared);
-  const DeviceSegment segment = load_record(p.table.segments + blockIdx.x / static_cast<unsigned>(p.column_tiles));
+  const RowBlock rows = row_block(p.blocks, static_cast<int>(blockIdx.z), p.share, p.x.rows);
+  if (rows.segment < 0) return;
+  const DeviceSegment segment =
+      load_record(p.table.segments + rows.segment + blockIdx.x / static_cast<unsigned>(p.column_tiles));
   // A tile's columns of H begin at a chunk, maybe with some of the unit before: their sums are not written.
   const int h_column = segment.h_begin / Tile<T>::kChunk * Tile<T>::kChunk + static_cast<int>(blockIdx.y) * p.rank_tile;
   const int first_rank = h_column - segment.h_begin;
@@ -112,9 +119,9 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   const int x_column = segment.col_begin + tile_column;
 
   // The rows of this share, and their steps.
-  const int first_row = static_cast<int>(blockIdx.z) * p.share;
+  const int first_row = rows.begin;
   Activations x_rows = p.x, h_rows = p.h;
-  if (first_row + p.share < p.x.rows) x_rows.rows = h_rows.rows = first_row + p.share;
+  x_rows.rows = h_rows.rows = rows.end;
   const int steps = (x_rows.rows - first_row + kRows - 1) / kRows;
   const int stage_bytes = kXBytes + tile_bytes<T>(kRows, p.rank_tile);
   const auto x_tile = [&](int step) { return Tile<T>{shared + step % kOuterStages * stage_bytes, kRows}; };
@@ -190,21 +197,24 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   }
   cp_async_wait<0>();
 
-  const int w_row = segment.w_begin + first_rank + lane_id() % 4 * 2;  // of the lane
+  const bool partial = p.partial != nullptr && rows.share >= 0;
+  const int lane_rank = first_rank + lane_id() % 4 * 2, w_row = segment.w_begin + lane_rank;
   const int n = tile_column + warp_id() * 32 + lane_id() / 4;
-  float* to = p.out + blockIdx.z * p.share_stride + w_row * p.out_stride + n;
+  const std::int64_t stride = partial ? p.partial_stride : p.out_stride;
+  float* to = partial ? p.partial + rows.share * p.share_stride : p.out;
+  to += (partial && p.blocks != nullptr ? lane_rank : w_row) * stride + n;
 #pragma unroll
-  for (int j = 0; j < kMaxRanks / 8; ++j, to += 8 * p.out_stride) {
+  for (int j = 0; j < kMaxRanks / 8; ++j, to += 8 * stride) {
     if (j * 8 >= ranks) break;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int c = j * 8 + lane_id() % 4 * 2 + e;
       if (c >= ranks || first_rank + c < 0) continue;
       float scale = 1.0f;
-      if (!p.partial) scale = p.gate == nullptr ? p.scale : p.scale * p.gate[w_row + j * 8 + e];
+      if (!partial) scale = p.gate == nullptr ? p.scale : p.scale * p.gate[w_row + j * 8 + e];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (n + i * 8 < p.width) to[e * p.out_stride + i * 8] = scale * acc[i / 2][j][i % 2 * 2 + e];
+        if (n + i * 8 < p.width) to[e * stride + i * 8] = scale * acc[i / 2][j][i % 2 * 2 + e];
       }
     }
   }

@@ -35,16 +35,22 @@ std::vector<SegmentGroup> segment_groups(const Factor& factor) {
 
 std::vector<std::int64_t> segment_table(const UnitTable& table) {
   const std::size_t units = table.ranks().size();
+  const bool experts = table.kind() == UnitKind::kExperts;
   std::vector<std::int32_t> words(16 * units);
   auto at = words.begin();
   for (const Factor* factor : {&table.a(), &table.b()}) {
     narrow(factor->features);
     narrow(factor->rows);
     auto group = at, segment = at + static_cast<std::ptrdiff_t>(4 * units);
-    for (const SegmentGroup& g : segment_groups(*factor)) {
+    for (std::size_t e = 0; experts && e < units; ++e) {
+      const std::int32_t rank = narrow(table.ranks()[e]);
+      group = std::ranges::copy(std::array{narrow(static_cast<std::int64_t>(e)), 1, 0, rank}, group).out;
+      segment = std::ranges::copy(std::array{0, rank, narrow(table.unit_begin()[e]), 0}, segment).out;
+    }
+    for (const SegmentGroup& g : experts ? std::vector<SegmentGroup>{} : segment_groups(*factor)) {
       group = std::ranges::copy(std::array{g.first_segment, g.segments, g.h_begin, g.rank}, group).out;
     }
-    for (const Segment& s : factor->segments) {
+    for (const Segment& s : experts ? std::vector<Segment>{} : factor->segments) {
       const std::array record{narrow(s.h_begin), narrow(s.rank), narrow(s.w_begin), narrow(s.col_begin)};
       segment = std::ranges::copy(record, segment).out;
     }

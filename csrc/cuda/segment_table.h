@@ -1,6 +1,7 @@
 // What the GEMM kernels read of a UnitTable: its two factors' segments, in one run of 16-byte words that the caller
 // copies to the device, at an address divisible by 16. Kernels take ranks from here, never from the host. Where a
-// record lies depends on the number of units alone; records that these ranks do not need are zero.
+// record lies depends on the number of units alone; records that these ranks do not need are zero. Of experts each has
+// its own, a group of one segment.
 #pragma once
 
 #include <cstdint>

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/dropout.cuh"
+#include "cuda/row_blocks.cuh"
 #include "cuda/segment_table.h"
 #include "cuda/tile_io.cuh"
 
@@ -14,7 +15,8 @@ namespace ardlora::cuda {
 
 struct ShrinkParams {
   FactorTable table;
-  int width;  // columns of a segment
+  const RowBlock* blocks;  // of rows sorted by expert, grid.x of them; else null
+  int width;               // columns of a segment
   Activations x;
   Operand w;
   const float* gate;  // of W's rows, or null
@@ -54,12 +56,17 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   constexpr int kColumns = Tile<T>::kPanel, kLogColumns = sizeof(T) == 2 ? 6 : 5;
   constexpr int kPairs = kRankTile / 16;
   ARDLORA_SHARED(shared);
-  const SegmentGroup group = load_record(p.table.groups + blockIdx.y / static_cast<unsigned>(p.rank_tiles));
+  const RowBlock rows = row_block(p.blocks, static_cast<int>(blockIdx.x), kShrinkRows, p.x.rows);
+  if (rows.segment < 0) return;
+  const SegmentGroup group =
+      load_record(p.table.groups + rows.segment + blockIdx.y / static_cast<unsigned>(p.rank_tiles));
   const int first_rank = static_cast<int>(blockIdx.y) % p.rank_tiles * p.rank_tile;
   if (first_rank >= group.rank) return;
   const DeviceSegment* const segments = p.table.segments + group.first_segment;
   const int ranks = group.rank - first_rank < p.rank_tile ? group.rank - first_rank : p.rank_tile;
-  const int row = static_cast<int>(blockIdx.x) * kShrinkRows;
+  const int row = rows.begin;
+  Activations x_rows = p.x;
+  x_rows.rows = rows.end;
 
   const int per_segment = (p.width + kColumns - 1) / kColumns;
   const int begin = static_cast<int>(blockIdx.z) * p.share;
@@ -82,7 +89,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
     const auto copy_x = [&](int step) {
       if (step < end) {
         const int from = x_walk.segment.col_begin;
-        copy_async<T, kShrinkThreads, kShrinkRows>(x_tile(step), p.x, row, from + x_walk.column, kLogColumns,
+        copy_async<T, kShrinkThreads, kShrinkRows>(x_tile(step), x_rows, row, from + x_walk.column, kLogColumns,
                                                    from + p.width);
         x_walk.advance(kColumns, p.width, step + 1 < all);
       }
@@ -150,7 +157,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int r = warp_row + i * 8 + lane_id() / 4;
-    if (!whole && row + r >= p.x.rows) continue;
+    if (!whole && row + r >= rows.end) continue;
 #pragma unroll
     for (int j = 0; j < 2 * kPairs; ++j) {
       if (j * 8 >= ranks) break;
@@ -165,7 +172,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   }
   if (!whole) return;
   __syncwarp();
-  const int log_ranks = log_rank_tile(p.rank_tile), left = p.x.rows - row - warp_row;
+  const int log_ranks = log_rank_tile(p.rank_tile), left = rows.end - row - warp_row;
   T* const h = static_cast<T*>(p.h) + (row + warp_row) * p.h_stride + column;
   store_rows(h, p.h_stride, left < 32 ? left : 32, log_ranks, ranks,
              [&](int r, int c) { return h_tile.at(warp_row + r, c); });

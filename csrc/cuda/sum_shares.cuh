@@ -1,11 +1,20 @@
 // The second stage of a divided sum: shares are added in order, so that two runs are bitwise equal.
 #pragma once
 
+#include "cuda/row_blocks.cuh"
 #include "cuda/tile_io.cuh"
 
 namespace ardlora::cuda {
 
 inline constexpr int kSumThreads = 32;  // small blocks reach all multiprocessors
+
+// Which rows are summed where they are sorted by expert: up to `length` of each block.
+struct BlockRows {
+  const RowBlock* blocks = nullptr;  // of H's rows, or of a factor's shares (RowBlockTable); null: all rows
+  const DeviceSegment* segments = nullptr;
+  int length = 0;
+  bool of_factor = false;
+};
 
 struct ShareSum {
   const float* partial;  // [shares, rows, stride], stride a multiple of 4
@@ -18,9 +27,30 @@ struct ShareSum {
   void* out;          // [out_rows, out_stride]; rows from `rows` on become zero
   DType out_type;
   std::int64_t out_stride;
-  int out_rows;
+  int out_rows;  // with blocks: all blocks' lengths together
   int first_block;
+  BlockRows sorted = {};
 };
+
+// One row of a sum.
+struct SumRow {
+  std::int64_t from, to;  // in the partial sums and in `out`
+  int first, end;         // shares
+  int columns;
+};
+
+ARDLORA_DEVICE SumRow sum_row(const ShareSum& s, std::int64_t row) {
+  if (s.sorted.blocks == nullptr) return {row, row, 0, s.shares, s.columns};
+  const auto at = static_cast<int>(row / s.sorted.length), in_block = static_cast<int>(row % s.sorted.length);
+  const RowBlock block = load_record(s.sorted.blocks + at);
+  if (block.segment < 0) return {};
+  const DeviceSegment segment = load_record(s.sorted.segments + block.segment);
+  if (s.sorted.of_factor) {
+    return {in_block, segment.w_begin + in_block, block.begin, block.end, in_block < segment.rank ? s.columns : 0};
+  }
+  const int m = block.begin + in_block;
+  return {m, m, 0, s.shares, m < block.end ? segment.rank : 0};
+}
 
 // Up to four neighbouring floats, of which `count` exist; 0 for the others.
 ARDLORA_DEVICE Word16 load_few(const float* from, int count) {
@@ -61,27 +91,29 @@ __global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumShares
   const std::int64_t i = static_cast<std::int64_t>(block - s.first_block) * kSumThreads + threadIdx.x;
   const std::int64_t row = i / per_row;
   if (row >= s.out_rows || (s.shares == 0 && row < s.rows)) return;
-  const int column = static_cast<int>(i % per_row) * 4, left = s.columns - column;
+  const SumRow at = sum_row(s, row);
+  const int column = static_cast<int>(i % per_row) * 4, left = at.columns - column;
+  if (left <= 0) return;
   float sum[4] = {};
-  if (row < s.rows) {
-    const float* from = s.partial + row * s.stride + column;
+  if (at.from < s.rows) {
     const std::int64_t share_stride = s.rows * s.stride;
+    const float* from = s.partial + at.first * share_stride + at.from * s.stride + column;
     constexpr int kAhead = 8;  // loads in flight
-    for (int share = 0; share < s.shares; share += kAhead, from += kAhead * share_stride) {
+    for (int share = at.first; share < at.end; share += kAhead, from += kAhead * share_stride) {
       Word16 v[kAhead] = {};
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (share + i < s.shares) v[i] = load_few(from + i * share_stride, left);
+        if (share + i < at.end) v[i] = load_few(from + i * share_stride, left);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         for (int e = 0; e < 4; ++e) sum[e] += as_float(v[i].part[e]);
       }
     }
-    const float scale = s.gate == nullptr ? s.scale : s.scale * s.gate[row];
+    const float scale = s.gate == nullptr ? s.scale : s.scale * s.gate[at.to];
     for (float& v : sum) v *= scale;
   }
-  const std::int64_t to = row * s.out_stride + column;
+  const std::int64_t to = at.to * s.out_stride + column;
   if (s.out_type == DType::kFloat32) {
     store_few(static_cast<float*>(s.out) + to, sum, left);
   } else if (s.out_type == DType::kBFloat16) {

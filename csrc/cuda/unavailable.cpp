@@ -27,5 +27,12 @@ void lora_backward(const LoraParams&, const MatrixView&, const MatrixView&, cons
                    const MatrixView&, float*, const DeviceCall&) {
   fail_unavailable("lora_backward");
 }
+void lora_grouped_forward(const GroupedParams&, const MatrixView&, const DeviceCall&) {
+  fail_unavailable("lora_grouped_forward");
+}
+void lora_grouped_backward(const GroupedParams&, const MatrixView&, const MatrixView&, const MatrixView&,
+                           const MatrixView&, const MatrixView&, float*, const DeviceCall&) {
+  fail_unavailable("lora_grouped_backward");
+}
 
 }  // namespace ardlora::cuda

@@ -1,6 +1,7 @@
 // The LoRA linear's kernels through their launchers, forward and backward, against the equations in double.
 // Half of the cases have small whole numbers, for which every step is exact: results must be equal. The others have
 // random numbers and a bound that follows from the roundings.
+#include <algorithm>
 #include <cinttypes>
 
 #include "cuda/gemm_plan.h"
@@ -29,13 +30,15 @@ struct Case {
   std::int64_t slack = 0;    // rows of the factors past the live ones
   int multiprocessors = 8;   // decide how sums are divided
   bool gates = false, dropout = false, dx = true, dgate = false, exact = true;
-  bool spoiled = false;  // NaN in row 0 of x and dy: no other row may see it
+  bool spoiled = false;                                // NaN in row 0 of x and dy: no other row may see it
+  std::vector<std::int64_t> offsets = {}, given = {};  // of experts; `given` to the device, not all of it valid
 };
 
 std::string describe(const Case& c) {
-  constexpr const char* kKinds[] = {"matrix", "out_heads", "in_heads"};
+  constexpr const char* kKinds[] = {"matrix", "out_heads", "in_heads", "experts"};
   std::string ranks;
   for (const std::int64_t r : c.ranks) ranks += std::to_string(r) + " ";
+  for (const std::int64_t o : c.offsets) ranks += (o == 0 ? "rows to " : "") + std::to_string(o) + " ";
   char text[400];
   std::snprintf(text, sizeof text,
                 "%s %s, ranks %s, %" PRId64 " rows %" PRId64 " to %" PRId64 ", %s with %s adapters, padding %" PRId64
@@ -81,13 +84,18 @@ class Run {
     }
     dgate_.assign(gate_.size(), std::nanf(""));
     if (c.dropout) dropout_ = make_dropout(0.5, rng() | std::uint64_t{rng()} << 32);
+    if (c.dropout && experts()) {
+      for (std::int64_t m = 0; m < c.shape.rows; ++m) places_.push_back(rng());
+      dropout_.rows = places_.data();
+      dropout_.count = c.shape.rows;
+    }
   }
 
   void operator()() {
     const Matrix y_before = y_, dx_before = dx_;
     call();
-    const Side a{table_.a(), a_, table_.gate_on_a() ? gate() : nullptr, 1.0};
-    const Side b{table_.b(), b_, table_.gate_on_a() ? nullptr : gate(), kScaling};
+    const Side a{table_.a(), a_, table_.gate_on_a() ? gate() : nullptr, 1.0, row_range()};
+    const Side b{table_.b(), b_, table_.gate_on_a() ? nullptr : gate(), kScaling, row_range()};
     const std::int64_t hidden = table_.hidden();
     const Sums h = reference_shrink(a, x_, hidden, dropout_), dh = reference_shrink(b, dy_, hidden, {});
     compare(h, h_, "H", 2);
@@ -119,11 +127,35 @@ class Run {
     const cuda::DeviceCall call{words.data(), workspace.data(), bytes, {}};
     const LoraParams p{&table_,   x_.view(), a_.view(), b_.view(), gate(), static_cast<float>(kScaling),
                        h_.view(), 1,         dropout_};
-    cuda::lora_forward(p, y_.view(), call);
     MatrixView dx = dx_.view();
     if (!c_.dx) dx.data = nullptr;
-    cuda::lora_backward(p, dy_.view(), dh_.view(), dx, da_.view(), db_.view(),
-                        c_.dgate && gate() != nullptr ? dgate_.data() : nullptr, call);
+    float* const dgate = c_.dgate && gate() != nullptr ? dgate_.data() : nullptr;
+    if (experts()) {
+      const GroupedParams grouped{p, c_.given.data()};
+      cuda::lora_grouped_forward(grouped, y_.view(), call);
+      cuda::lora_grouped_backward(grouped, dy_.view(), dh_.view(), dx, da_.view(), db_.view(), dgate, call);
+    } else {
+      cuda::lora_forward(p, y_.view(), call);
+      cuda::lora_backward(p, dy_.view(), dh_.view(), dx, da_.view(), db_.view(), dgate, call);
+    }
+  }
+
+  bool experts() const { return c_.kind == UnitKind::kExperts; }
+  // Those of each expert that has ranks, as the factors' segments.
+  std::vector<std::int64_t> row_range() const {
+    std::vector<std::int64_t> rows;
+    for (std::size_t e = 0; experts() && e < c_.ranks.size(); ++e) {
+      if (c_.ranks[e] > 0) rows.insert(rows.end(), {c_.offsets[e], c_.offsets[e + 1]});
+    }
+    return rows;
+  }
+  // Columns of H past an expert's rank, and rows of no expert, are not written.
+  std::int64_t hidden(std::int64_t row) const {
+    if (!experts()) return table_.hidden();
+    for (std::size_t e = 0; e < c_.ranks.size(); ++e) {
+      if (row >= c_.offsets[e] && row < c_.offsets[e + 1]) return c_.ranks[e];
+    }
+    return 0;
   }
 
   // `roundings` to the activations' type lie on the way to a term; the sums themselves are float.
@@ -141,7 +173,8 @@ class Run {
                const Matrix* before = nullptr) {
     const double of_result = got.dtype == DType::kFloat32 ? 0x1p-22 : rounding(got.dtype);
     for (std::int64_t i = c_.spoiled ? 1 : 0; i < got.rows; ++i) {
-      for (std::int64_t j = 0; j < want.cols; ++j) {
+      const std::int64_t cols = before == nullptr ? hidden(i) : want.cols;
+      for (std::int64_t j = 0; j < cols; ++j) {
         const double base = before == nullptr ? 0.0 : before->at(i, j);
         double value = base + want.value[want.index(i, j)];
         if (c_.exact) value = got.rounded(value);
@@ -174,6 +207,7 @@ class Run {
   UnitTable table_;
   Matrix x_, y_, dy_, dx_, a_, b_, h_, dh_, da_, db_;
   std::vector<float> gate_, dgate_;
+  std::vector<std::int64_t> places_;
   Dropout dropout_;
 };
 
@@ -216,15 +250,54 @@ Case draw(unsigned number, bool few) {
   return c;
 }
 
+const Ranks kExpertRanks[] = {
+    {8}, {3, 0, 8, 5}, {1, 1, 1, 1}, {0, 0, 0}, {0, 37, 1, 12}, {16, 64, 0, 4}, {100, 1, 0, 70}};
+
+// As `draw`, of experts: rows cut at random, so that some have none, one has half, or some belong to no expert.
+Case draw_experts(unsigned number, bool few) {
+  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 300, 700}, most[] = {700, 700, 1500, 4096};
+  Case c = draw(number, few);
+  c.kind = UnitKind::kExperts;
+  c.factoring = Factoring::kIndependent;
+  c.ranks = kExpertRanks[number % std::size(kExpertRanks)];
+  if (number % 40 == 39) {  // more than the lanes that cut the rows
+    c.ranks.assign(70, 0);
+    for (std::int64_t& r : c.ranks) r = static_cast<std::int64_t>(rng() % 4);
+  }
+  c.shape.rows = few ? rows[number % 6] : rows[number % 7];
+  if (!few && number % 10 == 3) {
+    c.shape = {most[number / 10 % 4], 136, 72};
+    c.spoiled = false;
+  }
+  c.offsets = {0};
+  const std::int64_t used = c.shape.rows - (rng() % 3 == 0 ? c.shape.rows / 8 : 0);
+  for (std::size_t e = 1; e < c.ranks.size(); ++e) {
+    c.offsets.push_back(used == 0 ? 0 : static_cast<std::int64_t>(rng() % static_cast<unsigned>(used)));
+    if (e == 1 && rng() % 3 == 0) c.offsets.back() = used / 2;
+    if (rng() % 4 == 0) c.offsets.back() = c.offsets[e - 1];  // none for the one before
+  }
+  c.offsets.push_back(used);
+  const bool bad = rng() % 5 == 0;  // not ascending, or outside the rows: rows stay with the first that has them
+  if (bad) c.offsets[rng() % c.offsets.size()] = rng() % 2 == 0 ? c.shape.rows + 200 : -7;
+  if (!bad) std::sort(c.offsets.begin(), c.offsets.end());
+  c.given = c.offsets;
+  for (std::size_t e = 0; e < c.offsets.size(); ++e) {
+    c.offsets[e] = std::clamp<std::int64_t>(c.offsets[e], 0, c.shape.rows);
+    if (e > 0) c.offsets[e] = std::max(c.offsets[e], c.offsets[e - 1]);
+  }
+  return c;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const bool few = small(argc, argv);
-  const unsigned cases = few ? 12 : 105;
+  const unsigned cases = few ? 12 : 105, of_experts = few ? 8 : 42;
   for (unsigned i = 0; i < cases; ++i) {
     set_order(i);
     Run{draw(i, few)}();
+    if (i < of_experts) Run{draw_experts(i, few)}();
   }
-  std::printf("%u cases equal the equations\n", cases);
+  std::printf("%u cases equal the equations\n", cases + of_experts);
   return 0;
 }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "ardlora/lora_linear.h"
@@ -94,8 +95,8 @@ struct Sums {
 // ardlora/philox.h, one element at a time.
 inline double dropout_factor(const Dropout& d, std::int64_t row, std::int64_t column) {
   if (!d.active()) return 1.0;
-  std::uint64_t c[4] = {static_cast<std::uint64_t>(column / 128 * 16 + column % 16), static_cast<std::uint64_t>(row), 0,
-                        0};
+  const auto counter = static_cast<std::uint64_t>(d.rows == nullptr ? row : d.rows[row]);
+  std::uint64_t c[4] = {static_cast<std::uint64_t>(column / 128 * 16 + column % 16), counter, 0, 0};
   std::uint64_t k0 = d.seed & 0xffffffffu, k1 = d.seed >> 32;
   constexpr std::uint64_t kLow = 0xffffffffu;
   for (int round = 0; round < 7; ++round) {
@@ -117,14 +118,21 @@ struct Side {
   const Matrix& weight;
   const float* gate;
   double scale;
+  std::vector<std::int64_t> row_range = {};  // begin and end for each segment where rows are sorted; else all rows
 
+  std::pair<std::int64_t, std::int64_t> rows(const Segment& s, std::int64_t all) const {
+    if (row_range.empty()) return {0, all};
+    const auto i = static_cast<std::size_t>(&s - factor.segments.data());
+    return {row_range[2 * i], row_range[2 * i + 1]};
+  }
   double scaled_gate(std::int64_t row) const { return gate == nullptr ? scale : scale * gate[row]; }
 };
 
 inline Sums reference_shrink(const Side& w, const Matrix& x, std::int64_t hidden, const Dropout& d) {
   Sums h(x.rows, hidden);
   for (const Segment& s : w.factor.segments) {
-    for (std::int64_t m = 0; m < x.rows; ++m) {
+    const auto [begin, end] = w.rows(s, x.rows);
+    for (std::int64_t m = begin; m < end; ++m) {
       for (std::int64_t c = 0; c < w.factor.width; ++c) {
         const double v = x.at(m, s.col_begin + c) * dropout_factor(d, m, s.col_begin + c);
         for (std::int64_t r = 0; v != 0.0 && r < s.rank; ++r) {
@@ -141,10 +149,11 @@ inline Sums reference_shrink(const Side& w, const Matrix& x, std::int64_t hidden
 inline Sums reference_expand(const Side& w, const Sums& h, std::int64_t rows, const Dropout& d) {
   Sums y(rows, w.factor.features);
   for (const Segment& s : w.factor.segments) {
+    const auto [begin, end] = w.rows(s, rows);
     for (std::int64_t r = 0; r < s.rank; ++r) {
       for (std::int64_t c = 0; c < w.factor.width; ++c) {
         const double v = w.scaled_gate(s.w_begin + r) * w.weight.at(s.w_begin + r, c);
-        for (std::int64_t m = 0; v != 0.0 && m < rows; ++m) {
+        for (std::int64_t m = begin; v != 0.0 && m < end; ++m) {
           const std::size_t i = h.index(m, s.h_begin + r);
           const double factor = v * dropout_factor(d, m, s.col_begin + c);
           y.add(m, s.col_begin + c, factor * h.value[i], std::abs(factor) * h.size[i]);
@@ -159,7 +168,8 @@ inline Sums reference_expand(const Side& w, const Sums& h, std::int64_t rows, co
 inline Sums reference_outer(const Side& w, const Sums& h, const Matrix& x, const Dropout& d) {
   Sums dw(w.weight.rows, w.factor.width);
   for (const Segment& s : w.factor.segments) {
-    for (std::int64_t m = 0; m < x.rows; ++m) {
+    const auto [begin, end] = w.rows(s, x.rows);
+    for (std::int64_t m = begin; m < end; ++m) {
       for (std::int64_t c = 0; c < w.factor.width; ++c) {
         const double v = w.scale * x.at(m, s.col_begin + c) * dropout_factor(d, m, s.col_begin + c);
         for (std::int64_t r = 0; v != 0.0 && r < s.rank; ++r) {

@@ -6,6 +6,7 @@
 #include "cuda/importance.cuh"
 #include "cuda/rank_resize.cuh"
 #include "cuda/regularizer.cuh"
+#include "cuda/row_blocks.cuh"
 #include "cuda/sum_shares.cuh"
 
 int main() {
@@ -21,6 +22,7 @@ int main() {
       {"outer_kernel", kOuterThreads, outer_shared(2, kRankTile)},
       {"outer_kernel<float>", kOuterThreads, outer_shared(4, kRankTile)},
       {"outer_shrink_kernel", kOuterThreads, outer_shrink_shared(2, 2 * kOnePassRanks)},
+      {"row_blocks_kernel", kRowBlockThreads, 0},
       {"sum_shares_kernel", kSumThreads, 0},
       {"gate_gradient_kernel", kGateThreads, kGateShared},
       {"rank_resize_kernel", kResizeThreads, 0},

@@ -25,6 +25,8 @@ PYBIND11_MODULE(simt_core, m) {
         return UnitTable(static_cast<UnitKind>(kind), static_cast<Factoring>(factoring), in_features, out_features,
                          std::move(ranks));
       }))
+      .def_property_readonly("units", [](const UnitTable& t) { return t.ranks().size(); })
+      .def_property_readonly("hidden", &UnitTable::hidden)
       .def_property_readonly("gate_on_a", &UnitTable::gate_on_a)
       .def_property_readonly("a_rows", [](const UnitTable& t) { return t.a().rows; })
       .def_property_readonly("b_rows", [](const UnitTable& t) { return t.b().rows; });

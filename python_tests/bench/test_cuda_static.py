@@ -21,6 +21,7 @@ REGISTERS = {
     "outer_kernel": 168,
     "outer_kernel<float>": 192,
     "outer_shrink_kernel": 168,
+    "row_blocks_kernel": 64,
     "sum_shares_kernel": 64,
     "gate_gradient_kernel": 40,
     "rank_resize_kernel": 40,

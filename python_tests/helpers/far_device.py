@@ -22,8 +22,9 @@ from torch.utils._mode_utils import no_dispatch
 
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.start import svd as svd_start
-from ardlora_ext.native import dispatch, units
+from ardlora_ext.native import dispatch, grouped, units
 from ardlora_ext.native.compiled import core
+from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.controllers.ard import gates
@@ -109,6 +110,26 @@ def _set_gates(blocks: NDArray[np.int64], rho: Any, kind: int, floor: float, wid
         core.set_gates(blocks, rho, kind, floor, width)
 
 
+def _prepared(_self: Any, _op: str, lora_A: Tensor, lora_B: Tensor, gate: Any, rank_table: Tensor, _scaling: Any) -> Any:
+    _all_there(lora_A, lora_B, gate)
+    table = SimpleNamespace(units=rank_table.numel() - 4, hidden=8)  # after kind, factoring and sizes
+    return SimpleNamespace(table=table, device=FAR, on_cuda=True)
+
+
+def _all_there(*tensors: Tensor | None) -> None:  # nodes of autograd run outside `_Host`, which knows addresses
+    assert {t.device for t in tensors if t is not None} == {FAR}
+
+
+def _grouped_forward(native: Any, x: Tensor, y: Tensor, by_expert: dispatch.Sorted, _dropout: Any) -> Tensor:
+    _all_there(x, y, *by_expert)
+    return x.new_empty(len(x), native.table.hidden)
+
+
+def _grouped_backward(_native: Any, *arguments: Any) -> None:
+    *tensors, by_expert, _dropout = arguments
+    _all_there(*tensors, *by_expert)
+
+
 def _table(layer: LoraLinear) -> core.UnitTable:
     lay = layer.layout
     codes = units._KIND_CODES[lay.kind], units._FACTORING_CODES[lay.factoring]
@@ -129,6 +150,9 @@ def far_device() -> Iterator[None]:
     with (
         mock.patch.object(dispatch, "_on_cuda", lambda device: device == FAR),
         mock.patch.object(dispatch, "core", SimpleNamespace(cuda_built=lambda: True)),
+        mock.patch.object(Prepared, "get", _prepared),
+        mock.patch.object(grouped, "lora_grouped_forward", _grouped_forward),
+        mock.patch.object(grouped, "lora_grouped_backward", _grouped_backward),
         mock.patch.object(dispatch, "row_dots", _row_dots),
         mock.patch.object(dispatch, "importance", _importance),
         mock.patch.object(resize, "rank_resize", _rank_resize),

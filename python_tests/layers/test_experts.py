@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import ardlora_ext as ard
-from ardlora_ext.layers.adapted_weight import AdaptedWeight
+from ardlora_ext.layers.adapted_weight import AdaptedWeight, Call
 from ardlora_ext.layers.expert_stacks import expert_stacks
 from ardlora_ext.layers.experts import ExpertStack, LoraExperts
+from ardlora_ext.layers.routing import Routing
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 
 from helpers.experts import FAMILIES, ExpertBed, StackedExperts, tiny_experts, tokens
@@ -246,19 +247,37 @@ def test_named_adapters_and_references() -> None:
         assert torch.equal(again(input_ids=ids).logits, first)
 
 
-def test_one_by_one_is_the_same_as_grouped() -> None:
-    """What a device without grouped kernels computes."""
-    bed = ard.wrap(ExpertBed((1, 1, 1), (5, 0, 3)), ard.LoraConfig(r=2))
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_dropout_follows_the_token_on_every_path(family: str) -> None:
+    ids, found = tokens(2, 16), []
+    for path in PATHS:
+        model = tiny_experts(family).train()
+        model.set_experts_implementation(path)
+        ard.wrap(model, ard.LoraConfig(r=3, target_modules=["experts"], lora_dropout=0.4))
+        ragged(model)
+        randomise(model)
+        torch.manual_seed(9)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(stack.lora_A.grad for stack in stacks_of(model).values())])
+    assert not torch.equal(model.eval()(input_ids=ids, labels=ids).loss, found[0][0])
+    for others in found[1:]:
+        for got, want in zip(others, found[0], strict=True):
+            assert got is not None
+            assert want is not None
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_whose_tokens_are_not_known_have_masks_by_their_order() -> None:
+    bed = ard.wrap(ExpertBed((1, 1, 1), (5, 0, 3)), ard.LoraConfig(r=2, lora_dropout=0.5)).train()
     randomise(bed)
-    x = torch.randn(10, 24)  # two rows of no expert
-    stack = stacks_of(bed)["experts.weight"]
-    for path in ("_grouped", "_one_by_one"):
-        weight = AdaptedWeight(stack).mT
-        if path == "_grouped":
-            y = F.grouped_mm(x, weight, offs=torch.tensor([5, 5, 8], dtype=torch.int32))
-            y = torch.cat([y[:8], torch.zeros(2, 24)])
-        else:
-            torch.testing.assert_close(weight._one_by_one(x, torch.tensor([0, 5, 5, 8])), y)
+    stack, x = stacks_of(bed)["experts.weight"], torch.randn(8, 24)
+    torch.manual_seed(4)
+    y = bed.experts(x, (5, 0, 3))
+    torch.manual_seed(4)
+    weight = AdaptedWeight(stack, Call(stack, Routing([])))
+    each = [F.linear(rows, weight[e]) for e, rows in enumerate(x.split([5, 0, 3]))]
+    torch.testing.assert_close(torch.cat(each), y)
 
 
 class Odd(StackedExperts):

@@ -114,13 +114,14 @@ def test_bitwise_the_same_on_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_dropout_is_the_mask_of_the_sorted_place() -> None:
+@pytest.mark.parametrize("places", [None, [12, 4, 0, 9, 3, 7, 2**32 - 1, 5, 70000, 8, 2, 6, 1]], ids=["order", "tokens"])
+def test_dropout_is_the_mask_of_the_places(places: list[int] | None, isa: str) -> None:
     rows, ranks = [7, 0, 6], [2, 1, 3]
     layout, offsets, x, factors = setup(rows, ranks)
-    keep = reference.dropout_factors(0.3, 11, len(x), K).float()
+    keep = reference.dropout_factors(0.3, 11, places or len(x), K).float()
     leaves = [t.clone().requires_grad_() for t in (x, *factors)]
-    table = layout.encode(ranks)
-    y = lora_grouped(leaves[0], None, offsets, *leaves[1:], table, 0.5, (0.3, torch.tensor(11)))
+    table, at = layout.encode(ranks), None if places is None else torch.tensor(places)
+    y = lora_grouped(leaves[0], None, offsets, *leaves[1:], table, 0.5, (0.3, torch.tensor(11)), at)
     masked = [t.clone().requires_grad_() for t in (x, *factors)]
     want = lora_grouped(masked[0] * keep, None, offsets, *masked[1:], table, 0.5)
     torch.testing.assert_close(y, want)
@@ -146,16 +147,18 @@ def test_offsets_are_checked(offsets: list[int], message: str) -> None:
 def test_other_arguments_are_checked() -> None:
     layout, offsets, x, (a, b, gate) = setup([5], [2])
     table = layout.encode([2])
-    with pytest.raises(ValueError, match=r"offsets must be int64 on the CPU, got torch\.int32"):
+    with pytest.raises(ValueError, match=r"offsets must be contiguous int64, got torch\.int32"):
         lora_grouped(x, None, offsets.int(), a, b, gate, table, 1.0)
-    with pytest.raises(ValueError, match="gate must be contiguous float32 of at least 4 entries"):
+    with pytest.raises(ValueError, match=r"places must be int64 \[5\] on cpu, got torch\.int64 \[4\] on cpu"):
+        lora_grouped(x, None, offsets, a, b, gate, table, 1.0, places=torch.arange(4))
+    with pytest.raises(ValueError, match="gate must have at least 2 entries, got 1"):
         lora_grouped(x, None, offsets, a, b, gate[:1], table, 1.0)
     with pytest.raises(ValueError, match="must be contiguous"):
         lora_grouped(x, None, offsets, a.T.contiguous().T, b, gate, table, 1.0)
     matrix = UnitLayout("matrix", "independent", 1, K, N).encode([2])
     with pytest.raises(ValueError, match="table must be of experts, got kind 0"):
         lora_grouped(x, None, offsets, a, b, gate, matrix, 1.0)
-    with pytest.raises(NotImplementedError, match="on the CPU"):
+    with pytest.raises(NotImplementedError, match="must be on the CPU"):
         lora_grouped(x.to("meta"), None, offsets, a, b, gate, table, 1.0)
 
 

@@ -27,8 +27,9 @@ inline void philox_bits(const Dropout& d, std::uint32_t row, std::uint32_t block
 inline void keep_bits(const Dropout& d, std::int64_t m_begin, std::int64_t m_end, std::int64_t cols,
                       std::uint32_t* keep, std::int64_t keep_stride) {
   for (std::int64_t m = m_begin; m < m_end; ++m, keep += keep_stride) {
+    const auto counter = static_cast<std::uint32_t>(d.rows == nullptr ? m : d.rows[m]);
     for (std::int64_t block = 0; block * 128 < cols; ++block) {
-      philox_bits(d, static_cast<std::uint32_t>(m), static_cast<std::uint32_t>(block), keep + 4 * block);
+      philox_bits(d, counter, static_cast<std::uint32_t>(block), keep + 4 * block);
     }
   }
 }

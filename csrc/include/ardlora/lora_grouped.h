@@ -1,7 +1,8 @@
 // The adapters of a mixture of experts: rows come sorted by expert, and each meets the factors of its own. Expert e has
 // rows [offsets[e], offsets[e + 1]) of the activations and rows [unit_begin[e], unit_begin[e + 1]) of both factors; it
-// may have none of either. Rows past the last offset belong to no expert and stay as they are. Results do not depend on
-// the number of threads, and two runs are bitwise equal.
+// may have none of either. Rows past the last offset belong to no expert and stay as they are. Where dropout has `rows`,
+// the masks are those of the tokens, however they are sorted. Results do not depend on the number of threads, and two
+// runs are bitwise equal.
 #pragma once
 
 #include "ardlora/lora_linear.h"
@@ -9,7 +10,7 @@
 namespace ardlora {
 
 struct GroupedParams {
-  LoraParams lora;  // table of kExperts; h [M, >= largest rank], columns past an expert's rank are not written
+  LoraParams lora;  // table of kExperts; h [M, >= largest rank]: what lies past an expert's rank means nothing
   const std::int64_t* offsets;  // [experts + 1], from 0 on, ascending, at most M
 };
 

@@ -22,6 +22,7 @@ from torch.utils.cpp_extension import include_paths
 import ardlora_ext as ard
 from ardlora_ext.native import dispatch, ops, prepared
 from ardlora_ext.native.compiled import core
+from ardlora_ext.native.grouped import lora_grouped
 from ardlora_ext.native.units import UnitLayout
 
 from helpers.cuda_programs import PROGRAMS
@@ -153,6 +154,40 @@ def test_ops_equal_the_cpu(
         assert ours.dtype == theirs.dtype
         error = (ours.float() - theirs.float()).abs().max()
         assert error <= tolerance * theirs.float().abs().max()
+
+
+def grouped_results(dtype: torch.dtype, p: float, counts: Sequence[int], device: torch.device) -> Results:
+    """As `results`, of experts with `counts` rows; three rows belong to none."""
+    generator = torch.Generator().manual_seed(6)
+    ranks = [3, 0, 8, 5]
+    layout, live = UnitLayout("experts", "independent", 4, 40, 56), sum(ranks)
+
+    def randn(*shape: int, to: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, to).requires_grad_()
+
+    x, a, b, gate = randn(sum(counts) + 3, 40, to=dtype), randn(live + 2, 40), randn(live + 2, 56), randn(live + 2)
+    offsets = torch.tensor([0, *counts]).cumsum(0).to(device)
+    dropout = (p, 11) if p > 0 else ops.NO_DROPOUT
+    places = torch.randperm(len(x), generator=generator).to(device)
+    y = lora_grouped(x, None, offsets, a, b, gate, layout.encode(ranks), 0.5, dropout, places)
+    y.backward(randn(*y.shape, to=dtype).detach())
+    return [y.detach().cpu(), *(t.grad.cpu() for t in (x, a, b, gate) if t.grad is not None)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counts", [(5, 3, 0, 9), (0, 0, 0, 0), (300, 2, 140, 0)], ids=str)
+def test_experts_equal_the_cpu(
+    device: torch.device, dtype: torch.dtype, p: float, counts: Sequence[int], request: pytest.FixtureRequest
+) -> None:
+    expected = grouped_results(dtype, p, counts, torch.device("cpu"))
+    calls = cuda_from_now_on(device, request)
+    got = grouped_results(dtype, p, counts, device)
+    assert calls is None or calls["cuda_lora_grouped_forward"] == calls["cuda_lora_grouped_backward"] == 1
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max()
 
 
 def train(steps: int, device: torch.device) -> tuple[list[float], list[list[int]]]:

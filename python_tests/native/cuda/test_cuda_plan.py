@@ -77,6 +77,36 @@ def test_a_tile_of_outer_has_room_for_the_columns_before_a_head() -> None:
     assert plan("outer", [7] + [16] * 7, 512)["tile"] == 32  # heads begin at 7, 23, ...
 
 
+@given(
+    ranks=st.lists(st.integers(0, 70), min_size=1, max_size=300).filter(any),
+    rows=st.integers(1, 100_000),
+    skew=st.floats(0.0, 1.0),
+    multiprocessors=st.sampled_from([1, 8, 108]),
+)
+def test_blocks_of_sorted_rows_are_enough_for_any_offsets(
+    ranks: list[int], rows: int, skew: float, multiprocessors: int
+) -> None:
+    """One expert has `skew` of all rows, the others as many as each other."""
+    table = core.UnitTable(3, 0, 1024, 512, ranks)
+    live = sum(r > 0 for r in ranks)
+    first = round(skew * rows)
+    each = [first if e == 0 else (rows - first) // max(len(ranks) - 1, 1) for e in range(len(ranks))]
+    for kind in ("shrink", "expand", "outer"):
+        text = core.cuda_gemm_plan(table, True, kind, rows, 1, False, (multiprocessors, 164 * 1024))
+        found = TABLE.fullmatch(text)
+        assert found is not None, text
+        p = {name: int(value) for name, value in found.groupdict().items() if name != "kind"}
+        length = p["share"] if kind == "outer" else 128
+        blocks = [-(-n // length) for n, r in zip(each, ranks, strict=True) if r > 0]
+        if kind == "outer":
+            divided = sum(n for n in blocks if n > 1)
+            assert p["z"] >= sum(max(n, 1) for n in blocks)
+            assert divided <= (p["shares"] if p["shares"] > 1 else 0)
+            assert p["z"] <= rows // length + live
+        else:
+            assert rows // 128 + live >= p["x"] >= sum(blocks)
+
+
 def test_nothing_to_do_is_no_launch() -> None:
     for ranks, rows in (([0], 512), ([8], 0), ([0, 0], 512)):
         for kind in ("shrink", "expand", "outer"):

@@ -13,10 +13,12 @@ from torch.optim import AdamW
 
 import ardlora_ext as ard
 from ardlora_ext.config import AdapterConfig
+from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.start.orthogonal import blocks
 from ardlora_ext.model.gradient_start import _point, _Sketch
 from ardlora_ext.model.merge import merge_adapter, unmerge_adapter
 
+from helpers.experts import tiny_experts, tokens
 from helpers.far_device import FAR, far_device
 from helpers.models import Attention, trainable
 
@@ -74,6 +76,30 @@ def test_training_with_rank_changes(config: AdapterConfig) -> None:
         assert {t.device for t in (*model.parameters(), *model.buffers())} == {FAR}
         controller.load_state_dict(controller.state_dict())
         assert controller.step == 20
+
+
+@pytest.mark.parametrize("config", ["lora", "ard", "elalora", "adalora"])
+def test_experts_with_rank_changes(config: str) -> None:
+    options: dict[str, AdapterConfig] = {
+        "lora": ard.LoraConfig(r=2, lora_dropout=0.1),
+        "ard": ard.ArdConfig(mode="paper", r0=2, r_max=4, update_interval=2, lr_alpha=0.1, lora_dropout=0.1),
+        "elalora": ard.ElaConfig(**ELA),  # type: ignore[arg-type]
+        "adalora": ard.AdaConfig(**ADA),  # type: ignore[arg-type]
+    }
+    model, ids = tiny_experts("mixtral").bfloat16().train(), tokens(2, 8)
+    model.set_experts_implementation("grouped_mm")
+    with far_device():
+        model = ard.wrap(model.to(FAR), options[config])
+        optimizer = AdamW(trainable(model), lr=1e-2)
+        controller = ard.attach(model, optimizer, total_steps=20)
+        for _ in range(8):
+            model(input_ids=ids.to(FAR), labels=ids.to(FAR)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        stacks = [layer for layer in ard.adapters(model).values() if isinstance(layer, ExpertStack)]
+        assert len(stacks) == 4
+        assert {stack.tokens.device for stack in stacks} == {FAR}
+        controller.finalize()
 
 
 def test_training_with_a_holdout() -> None:

@@ -63,12 +63,13 @@ def token_weights(units: Units, group: Group = None) -> Floats:
     """
     weights: Floats = np.ones(len(units))
     stacks = [(m, layer) for m, layer in enumerate(units.layers) if isinstance(layer, ExpertStack)]
-    processes.average([layer.tokens for _, layer in stacks], group)
-    for m, layer in stacks:
-        tokens = layer.tokens.numpy()
+    seen = [layer.tokens.to(layer.lora_A.device) for _, layer in stacks]
+    processes.average(seen, group)
+    for (m, layer), count in zip(stacks, seen, strict=True):
+        tokens = count.cpu().numpy()
         if tokens.any():
             weights[units.first[m] : units.first[m + 1]] = np.minimum(tokens / tokens.mean(), 1.0)
-        layer.tokens.zero_()
+        layer.tokens = torch.zeros_like(count)
     return weights
 
 
