@@ -121,8 +121,8 @@ BUGS = (
         "one share too many",
         "lora",
         "sum_shares.cuh",
-        "if (share + i < s.shares)",
-        "if (share + i < s.shares + PLANTED)",
+        "if (share + i < at.end)",
+        "if (share + i < at.end + PLANTED)",
     ),
     Bug(
         "wrong segment column",
