@@ -22,7 +22,7 @@ class Routing:
         self._order: torch.Tensor | None = None
 
     def order(self, rows: int) -> torch.Tensor | None:
-        """Return the places [rows] of tokens sorted by expert, as transformers sorts them; None where that is not known."""
+        """Return the places [rows] of tokens sorted by expert, as transformers does; None where that is not known."""
         if self.index is None or self.index.numel() != rows:
             return None
         if self._order is None:
@@ -30,8 +30,8 @@ class Routing:
         return self._order
 
     def places_of(self, expert: int, rows: int) -> torch.Tensor | None:
-        """Return the places [rows] of one expert's tokens, those of each slot together; None where that is not known."""
+        """Return the places [rows] of one expert's tokens, slot after slot; None where that is not known."""
         if self.index is None:
             return None
-        slots, tokens = torch.where(self.index.T == expert)
+        slots, tokens = torch.where(expert == self.index.T)
         return tokens * self.index.shape[1] + slots if len(tokens) == rows else None

@@ -205,7 +205,7 @@ def lora_grouped_backward(
     by_expert: Sorted,
     dropout: tuple[float, int],
 ) -> None:
-    """Write the gradients of factors, gates and H, and add to dx, as `lora_backward`; zeros for experts without rows."""
+    """Write gradients and add to dx as `lora_backward`; experts without rows get zeros."""
     (m, k), n = x.shape, dy.shape[1]
     of_x, of_h, of_dy = (x.data_ptr(), k, x.stride(0)), (h.data_ptr(), h.shape[1]), (dy.data_ptr(), n, dy.stride(0))
     of_dx = (0, k, k) if dx is None else (dx.data_ptr(), k, k)

@@ -50,9 +50,7 @@ def _check(native: NativeAdapter, x: torch.Tensor, by_expert: Sorted) -> None:
     if offsets.shape != (experts + 1,):
         rule = f"{experts + 1} entries, one more than there are experts"
         raise ValueError(f"lora_grouped: offsets must have {rule}, got {offsets.numel()}")
-    if places is not None and (
-        places.shape != x.shape[:1] or places.dtype != torch.int64 or places.device != x.device
-    ):
+    if places is not None and (places.shape != x.shape[:1] or places.dtype != torch.int64 or places.device != x.device):
         got = f"{places.dtype} {list(places.shape)} on {places.device}"
         raise ValueError(f"lora_grouped: places must be int64 [{len(x)}] on {x.device}, got {got}")
 

@@ -255,18 +255,18 @@ const Ranks kExpertRanks[] = {
 
 // As `draw`, of experts: rows cut at random, so that some have none, one has half, or some belong to no expert.
 Case draw_experts(unsigned number, bool few) {
-  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 300, 700}, most[] = {700, 700, 1500, 4096};
+  constexpr std::int64_t rows[] = {0, 1, 5, 64, 129, 300, 700}, most[] = {700, 64, 1500, 4096, 1500};
   Case c = draw(number, few);
   c.kind = UnitKind::kExperts;
   c.factoring = Factoring::kIndependent;
   c.ranks = kExpertRanks[number % std::size(kExpertRanks)];
-  if (number % 40 == 39) {  // more than the lanes that cut the rows
+  if (number % 40 == 2) {  // more than the lanes that cut the rows
     c.ranks.assign(70, 0);
     for (std::int64_t& r : c.ranks) r = static_cast<std::int64_t>(rng() % 4);
   }
   c.shape.rows = few ? rows[number % 6] : rows[number % 7];
-  if (!few && number % 10 == 3) {
-    c.shape = {most[number / 10 % 4], 136, 72};
+  if (!few && number % 9 == 1) {
+    c.shape = {most[number / 9 % 5], 136, 72};
     c.spoiled = false;
   }
   c.offsets = {0};

@@ -110,8 +110,9 @@ def _set_gates(blocks: NDArray[np.int64], rho: Any, kind: int, floor: float, wid
         core.set_gates(blocks, rho, kind, floor, width)
 
 
-def _prepared(_self: Any, _op: str, lora_A: Tensor, lora_B: Tensor, gate: Any, rank_table: Tensor, _scaling: Any) -> Any:
-    _all_there(lora_A, lora_B, gate)
+def _prepared(_self: Any, _op: str, *adapter: Any) -> Any:
+    *tensors, rank_table, _scaling = adapter
+    _all_there(*tensors)
     table = SimpleNamespace(units=rank_table.numel() - 4, hidden=8)  # after kind, factoring and sizes
     return SimpleNamespace(table=table, device=FAR, on_cuda=True)
 

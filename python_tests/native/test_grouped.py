@@ -114,7 +114,9 @@ def test_bitwise_the_same_on_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("places", [None, [12, 4, 0, 9, 3, 7, 2**32 - 1, 5, 70000, 8, 2, 6, 1]], ids=["order", "tokens"])
+@pytest.mark.parametrize(
+    "places", [None, [12, 4, 0, 9, 3, 7, 2**32 - 1, 5, 70000, 8, 2, 6, 1]], ids=["order", "tokens"]
+)
 def test_dropout_is_the_mask_of_the_places(places: list[int] | None, isa: str) -> None:
     rows, ranks = [7, 0, 6], [2, 1, 3]
     layout, offsets, x, factors = setup(rows, ranks)

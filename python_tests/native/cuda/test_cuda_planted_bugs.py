@@ -176,7 +176,7 @@ BUGS = (
         "const int before = (PLANTED ? 0 : total) + sum - mine;",
     ),
     Bug("table not filled up", "lora", "row_blocks.cuh", "i < t.room; i += 32", "i < t.room && !PLANTED; i += 32"),
-    Bug("offsets that do not ascend", "lora", "row_blocks.cuh", "if (last > most)", "if (last > most && !PLANTED)"),
+    Bug("offsets that do not ascend", "lora", "row_blocks.cuh", "&& other > most", "&& other > most && !PLANTED"),
     Bug(
         "partial sums by the factor's row",
         "lora",
