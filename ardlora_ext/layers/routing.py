@@ -33,5 +33,5 @@ class Routing:
         """Return the places [rows] of one expert's tokens, slot after slot; None where that is not known."""
         if self.index is None:
             return None
-        slots, tokens = torch.where(expert == self.index.T)
+        slots, tokens = torch.eq(self.index.T, expert).nonzero(as_tuple=True)
         return tokens * self.index.shape[1] + slots if len(tokens) == rows else None
