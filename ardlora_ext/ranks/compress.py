@@ -10,20 +10,25 @@ that meets the budget; around it ranks are chosen that spend the budget to the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ardlora_ext import processes
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import adapters, injection
+from ardlora_ext.ranks.controllers.trial import tried
 from ardlora_ext.ranks.controllers.worth import Choice, allocate, least_cost, offers
-from ardlora_ext.ranks.loss_metric import Batch, LossFunction
-from ardlora_ext.ranks.recompress import check_finite, cores, groups
+from ardlora_ext.ranks.loss_metric import Batch, LossFunction, model_loss
+from ardlora_ext.ranks.recompress import check_finite, cores, factor_names, groups
 from ardlora_ext.ranks.svd_prune import Basis, check_settled, known_metric, prune
 from ardlora_ext.unbroken import nothing
+
+_REFINE_LR = 0.05  # of a singular value, in parts of itself; falls to 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Compression:
             what it takes to spend the budget.
         before: live adapter parameters before.
         after: live adapter parameters now.
-        change: ||dW' - dW|| / ||dW|| over all updates (Frobenius).
+        change: ||dW' - dW|| / ||dW|| over all updates (Frobenius), before what `refine` does.
+        losses: mean loss over the `refine` batches after the cut, and after their steps; None without.
     """
 
     ranks: dict[str, list[int]]
@@ -44,6 +50,7 @@ class Compression:
     before: int
     after: int
     change: float
+    losses: tuple[float, float] | None = None
 
 
 def _cores(name: str, layer: LoraLinear) -> list[torch.Tensor]:
@@ -72,6 +79,7 @@ def compress(
     metric: Basis = "update",
     batches: Iterable[Batch] | None = None,
     loss_fn: LossFunction | None = None,
+    refine: Iterable[Batch] | None = None,
 ) -> Compression:
     """Lower ranks until the live adapter parameters fit `budget`, with little change of the updates or of the loss.
 
@@ -90,6 +98,8 @@ def compress(
         batches: for `metric="loss"`, a few batches that the loss is looked at on; None: what the run itself saw
             (ARD-LoRA in `mode="anneal"`).
         loss_fn: `loss_fn(model, batch)` returns a scalar; None: `model(**batch).loss`.
+        refine: batches, each for a step on the singular values of what is left, and on nothing else: a cut turns the
+            loss's slope along them away from zero. Steps that do not lower the mean loss over the batches are undone.
 
     Returns:
         The new ranks, the threshold and the change. Nothing is done if the budget is met already.
@@ -125,6 +135,90 @@ def compress(
     found = allocate(choices, allowed - fixed)
     controller = injection(model).controller
     applied = nothing if controller is None else controller.applied
-    change = prune(model, found.ranks, optimizer, known, then=applied)
+    refined: _Refined | None = None
+    if refine is not None:
+        data = list(refine)
+        if not data:
+            raise ValueError("compress: refine must hold batches, got none")
+        refined = tried(model, found.ranks, known, partial(_refined, model, layers, data, loss_fn or model_loss))
+
+    def then() -> None:
+        applied()
+        if refined is not None:
+            _scale(layers, refined.scales)
+
+    change = prune(model, found.ranks, optimizer, known, then=then)
     after = sum(layer.live_parameters for layer in layers.values())
-    return Compression(found.ranks, found.price, before, after, change / size**0.5)
+    losses = None if refined is None else refined.losses
+    return Compression(found.ranks, found.price, before, after, change / size**0.5, losses)
+
+
+# --- steps on the singular values -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Refined:
+    """By module, what each row of the own factor (or each trained gate) is multiplied by; the losses around it."""
+
+    scales: dict[str, torch.Tensor]
+    losses: tuple[float, float]
+
+
+def _rows(layer: LoraLinear) -> torch.nn.Parameter:
+    """Return the factor whose live rows are one component of one unit each."""
+    return layer.factors["lora_E" if layer.lora_E is not None else factor_names(layer)[1]]
+
+
+def _scale(layers: Mapping[str, LoraLinear], scales: Mapping[str, torch.Tensor]) -> None:
+    for name, scale in scales.items():
+        rows = _rows(layers[name]).data[: len(scale)]
+        rows.mul_(scale.view(-1, *[1] * (rows.dim() - 1)).to(rows))
+
+
+def _refined(
+    model: nn.Module, layers: Mapping[str, LoraLinear], data: Sequence[Batch], loss_fn: LossFunction
+) -> _Refined:
+    """Take a step for each batch; the model is not put back."""
+    start = {name: _rows(layer).detach()[: sum(layer.ranks)].clone() for name, layer in layers.items()}
+    scales = {name: torch.ones(len(rows), device=rows.device) for name, rows in start.items()}
+    optimizer = torch.optim.Adam(list(scales.values()), lr=_REFINE_LR, betas=(0.8, 0.95))
+    gradients = [(p, p.grad) for p in model.parameters()]
+
+    def put(by: Mapping[str, torch.Tensor]) -> None:
+        for name, rows in start.items():
+            _rows(layers[name]).data[: len(rows)] = rows
+        _scale(layers, by)
+
+    try:
+        before = _mean_loss(model, data, loss_fn)
+        for step, batch in enumerate(data):
+            for parameter, _ in gradients:
+                parameter.grad = None
+            with torch.enable_grad():
+                loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]
+            for name, scale in scales.items():
+                slope = _rows(layers[name]).grad
+                live = start[name].flatten(1) if start[name].dim() > 1 else start[name][:, None]
+                scale.grad = (
+                    torch.zeros_like(scale)
+                    if slope is None
+                    else (slope[: len(live)].reshape(live.shape).float() * live.float()).sum(1)
+                )
+            processes.average([scale.grad for scale in scales.values() if scale.grad is not None])
+            for group in optimizer.param_groups:
+                group["lr"] = _REFINE_LR * (1.0 - step / len(data))
+            optimizer.step()
+            put(scales)
+        after = _mean_loss(model, data, loss_fn)
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    if not after < before:
+        return _Refined({}, (before, before))
+    return _Refined({name: scale.detach() for name, scale in scales.items()}, (before, after))
+
+
+def _mean_loss(model: nn.Module, data: Sequence[Batch], loss_fn: LossFunction) -> float:
+    total = torch.stack([loss_fn(model, batch).detach().float().reshape(()) for batch in data]).mean()
+    processes.average([total])
+    return float(total)

@@ -227,6 +227,19 @@ def _compress_loss(model: nn.Module, plan: Plan) -> None:
     _needs("compress")(model, plan.budget, metric="loss", batches=range(_LOOKS), loss_fn=lambda _model, _batch: loss())
 
 
+def _compress_refine(model: nn.Module, plan: Plan) -> None:
+    loss = plan.loss
+    assert loss is not None
+    _needs("compress")(
+        model,
+        plan.budget,
+        metric="loss",
+        batches=range(_LOOKS),
+        loss_fn=lambda _model, _batch: loss(),
+        refine=range(_LOOKS),
+    )
+
+
 def _compress_uniform(model: nn.Module, plan: Plan) -> None:
     layers = _needs("adapters")(model)
     _needs("svd_prune")(model, {n: [min(plan.rank, r) for r in layer.ranks] for n, layer in layers.items()})
@@ -283,6 +296,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "compress_loss": Recipe(
         f"the same by what {_LOOKS} training batches say the loss would lose", _fat_lora, after=_compress_loss
+    ),
+    "compress_refine": Recipe(
+        f"the same, then {_LOOKS} steps on the singular values alone", _fat_lora, after=_compress_refine
     ),
     "compress_uniform": Recipe("the same, to one rank for all", _fat_lora, after=_compress_uniform),
     "oracle": Recipe("LoRA at the best ranks, known in hindsight", _oracle_lora, before=_oracle),
