@@ -51,7 +51,8 @@ def _digest(metrics: bytes) -> str:
 def print_sizes(console: Console, found: Json) -> None:
     """Print a row for each size."""
     name, points = found["metric_name"], found["points"]
-    table = Table(title=f"one adapter cut to several sizes, scored on {found['data']}", title_justify="left")
+    console.print(f"one adapter cut to several sizes, scored on {found['data']}", soft_wrap=True, highlight=False)
+    table = Table()
     for column in ("parameters", "of the whole", "in the PEFT file", name, "loss"):
         table.add_column(column, justify="right")
     whole = points[0]["parameters"]

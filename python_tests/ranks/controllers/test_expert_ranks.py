@@ -43,6 +43,33 @@ def test_planted_ranks_of_experts_are_found() -> None:
     assert ard.adapters(bed)["experts.weight"].ranks == ranks
 
 
+@pytest.mark.parametrize("granularity", ["head", "matrix"])
+def test_the_anneal_finds_planted_ranks_of_experts(granularity: Any) -> None:
+    """From four times the share down, with the optimizer's state; a unit is an expert at either granularity."""
+    bed = ExpertBed(PLANTED, [16] * len(PLANTED))
+    config = ard.ArdConfig(r0=4, lora_alpha=4, granularity=granularity, budget=sum(PLANTED) * 2 * bed.width)
+    ranks, controller = fit(bed, config)
+    assert controller.metric is None  # that of the update
+    assert spearmanr(ranks, PLANTED).statistic > 0.97
+    assert ard.parameters_report(bed).live <= controller.budget
+    assert controller.phase == "frozen"
+
+
+def test_a_size_is_found_for_experts() -> None:
+    bed = ExpertBed((1, 1, 2, 2, 3, 3, 0, 0), [16] * 8)
+    config = ard.ArdConfig(r0=2, lora_alpha=2, budget="auto", granularity="head")
+    ranks, _ = fit(bed, config)
+    assert spearmanr(ranks, (1, 1, 2, 2, 3, 3, 0, 0)).statistic > 0.9
+    assert sum(ranks) <= 1.5 * 12
+
+
+def test_the_loss_is_not_asked_about_experts() -> None:
+    bed = ExpertBed(PLANTED, [16] * len(PLANTED))
+    fit(bed, ard.LoraConfig(r=4), steps=20)
+    with pytest.raises(ValueError, match="metric must be 'update' where experts are adapted, got 'loss'"):
+        ard.compress(bed, 0.5, metric="loss", batches=[None], loss_fn=lambda m, _: m.loss())
+
+
 @pytest.mark.parametrize(
     "config",
     [ard.ElaConfig(r=3, lora_alpha=3), ard.AdaConfig(init_r=5, target_r=3, lora_alpha=3)],
