@@ -260,16 +260,20 @@ class Change:
 
     def whole(self, how: str) -> Operations | Lines:
         """Make it; return what has counted the places where it can be stopped."""
-        twin = self.make()
+        twin = self._made()
         counter: Operations | Lines = Operations(None) if how == "operation" else Lines(None, _raise)
         with counter:
             twin.change()
         self.after, self.count = twin.seen(), counter.seen
         return counter
 
+    def _made(self) -> Bed:
+        torch.manual_seed(0)  # the generators are looked at as well
+        return self.make()
+
     def stop(self, how: str, at: int) -> None:
         """Stop it at this place and check what is left."""
-        bed = self.make()
+        bed = self._made()
         before, content = bed.seen(identity=True), bed.seen()
         act = _interrupt if how == "Ctrl-C" else _raise
         stopper: Any = Operations(at) if how == "operation" else Lines(at, act)
