@@ -12,6 +12,7 @@ PROG = "python -m ardlora_ext"
 DESCRIPTION = "LoRA fine-tuning whose ranks are learned during training."
 COMMANDS = (
     Command("finetune", "ardlora_ext.commands.finetune", "fine-tune a model and learn its ranks"),
+    Command("compare", "ardlora_ext.commands.compare", "fine-tune by several methods, ranks and seeds, and compare"),
     Command("plan", "ardlora_ext.commands.plan", "tell what adapters on a model would cost, without its weights"),
     Command("export", "ardlora_ext.commands.export", "write a saved adapter again in another PEFT form"),
     Command("check-adapter", "ardlora_ext.commands.check_adapter", "tell which loaders will scale an adapter right"),

@@ -39,6 +39,11 @@ def name_of(config: AdapterConfig) -> str:
     return title_of(method_of(config))
 
 
+def has_option(method: Method, name: str) -> bool:
+    """Tell whether a method's config has a field of this name."""
+    return name in {entry.name for entry in dataclasses.fields(_CONFIGS[method])}
+
+
 def config_for(method: Method, r: int, options: Mapping[str, Any]) -> AdapterConfig:
     """Return the config of a method at its own defaults, but for `options`.
 
@@ -55,10 +60,9 @@ def config_for(method: Method, r: int, options: Mapping[str, Any]) -> AdapterCon
         method, {"r": r}
     )
     given = {name: value for name, value in options.items() if value is not None}
-    known = {entry.name for entry in dataclasses.fields(kind)}
     for name in given:
-        if name not in known:
-            others = [other for other, cls in _CONFIGS.items() if name in {e.name for e in dataclasses.fields(cls)}]
+        if not has_option(method, name):
+            others = [other for other in METHODS if has_option(other, name)]
             raise ValueError(f"{name} must come with method {' or '.join(others)}, got {method}")
     return kind(**ranks, **given)
 

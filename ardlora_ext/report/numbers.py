@@ -10,6 +10,11 @@ def format_metric(name: str | None, value: float | None) -> str:
     return f"{value:.1%}" if name == "accuracy" else f"{value:.4g}"
 
 
+def better(name: str, value: float, other: float) -> bool:
+    """Tell whether a value of a metric is better than another: of perplexities the smaller, else the larger."""
+    return value < other if name == "perplexity" else value > other
+
+
 def format_count(value: int | None) -> str:
     """Write a count with separators, or a dash."""
     return "–" if value is None else f"{value:,}"

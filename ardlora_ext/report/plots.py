@@ -9,7 +9,7 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import chain, cycle, pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import matplotlib
@@ -32,7 +32,6 @@ KIND_COLOURS = ("#1d4ed8", "#ea8a0c", "#0f9d77", "#c2255c", "#7048e8", "#0c8599"
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["#f3f6fb", "#c3dafe", "#7fb0f7", "#3b76e0", "#1f45a8", "#111f56"])
 
 WIDTH_IN, _DPI = 11.0, 170
-_FLAT_LABELS = 6  # more names on an axis are slanted
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -243,7 +242,7 @@ def loss_and_metric(history: Sequence[Json], evals: Sequence[Json], metric_name:
         if losses:
             left = axes.pop(0)
             left.plot(steps, losses, color=ACCENT, alpha=0.25, linewidth=0.9)
-            left.plot(steps, _smooth(losses), color=ACCENT)
+            left.plot(steps, smoothed(losses), color=ACCENT)
             left.set(title="Training loss", xlabel="step")
             left.margins(x=0)
         if evals:
@@ -274,53 +273,7 @@ def _draw_metric(axes: Axes, evals: Sequence[Json], name: str) -> None:
         )
 
 
-def compare_training(runs: Mapping[str, Json]) -> bytes:
-    """Draw the smoothed training loss and the held-out metric of several runs, by name."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for (name, run), colour in zip(runs.items(), cycle(KIND_COLOURS)):
-            steps = [entry["step"] for entry in run["history"]]
-            left.plot(steps, _smooth([entry["loss"] for entry in run["history"]]), color=colour, label=name)
-            points = [entry["step"] for entry in run["evals"]]
-            values = [entry["metric"] for entry in run["evals"]]
-            right.plot(points, values, color=colour, marker="o", markersize=4, clip_on=False, label=name)
-        metrics = dict.fromkeys(run["metric_name"] for run in runs.values() if run["evals"])
-        left.set(title="Training loss", xlabel="step")
-        right.set(title=", ".join(metrics).capitalize(), xlabel="step")
-        if list(metrics) == ["accuracy"]:
-            right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        for axes in (left, right):
-            axes.margins(x=0)
-        left.legend()
-        return png(figure)
-
-
-def compare_ranks(runs: Mapping[str, Json]) -> bytes:
-    """Draw the live parameters over training and the final mean rank of each layer of several runs, by name."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        layers: dict[str, None] = {}
-        for (name, run), colour in zip(runs.items(), cycle(KIND_COLOURS)):
-            history = run["rank_history"]
-            steps = [*(entry["step"] for entry in history), run["steps"]]
-            params = [entry["params"] for entry in history]
-            left.step(steps, [*params, params[-1]], where="post", color=colour, label=name)
-            means = group_ranks(run["ranks"], layer_names(run["ranks"]))
-            layers.update(dict.fromkeys(means))
-            heights = [statistics.fmean(ranks) for ranks in means.values()]
-            right.plot(list(means), heights, color=colour, marker="o", markersize=4, label=name)
-        left.set(title="Live adapter parameters", xlabel="step")
-        left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        left.margins(x=0)
-        left.legend()
-        right.set(title="Mean rank by layer")
-        right.set_xticks(range(len(layers)), list(layers), rotation=30 if len(layers) > _FLAT_LABELS else 0, ha="right")
-        return png(figure)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Return the bias-corrected exponential mean over about a thirtieth of the values."""
     keep = 1 - 1 / max(2.0, len(values) / 30)
     total, weight, smooth = 0.0, 0.0, []

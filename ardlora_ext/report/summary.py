@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ardlora_ext.report import places
+from ardlora_ext.report.comparison import Group, best_of
 from ardlora_ext.report.console import make_console
 from ardlora_ext.report.numbers import format_amount, format_duration, format_metric
 from ardlora_ext.report.run_files import Json
@@ -40,6 +41,24 @@ def print_summary(metrics: Json, folder: Path, console: Console | None = None) -
     console.print(layers, table)
     for line in _loading(metrics, folder):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_comparison(groups: Sequence[Group], console: Console | None = None) -> None:
+    """Print mean and spread over seeds of each group of runs, a star behind the best of each method."""
+    metric = groups[0].runs[0].m["metric_name"]
+    table = Table(title="mean ± standard deviation over seeds; * the best of its method")
+    table.add_column("runs")
+    for heading in ("seeds", metric, "", "loss", "parameters", "peak", "mean rank", "time of one"):
+        table.add_column(heading, justify="right" if heading else "left")
+    best = best_of(groups)
+    for group in groups:
+        star = "*" if group in best else ""
+        loss, live, peak = (format_amount(group.mean(key)) for key in ("loss_after", "params_live", "params_peak"))
+        time = format_duration(group.mean("seconds") or 0.0)
+        table.add_row(
+            group.name, str(len(group.runs)), group.score, star, loss, live, peak, f"{group.mean_rank:.2f}", time
+        )
+    (console or make_console()).print(table)
 
 
 def _loading(metrics: Json, folder: Path) -> list[str]:

@@ -87,6 +87,7 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
                 unit="step",
                 mininterval=interval,
                 dynamic_ncols=True,
+                leave=None,  # but where it is one of many
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -96,6 +96,15 @@ def to_resume(out: Path, resume: str | None, overwrite: bool) -> Path | None:
     return None
 
 
+def begun_as(out: Path) -> str | None:
+    """Return the command of the run whose checkpoints a folder holds, or None."""
+    for folder in reversed(_checkpoints(out)):
+        with suppress(InputError, LookupError, TypeError):
+            command: str = trainer_state(folder)["stateful_callbacks"]["RunRecord"]["attributes"]["command"]
+            return command
+    return None
+
+
 def ended(out: Path, command: str) -> Mapping[str, Any] | None:
     """Return the metrics of the run in a folder, if it was started by this command and has ended."""
     try:
