@@ -31,6 +31,7 @@ _ALL: Json = {
     "settings": {},
     "history": (),
     "evals": (),
+    "answers": (),
 }
 
 

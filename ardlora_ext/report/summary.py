@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ardlora_ext.report import places
@@ -39,6 +40,13 @@ def print_summary(metrics: Json, folder: Path, console: Console | None = None) -
         bar = "█" * round(24 * mean / max(widest, 1e-9))
         layers.add_row(name, str(len(units)), f"{mean:.2f}", str(min(units)), str(max(units)), bar)
     console.print(layers, table)
+    if metrics.get("answers"):
+        answers = Table(title="answers", show_lines=True)
+        for heading in ("prompt", "before", "after", "wanted"):
+            answers.add_column(heading, ratio=1)
+        for entry in metrics["answers"]:
+            answers.add_row(*(escape(entry[key]) for key in ("prompt", "before", "after", "wanted")))
+        console.print(answers)
     for line in _loading(metrics, folder):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -16,6 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import is_gguf_available
 
 from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.train.settings import Task
@@ -136,6 +137,8 @@ def _source(name: str | Path) -> dict[str, Any]:
     ggufs = [] if (folder / "config.json").is_file() else sorted(folder.glob("*.gguf"))
     if len(ggufs) != 1 and not (folder / "config.json").is_file():
         raise InputError(f"load_model: --model must hold a config.json or one .gguf file, got {folder}")
+    if ggufs and not is_gguf_available():
+        raise InputError(f"load_model: {ggufs[0].name} can be read with gguf: pip install gguf")
     return {"local_files_only": True, **({"gguf_file": ggufs[0].name} if ggufs else {})}
 
 
@@ -158,6 +161,19 @@ def _plain(model: Any) -> torch.nn.Module:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(model)(config).to(model.dtype)
-    plain.load_state_dict(model.state_dict())
-    return plain  # type: ignore[no-any-return]
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+
+
+def answer(model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], tokens: int = 24) -> str:
+    """Return how a causal model goes on after a text, or answers the last of some messages, greedily."""
+    words = {"return_tensors": "pt", "return_dict": True}
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **words)
+    model.eval()
+    found = model.generate(
+        **inputs.to(model.device), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    text: str = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())

@@ -21,10 +21,9 @@ from datasets import Dataset
 
 from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.json_file import parse_json
-from ardlora_ext.train.packages import TREC, fetch
 from ardlora_ext.train.settings import COLUMNS, NAMES, OPTIONAL, Task
 
-_TEST_LIMIT = 2000
+TEST_LIMIT = 2000
 _LEAST = 10  # different examples of a data set that is split
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -47,34 +46,6 @@ class Corpus:
     train: Dataset
     test: Dataset | None
     labels: tuple[str, ...] = ()
-
-
-def trec_corpus(train_limit: int = 2400, test_size: int = _TEST_LIMIT) -> Corpus:
-    """Load the TREC questions with their six coarse classes.
-
-    The 500 official test questions are not in the file, so the test set is our own fixed split, large enough (2 000)
-    that one standard error of an accuracy near 90 % is 0.7 points.
-    """
-    lines = (fetch(TREC) / "question_labels.txt").read_text(encoding="latin-1").splitlines()
-    questions, labels = parse_questions(lines)
-    rows = Dataset.from_dict({"text": list(questions), "label": [labels.index(name) for name in questions.values()]})
-    order = _hash_order(rows["text"])
-    test, train = order[:test_size], order[test_size : test_size + train_limit]
-    return Corpus("TREC questions (6 classes)", "classification", rows.select(train), rows.select(test), labels)
-
-
-def parse_questions(lines: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Parse lines such as "HUM:ind Who wrote Emma ?" into unique questions with their coarse class, and the classes.
-
-    A question that is given twice keeps its first class.
-    """
-    coarse: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        tag, _, question = line.strip().partition(" ")
-        if not question or ":" not in tag:
-            raise InputError(f'parse_questions: line {number} must read "CLASS:detail question", got {line[:60]!r}')
-        coarse.setdefault(question, tag.partition(":")[0])
-    return coarse, tuple(sorted(set(coarse.values())))
 
 
 def load_corpus(
@@ -338,14 +309,14 @@ def _hold_out(rows: Dataset, fields: Sequence[str], share: float, source: str | 
     """Return different rows to train and to test on."""
     inputs = [field for field in fields if field not in ("label", "tags")]
     columns = [[v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in rows[field]] for field in inputs]
-    order = _hash_order(map("\0".join, zip(*columns, strict=True)))
+    order = hash_order(map("\0".join, zip(*columns, strict=True)))
     if len(order) < _LEAST:
         raise InputError(f"{source}: there must be at least {_LEAST} different texts, got {len(order)}")
-    held_out = max(1, min(_TEST_LIMIT, round(len(order) * share)))
+    held_out = max(1, min(TEST_LIMIT, round(len(order) * share)))
     return rows.select(order[held_out:]), rows.select(order[:held_out])
 
 
-def _hash_order(keys: Iterable[str]) -> list[int]:
+def hash_order(keys: Iterable[str]) -> list[int]:
     """Return the positions of different keys, in the order of their sha256."""
     first: dict[str, int] = {}
     for position, key in enumerate(keys):

@@ -21,11 +21,11 @@ from ardlora_ext import processes
 from ardlora_ext.checkpoint.load_pretrained import load_pretrained
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
-from ardlora_ext.train.base_model import head_modules, held_length, load_model, load_tokenizer
+from ardlora_ext.train.base_model import answer, head_modules, held_length, load_model, load_tokenizer
 from ardlora_ext.train.callback import RankCallback, trainer_facts
-from ardlora_ext.train.data import Corpus, load_corpus, trec_corpus
+from ardlora_ext.train.data import Corpus, load_corpus
 from ardlora_ext.train.encoding import by_length, encode
-from ardlora_ext.train.packages import default_model
+from ardlora_ext.train.packages import default_model, fetch, trec_chats, trec_corpus
 from ardlora_ext.train.progress import DivergenceError, RunRecord
 from ardlora_ext.train.settings import DTYPES, METRICS, Settings, metric_of
 from ardlora_ext.train.trainers import go_on, make_trainer
@@ -33,6 +33,7 @@ from ardlora_ext.train.trainers import go_on, make_trainer
 Json = dict[str, Any]
 
 _LENGTH = 128
+_SAMPLES = 3  # chats that are answered before and after
 _PROBE = 500  # examples that are looked at during the run: a standard error of 1.3 points near 90 %
 
 
@@ -43,6 +44,7 @@ class Job:
     settings: Settings
     corpus: Corpus
     config: AdapterConfig
+    tokenizer: Any
     trainer: Trainer
     record: RunRecord
     ranks: RankCallback
@@ -51,6 +53,26 @@ class Job:
     def evaluate(self) -> tuple[float, float]:
         """Return loss and metric on the whole test part."""
         return metric_of(self.corpus.task, self.trainer.evaluate(self.test))
+
+    def before(self) -> tuple[float, float, list[str]]:
+        """Return loss, metric and answers of the model that training begins with."""
+        return (*self.evaluate(), self.answers())
+
+    def answers(self) -> list[str]:
+        """Return what the model answers to some test chats; nothing where several processes would have to."""
+        alone = self.trainer.args.world_size == 1
+        return [answer(self.trainer.model, self.tokenizer, prompt) for prompt, _ in self.asked()] if alone else []
+
+    def asked(self) -> list[tuple[Any, str]]:
+        """Return the first test chats with different answers, as prompt and answer; none but of chats."""
+        found: dict[str, Any] = {}
+        for row in self.corpus.test if self.corpus.task == "sft" else ():
+            messages = row.get("messages")
+            prompt, said = (messages[:-1], messages[-1:]) if messages else (row.get("prompt"), row.get("completion"))
+            text = said if isinstance(said, str) or not said else str(said[-1]["content"])
+            if prompt and text and len(found) < _SAMPLES:
+                found.setdefault(text.strip(), prompt)
+        return [(prompt, text) for text, prompt in found.items()]
 
 
 def run(settings: Settings) -> Json | None:
@@ -76,7 +98,7 @@ def run(settings: Settings) -> Json | None:
         )  # killed after it was saved, or asked for again
     job = prepare(settings)
     if checkpoint is None:
-        job.record.measure = job.evaluate
+        job.record.measure = job.before
     else:
         go_on(job.trainer, checkpoint)
     try:
@@ -106,11 +128,7 @@ def prepare(settings: Settings, saved: Path | None = None) -> Job:
         torch.set_num_threads(settings.threads)
     set_seed(settings.seed)
     corpus = _corpus(settings)
-    if settings.model is None and corpus.task in ("lm", "sft"):
-        raise InputError(
-            "finetune: text without labels must come with --model, a causal language model, got no --model"
-        )
-    name = settings.model or default_model()
+    name = settings.model or fetch(default_model(corpus.task))
     tokenizer = load_tokenizer(name)
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     model = load_model(
@@ -134,12 +152,12 @@ def prepare(settings: Settings, saved: Path | None = None) -> Job:
     trainer = make_trainer(settings, corpus.task, model, tokenizer, parts, heads, length, [ranks, record])
     test = trainer.eval_dataset
     trainer.eval_dataset = by_length(test.select(range(min(_PROBE, len(test)))))
-    return Job(settings, corpus, config, trainer, record, ranks, by_length(test))
+    return Job(settings, corpus, config, tokenizer, trainer, record, ranks, by_length(test))
 
 
 def _corpus(settings: Settings) -> Corpus:
     if settings.data is None:
-        return trec_corpus()
+        return trec_chats() if settings.task == "sft" else trec_corpus()
     return load_corpus(
         settings.data,
         settings.task,
@@ -183,7 +201,7 @@ def _metrics(job: Job, loss: float, metric: float, seconds: float) -> Json:
     examples = len(job.trainer.train_dataset)
     return {
         **job.ranks.controller.metrics(**known),
-        "model": Path(settings.model).resolve().name if settings.model else "all-MiniLM-L6-v2",
+        "model": Path(settings.model).resolve().name if settings.model else default_model(job.corpus.task).title,
         "data": job.corpus.name,
         "task": job.corpus.task,
         "labels": list(job.corpus.labels),
@@ -195,6 +213,15 @@ def _metrics(job: Job, loss: float, metric: float, seconds: float) -> Json:
         "epochs": state.global_step * known["batch_size"] / examples,
         "train_examples": examples,
         "test_examples": len(job.test),
+        "answers": [
+            {
+                "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                "wanted": wanted,
+                "before": before,
+                "after": after,
+            }
+            for (prompt, wanted), before, after in zip(job.asked(), record.before[2], job.answers(), strict=False)
+        ],
         "metric_name": METRICS[job.corpus.task],
         "metric_before": record.before[1],
         "metric_after": metric,

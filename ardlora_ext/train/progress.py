@@ -31,8 +31,8 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Attributes:
         command: What was asked for.
-        measure: What gives loss and metric before training. Called when Trainer has prepared the model: one that is
-            evaluated earlier is not wrapped in DistributedDataParallel any more, and processes train apart.
+        measure: What gives loss, metric and answers before training. Called when Trainer has prepared the model: one
+            that is evaluated earlier is not wrapped in DistributedDataParallel any more, and processes train apart.
         before: What it gave.
         evals: Evaluations during training.
         step_ms: Mean time of a step between two logs.
@@ -41,8 +41,8 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def __init__(self, name: str, task: Task, command: str) -> None:
         self.name, self.task, self.command = name, task, command
-        self.measure: Callable[[], tuple[float, float]] | None = None
-        self.before: list[float] | None = None
+        self.measure: Callable[[], tuple[float, float, list[str]]] | None = None
+        self.before: list[Any] | None = None
         self.evals: list[Json] = []
         self.step_ms: list[float] = []
         self.seconds = 0.0

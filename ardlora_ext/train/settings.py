@@ -65,7 +65,9 @@ class ModelOptions:
     """Model."""
 
     model: str | None = option(
-        None, "folder of a model, or its id on the hub (default: all-MiniLM-L6-v2)", metavar="DIR|ID"
+        None,
+        "folder of a model, or its id on the hub (default: all-MiniLM-L6-v2; of text and chats SmolLM2-135M-Instruct)",
+        metavar="DIR|ID",
     )
     dtype: Literal["float32", "bf16", "fp16"] = option(
         "float32", "of the frozen weights; below float32 the products are computed in it, too"
@@ -83,7 +85,7 @@ class DataOptions:
     data: str | None = option(
         None,
         ".csv, .tsv, .json, .jsonl, .parquet or .txt file, a folder of such, or a data set on the hub "
-        "(default: the TREC questions)",
+        "(default: the TREC questions, as chats for --task sft)",
         metavar="FILE|DIR|ID",
     )
     task: Task | Literal["auto"] = option("auto", "what to learn; auto: by the columns, see below")
@@ -195,6 +197,8 @@ class Settings(RunOptions, TrainingOptions, RankOptions, DataOptions, ModelOptio
     def __post_init__(self) -> None:
         if self.model is not None and self.data is None and self.task != "sft":
             raise InputError("finetune: --model must come with --data, got no --data")
+        if self.data is None and self.task not in ("auto", "classification", "sft"):
+            raise InputError(f"finetune: --task {self.task} must come with --data, got no --data")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

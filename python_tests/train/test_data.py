@@ -11,9 +11,9 @@ import pytest
 from datasets import ClassLabel, Dataset
 
 from ardlora_ext.errors import InputError
-from ardlora_ext.train import data
-from ardlora_ext.train.data import Corpus, load_corpus, parse_questions
-from ardlora_ext.train.packages import DatasetUnavailable
+from ardlora_ext.train import packages
+from ardlora_ext.train.data import Corpus, load_corpus
+from ardlora_ext.train.packages import DatasetUnavailable, parse_questions
 from ardlora_ext.train.settings import Task
 
 
@@ -42,7 +42,7 @@ def same(one: Corpus, other: Corpus) -> bool:
 
 def test_default_corpus_is_real_balanced_enough_and_disjoint() -> None:
     try:
-        corpus = data.trec_corpus()
+        corpus = packages.trec_corpus()
     except DatasetUnavailable as error:
         pytest.skip(f"the package index cannot be reached: {error}")
     assert corpus.test is not None
@@ -50,7 +50,7 @@ def test_default_corpus_is_real_balanced_enough_and_disjoint() -> None:
     assert (len(corpus.train), len(corpus.test)) == (2400, 2000)
     assert not set(texts(corpus.train)) & set(texts(corpus.test))
     assert set(corpus.train["label"]) == set(corpus.test["label"]) == set(range(6))
-    assert same(data.trec_corpus(), corpus)
+    assert same(packages.trec_corpus(), corpus)
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

