@@ -161,7 +161,8 @@ def _plain(model: Any) -> torch.nn.Module:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+    weights = model.state_dict()
+    return type(model).from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)  # type: ignore[no-any-return]
 
 
 def answer(model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], tokens: int = 24) -> str:

@@ -66,7 +66,7 @@ class Job:
     def asked(self) -> list[tuple[Any, str]]:
         """Return the first test chats with different answers, as prompt and answer; none but of chats."""
         found: dict[str, Any] = {}
-        for row in self.corpus.test if self.corpus.task == "sft" else ():
+        for row in (self.corpus.test or ()) if self.corpus.task == "sft" else ():
             messages = row.get("messages")
             prompt, said = (messages[:-1], messages[-1:]) if messages else (row.get("prompt"), row.get("completion"))
             text = said if isinstance(said, str) or not said else str(said[-1]["content"])

@@ -77,9 +77,8 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.before = list(self.measure())
         self._training = True
         if state.is_world_process_zero:
-            interval = (
-                0.1 if sys.stderr.isatty() else 15.0
-            )  # a log file gets a line now and then, a person a moving bar
+            watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+            interval = 0.1 if watched else 15.0  # a log file gets a line now and then, a person a moving bar
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,

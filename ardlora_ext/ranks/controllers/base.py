@@ -21,6 +21,7 @@ from ardlora_ext.ranks.controllers.costs import Costs, Ints
 from ardlora_ext.ranks.controllers.run import RankHistory, run_metrics
 from ardlora_ext.ranks.loss_metric import LossMetric
 from ardlora_ext.ranks.resize import RankUpdate
+from ardlora_ext.report.rank_view import RankView
 from ardlora_ext.report.run_files import METRICS_FILE, REPORT_FILE, check_facts, run_files
 from ardlora_ext.unbroken import unbroken, undone_by
 
@@ -339,6 +340,17 @@ class Controller(Generic[Config]):
             return Path(folder, METRICS_FILE)
         write_set(Path(folder), {REPORT_FILE: render(metrics, self.records).encode(), **files})
         return Path(folder, REPORT_FILE)
+
+    def show(self) -> RankView:
+        """Return the ranks of now to look at: a heat map where it is the last line of a notebook's cell, else a table.
+
+        Example:
+            print(controller.show())
+        """
+        now, ranks = self.summary(), self.ranks()
+        first = self.history.entries[0][2] if self.history.entries else self.units.live()
+        title = f"step {self.step}, {now['phase']}: mean rank {now['mean_rank']:.2f}, {now['parameters']:,} parameters"
+        return RankView(title, ranks, int(max(first)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists: everything a resumed run needs to take the same decisions."""
