@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ardlora_ext.distributed.replicate import replicate
@@ -46,7 +47,17 @@ def fully_shard(model: Model, modules: Sequence[nn.Module] | None = None, **opti
     parts: list[nn.Module] = [*(_blocks(model) if modules is None else modules), model]
     for module in parts:
         shard(module, ignored_params=whole, **options)
+    model.register_forward_hook(_reshard_after_evaluation)
     return model
+
+
+def _reshard_after_evaluation(model: Any, *_: object) -> None:
+    """Free what FSDP2 keeps gathered for a backward pass that does not come.
+
+    A state_dict frees it, too: one that the first process alone asks for, to save, would leave the processes apart.
+    """
+    if not torch.is_grad_enabled():
+        model.reshard()
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ardlora_ext import processes
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import Method, config_for
 from ardlora_ext.errors import InputError
@@ -175,6 +176,9 @@ class RunOptions:
     )
     overwrite: bool = option(False, "delete the checkpoints of an earlier run in --out, and begin anew")
     report_to: tuple[str, ...] = option((), "trackers: tensorboard, wandb, ... (default: none)", metavar="NAME")
+    fsdp: bool = option(
+        False, "shard the frozen weights over the processes (FSDP2); what trains is whole on each of them"
+    )
     device: str | None = option(
         None, "cpu, cuda or cuda:1 (default: a GPU where torch and this build can use one)", metavar="NAME"
     )
@@ -209,6 +213,9 @@ class Settings(RunOptions, TrainingOptions, RankOptions, DataOptions, ModelOptio
             raise InputError(f"finetune: --eval-share must be between 0 and 1, got {self.eval_share}")
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("finetune: --load-in-4bit must not come with --load-in-8bit, got both")
+        if self.fsdp and (processes.size() == 1 or self.load_in_4bit or self.load_in_8bit):
+            without = "--load-in-4bit or --load-in-8bit" if processes.size() > 1 else "one process alone: use torchrun"
+            raise InputError(f"finetune: --fsdp must have several processes and float weights, got {without}")
         for name in ("packing", "answers_only"):
             if getattr(self, name) and self.task not in ("sft", "auto"):
                 raise InputError(f"finetune: --{name.replace('_', '-')} must come with --task sft, got {self.task}")

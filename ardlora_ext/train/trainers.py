@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ardlora_ext.distributed.fully_shard import fully_shard
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.dispatch import best_device
 from ardlora_ext.train.encoding import choose, collator, score
@@ -83,6 +85,10 @@ def make_trainer(
             )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise error if isinstance(error, InputError) else InputError(f"finetune: {error}") from error
+    if settings.fsdp:
+        fully_shard(trainer.model)
+        # Without DistributedDataParallel: gradients of what is whole are averaged already.
+        trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -100,7 +100,10 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path: Path, encoder: Path
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path, encoder: Path, reviews: Path) -> None:
+@pytest.mark.parametrize("sharded", [(), ("--fsdp",)], ids=["whole", "sharded"])
+def test_two_processes_equal_one_on_the_concatenated_batch(
+    tmp_path: Path, encoder: Path, reviews: Path, sharded: tuple[str, ...]
+) -> None:
     words = ["--training-arg", "optim=sgd", "--lr", "0.3", "--head-lr", "0.3"]  # Adam makes much of the last bits
     words += ["--model", str(encoder), "--data", str(reviews), "--max-steps", "12", "--device", "cpu", "--threads", "1"]
     config = json.loads((encoder / "config.json").read_text())  # masks differ between processes
@@ -110,7 +113,7 @@ def test_two_processes_equal_one_on_the_concatenated_batch(tmp_path: Path, encod
     finetune_ = ["-m", "ardlora_ext", "finetune", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *torchrun, *finetune_, "--batch-size", "4", "--out", str(tmp_path / "two")],
+        [sys.executable, *torchrun, *finetune_, "--batch-size", "4", "--out", str(tmp_path / "two"), *sharded],
         env=environment,
         capture_output=True,
         text=True,
