@@ -21,7 +21,8 @@ from transformers.utils import is_gguf_available
 from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.train.settings import Task
 
-_HEADS = ("classifier", "score", "pooler", "lm_head")  # what is trained in full, or tied, stays as it is
+# What is trained in full, or tied, stays as it is; transformers compares the ends of names.
+_HEADS = ("classifier", "pre_classifier", "score", "pooler", "pooler.dense", "lm_head")
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -47,6 +47,11 @@ class Corpus:
     test: Dataset | None
     labels: tuple[str, ...] = ()
 
+    def speaks(self) -> bool:
+        """Tell whether rows hold messages, and no plain text."""
+        first = self.train[0]
+        return "messages" in first or isinstance(first.get("prompt"), list)
+
 
 def load_corpus(
     data: str | Path,
@@ -115,6 +120,10 @@ def _read(data: str | Path, split: str) -> Dataset:
     if path.is_file() and kind is None:
         raise InputError(f"load_corpus: --data must be a {', '.join(_READERS)} file, got {path}")
     if kind is not None and not path.is_dir():
+        if split != "train":
+            raise InputError(
+                f"load_corpus: a file has no splits, got {path} and split {split}; name another file instead"
+            )
         rows = _read_file(path, kind)
     else:
         try:
@@ -123,7 +132,7 @@ def _read(data: str | Path, split: str) -> Dataset:
             hint = "" if path.exists() else "; without a network, download it elsewhere and give its folder"
             raise InputError(
                 f"load_corpus: --data must be a file, a folder or a data set of the hub, got {data} (split {split}): "
-                f"{first_line(error)}{hint}"
+                f"{first_line(error.__cause__ or error)}{hint}"
             ) from error
     if not len(rows):
         raise InputError(f"load_corpus: --data must hold at least one row, got an empty {data}")
@@ -203,8 +212,10 @@ def _task_of(rows: Dataset, source: str | Path) -> Task:
     if {"tokens", "tags"} <= found:
         return "token-classification"
     if {"text", "label"} <= found:
-        numbers = all(map(_is_number, labels := rows["label"])) and not all(float(v).is_integer() for v in labels)
-        return "regression" if numbers else "classification"
+        numbers = [float(label) for label in rows["label"] if _is_number(label)]
+        kind = str(getattr(rows.features["label"], "dtype", ""))
+        measured = kind.startswith("float") or len(numbers) == len(rows)
+        return "regression" if measured and not all(map(float.is_integer, numbers)) else "classification"
     if "text" not in found:
         raise InputError(
             f"{source}: rows must have a text column (or tokens and tags, messages, or prompt and completion), got "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -44,12 +44,39 @@ def encode(corpus: Corpus, tokenizer: Any, max_length: int, share: float) -> tup
     for part in (corpus.train, corpus.test):
         assert part is not None
         parts.append(part.map(rows, batched=True, fn_kwargs=keywords, remove_columns=part.column_names))
+    say_what_is_cut(parts, max_length)
+    return parts[0], parts[1]
+
+
+def say_what_is_cut(parts: Sequence[Dataset], max_length: int) -> None:
+    """Warn of texts in tokens that may have been longer."""
     full = sum(len(ids) >= max_length for part in parts for ids in part["input_ids"])
     if full:
         _logger.warning(
             "%d of %d texts fill --max-length %d tokens; longer ones are cut", full, sum(map(len, parts)), max_length
         )
-    return parts[0], parts[1]
+
+
+def check_chats(corpus: Corpus, parts: Sequence[Dataset], max_length: int, packed: bool) -> None:
+    """Say which of these chats, as TRL has made tokens of them, are cut, or gone because no answer is left.
+
+    Raises:
+        InputError: none is left to train on, or none to test on.
+    """
+    if packed:
+        return
+    for name, rows, part in (("training", corpus.train, parts[0]), ("test", corpus.test or (), parts[1])):
+        if not len(part):
+            raise InputError(
+                f"finetune: --max-length must leave an answer to learn from, got {max_length} tokens and {len(rows)} "
+                f"longer prompts in the {name} part"
+            )
+        if len(part) < len(rows):
+            gone = len(rows) - len(part)
+            _logger.warning(
+                "%d of %d %s chats have no answer within --max-length %d tokens", gone, len(rows), name, max_length
+            )
+    say_what_is_cut(parts, max_length)
 
 
 def _labelled(rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ardlora_ext.errors import InputError
 from ardlora_ext.train.base_model import answer, head_modules, held_length, load_model, load_tokenizer
 from ardlora_ext.train.callback import RankCallback, trainer_facts
 from ardlora_ext.train.data import Corpus, load_corpus
-from ardlora_ext.train.encoding import by_length, encode
+from ardlora_ext.train.encoding import by_length, check_chats, encode
 from ardlora_ext.train.packages import default_model, fetch, trec_chats, trec_corpus
 from ardlora_ext.train.progress import DivergenceError, RunRecord
 from ardlora_ext.train.settings import DTYPES, METRICS, Settings, metric_of
@@ -32,7 +32,7 @@ from ardlora_ext.train.trainers import go_on, make_trainer
 
 Json = dict[str, Any]
 
-_LENGTH = 128
+_LENGTH, _CHAT_LENGTH = 128, 1024  # tokens; TRL's for chats
 _SAMPLES = 3  # chats that are answered before and after
 _PROBE = 500  # examples that are looked at during the run: a standard error of 1.3 points near 90 %
 
@@ -128,13 +128,21 @@ def prepare(settings: Settings, saved: Path | None = None) -> Job:
         torch.set_num_threads(settings.threads)
     set_seed(settings.seed)
     corpus = _corpus(settings)
+    for option in ("packing", "answers_only"):
+        if getattr(settings, option) and corpus.task != "sft":
+            raise InputError(f"finetune: --{option.replace('_', '-')} must come with chats, got {corpus.task} data")
     name = settings.model or fetch(default_model(corpus.task))
     tokenizer = load_tokenizer(name)
+    if tokenizer.chat_template is None and (settings.answers_only or corpus.speaks()):
+        raise InputError(
+            f"finetune: the tokenizer of {name} must have a chat template for messages, got none; take a model that "
+            "was tuned for chats, or prompt and completion as plain text"
+        )
     bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
     model = load_model(
         name, corpus.task, corpus.labels, tokenizer, dtype=DTYPES[settings.dtype], bits=bits, attn=settings.attn
     )
-    wanted = settings.max_length or _LENGTH
+    wanted = settings.max_length or (_CHAT_LENGTH if corpus.task == "sft" else _LENGTH)
     length = held_length(model, wanted)
     if settings.max_length is not None and length < wanted:
         raise InputError(f"finetune: --max-length must be <= {length}, the positions of the model, got {wanted}")
@@ -150,6 +158,8 @@ def prepare(settings: Settings, saved: Path | None = None) -> Job:
     ranks = RankCallback(config, report=False)  # written with the adapter, as one set
     record = RunRecord(settings.method, corpus.task, settings.command())
     trainer = make_trainer(settings, corpus.task, model, tokenizer, parts, heads, length, [ranks, record])
+    if corpus.task == "sft":
+        check_chats(corpus, (trainer.train_dataset, trainer.eval_dataset), length, settings.packing)
     test = trainer.eval_dataset
     trainer.eval_dataset = by_length(test.select(range(min(_PROBE, len(test)))))
     return Job(settings, corpus, config, tokenizer, trainer, record, ranks, by_length(test))

@@ -98,7 +98,9 @@ class DataOptions:
     eval_split: str | None = option(None, "split to test on", metavar="NAME")
     eval_share: float = option(0.1, "share of --data to test on, at most 2 000 rows", metavar="X")
     max_length: int | None = option(
-        None, "length of a text or block at most (default: 128, or what the model can read)", metavar="TOKENS"
+        None,
+        "length of a text or block at most (default: 128, of a chat 1024, or what the model can read)",
+        metavar="TOKENS",
     )
     packing: bool = option(False, "several short chats in one sequence")
     answers_only: bool = option(
@@ -223,6 +225,8 @@ class Settings(RunOptions, TrainingOptions, RankOptions, DataOptions, ModelOptio
             raise InputError(
                 f"finetune: --device must be cpu or a GPU that torch and this build can use, got '{self.device}'"
             )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"finetune: --seed must be in [0, 2**32), got {self.seed}")
         self.column_names()
         try:
             self.adapter_config()
@@ -237,6 +241,9 @@ class Settings(RunOptions, TrainingOptions, RankOptions, DataOptions, ModelOptio
                 raise InputError(
                     f"finetune: --columns must be {'|'.join(NAMES)}=NAME, got {ours}{'=' * bool(theirs)}{theirs}"
                 )
+        named = [theirs for _, theirs in pairs]
+        if len(set(named)) < len(named):
+            raise InputError(f"finetune: --columns must name different columns, got {' '.join(self.columns)}")
         return dict(pairs)
 
     def adapter_config(self, heads: tuple[str, ...] = ()) -> AdapterConfig:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ardlora_ext.distributed.fully_shard import fully_shard
-from ardlora_ext.errors import InputError
+from ardlora_ext.errors import InputError, first_line
 from ardlora_ext.native.dispatch import best_device
 from ardlora_ext.train.encoding import choose, collator, score
 from ardlora_ext.train.run_folder import trainer_state
@@ -83,8 +83,10 @@ def make_trainer(
                 **metric,
                 **common,
             )
-    except (ValueError, ImportError, NotImplementedError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"finetune: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"finetune: {first_line(error)}") from error
     if settings.fsdp:
         fully_shard(trainer.model)
         # Without DistributedDataParallel: gradients of what is whole are averaged already.

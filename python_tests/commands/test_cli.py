@@ -97,6 +97,11 @@ TINY = ["--model", "{encoder}", "--data", "{reviews}", "--max-steps", "2"]
         ([*TINY, "--task", "lm", "--packing"], "--packing must come with --task sft, got lm"),
         ([*TINY, "--report-to", "nobody"], "nobody"),
         ([*TINY, "--attn", "mine"], "cannot be loaded for classification"),
+        ([*TINY, "--seed", "-1"], "--seed must be in [0, 2**32), got -1"),
+        ([*TINY, "--columns", "text=text", "label=text"], "--columns must name different columns, got text=text"),
+        ([*TINY, "--answers-only"], "--answers-only must come with chats, got classification data"),
+        ([*TINY, "--eval-split", "test"], "a file has no splits, got "),
+        ([*TINY, "--early-stopping", "1", "--training-arg", "eval_strategy=no"], "requires the save and eval strategy"),
         ([*TINY, "--early-stopping", "0"], "--early-stopping must be positive, got 0"),
         (
             [*TINY, "--task", "token-classification"],

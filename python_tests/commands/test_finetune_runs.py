@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ardlora_ext.commands.cli import main
+from ardlora_ext.errors import InputError
 from ardlora_ext.train import finetune as runs
 from ardlora_ext.train.packages import DatasetUnavailable, default_model, fetch, trec_chats, trec_corpus
 from ardlora_ext.train.settings import Settings
@@ -260,6 +262,33 @@ def test_training_arguments_reach_trainer(tmp_path: Path, encoder: Path, reviews
     assert {(group["lr"], len(group["params"]) > 0) for group in groups} >= {(1e-3, True), (1e-2, True)}
     trained = sum(parameter.numel() for group in groups for parameter in group["params"])
     assert trained == sum(p.numel() for p in job.trainer.model.parameters() if p.requires_grad)
+
+
+def test_chats_that_do_not_fit_are_named(tmp_path: Path, decoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """TRL leaves out what has no answer within its length, and says nothing."""
+    long, short = " ".join(WORDS) * 2, "good film"
+    rows = [{"prompt": f"{WORDS[i % 12]} {long if i < 4 else short} {i}", "completion": " bad plot"} for i in range(60)]
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
+    runs.prepare(Settings(out=tmp_path, model=str(decoder), data=str(data), max_length=16, device="cpu"))
+    left = re.findall(r"(\d) of \d+ (training|test) chats have no answer within --max-length 16 tokens", caplog.text)
+    assert sum(int(count) for count, _ in left) == 4
+    with pytest.raises(InputError, match=r"^finetune: --max-length must leave an answer to learn from, got 3 tokens"):
+        runs.prepare(Settings(out=tmp_path, model=str(decoder), data=str(data), max_length=3, device="cpu"))
+
+
+def test_messages_want_a_chat_template(tmp_path: Path, decoder: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"the {WORDS[i % 12]} {WORDS[i // 12]}"}]} for i in range(40)]
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(InputError, match="must have a chat template for messages, got none"):
+        runs.prepare(Settings(out=tmp_path, model=str(decoder), data=str(data), device="cpu"))
+
+
+def test_heads_of_a_quantised_encoder_stay_floats(tmp_path: Path, encoder: Path, reviews: Path) -> None:
+    settings = Settings(out=tmp_path, model=str(encoder), data=str(reviews), device="cpu", load_in_4bit=True)
+    model = runs.prepare(settings).trainer.model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert type(model.bert.encoder.layer[0].output.dense.base_layer).__name__ == "Linear4bit"
+    assert type(model.bert.pooler.dense) is torch.nn.Linear
 
 
 def test_what_is_cut_is_said(tmp_path: Path, encoder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -202,6 +202,12 @@ def test_labels_are_ignored_when_language_modelling_is_asked_for(tmp_path: Path)
         ("a.csv", "text\na\n", "classification", r"must have a label column \(classification reads .*\), got text"),
         ("a.csv", "text,label\na,\n", "auto", r"row 1: label must be an integer or a string, got ''"),
         ("a.jsonl", '{"text": "a", "label": true}\n', "regression", r"there must be at least 10 different texts"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0.5}\n{"text": "b", "label": NaN}\n',
+            "auto",
+            r"row 2: label must be a number, got",
+        ),
         ("a.jsonl", '{"text": "a", "label": "x"}\n', "regression", r"row 1: label must be a number, got 'x'"),
         ("a.csv", "text,label\n" + "a,1\nb,2\n" * 9, "auto", r"at least 10 different texts, got 2"),
         ("a.jsonl", '{"text": 7, "label": 1}\n{"text": "b", "label": 2}\n', "auto", r"row 1: text must be a non-empty"),
