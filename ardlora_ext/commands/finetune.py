@@ -20,6 +20,7 @@ _EPILOG = """\
 examples:
   python -m ardlora_ext finetune --out run                      all-MiniLM-L6-v2 on the TREC questions, about 2 minutes
   python -m ardlora_ext finetune --out run --method lora        the same with fixed ranks
+  python -m ardlora_ext finetune --out run --task sft           SmolLM2-135M on questions, with answers before and after
   python -m ardlora_ext finetune --out run --data reviews.csv   your own texts and labels
   python -m ardlora_ext finetune --out run --data pairs.csv --columns text=question label=kind
   python -m ardlora_ext finetune --out run --model llama/ --data notes.txt --resume
