@@ -17,7 +17,7 @@ from ardlora_ext.report.page import Figure, environment, render_of
 from ardlora_ext.report.run_files import Json, load_run, write_page
 
 COMPARISON_FILE = "comparison.html"
-_COMPARED = ("method", "model", "data", "seed", "steps", "batch_size", "params_budget")
+_COMPARED = ("method", "model", "data", "r", "lr", "seed", "steps", "batch_size", "params_budget")
 _OWN = ("out", "seed", "resume", "overwrite", "threads", "device", "report_to")  # of a run, not of what is compared
 _MOST_CURVES = 8  # as many as there are colours
 
@@ -167,7 +167,8 @@ def render(runs: Sequence[Run]) -> str:
     names = {run.m["metric_name"] for run in runs}
     if len(runs) > 2 and len(names) == 1 and None not in names:
         figures.insert(0, _scores(groups))
-    differing = [key for key in _COMPARED if len({str(run.m[key]) for run in runs}) > 1]
+    told = {key: {str({**run.m["settings"], **run.m}.get(key)) for run in runs} for key in _COMPARED}
+    differing = [key for key, values in told.items() if len(values) > 1]
     template = environment().get_template("comparison.html.j2")
     page: str = template.render(runs=runs, groups=groups, best=best_of(groups), figures=figures, differing=differing)
     return page

@@ -16,6 +16,7 @@ from ardlora_ext.report.places import group_ranks, layer_names
 from ardlora_ext.report.plots import KIND_COLOURS, STYLE, WIDTH_IN, Json, png, smoothed
 
 _FLAT_LABELS = 6  # more names on an axis are slanted
+_TICKS_APART = 1.2
 _LOG_RANGE = 3.0  # parameters that differ by more stand on a logarithmic axis
 
 
@@ -46,8 +47,7 @@ def score_against_parameters(methods: Mapping[str, Sequence[Point]], metric_name
         if max(every) > _LOG_RANGE * min(every):
             axes.set_xscale("log", base=2)
             axes.minorticks_off()
-            axes.set_xticks(sorted({point.parameters for points in methods.values() for point in points if point.best}))
-            axes.tick_params(axis="x", rotation=25)
+            axes.set_xticks(_apart(every))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set(title=f"{metric_name.capitalize()} against adapter parameters", xlabel="live parameters at the end")
         axes.margins(x=0.06, y=0.12)
@@ -107,4 +107,13 @@ def compare_ranks(groups: Mapping[str, Sequence[Json]]) -> bytes:
 
 def _percent(axes: Axes, metrics: Sequence[str]) -> None:
     if list(metrics) == ["accuracy"]:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Return those of the values that have room for their numbers on a logarithmic axis."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value > _TICKS_APART * kept[-1]:
+            kept.append(value)
+    return kept
