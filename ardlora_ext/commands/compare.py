@@ -27,13 +27,13 @@ examples:
   python -m ardlora_ext compare --out sweep --methods lora ard elalora dora --ranks 4 8 16 --lrs 3e-4 1e-3 --seeds 0 1 2
   python -m ardlora_ext compare --out sweep --data reviews.csv --model bert/ --max-steps 500
 
-Each run is in a folder of --out. --mode, --budget, --granularity and --factoring go to the methods that have them.
+Each run is in a folder of --out. --mode, --budget, --granularity and their like go to the methods that have them.
 The best learning rate is chosen by the test part, for all methods alike: with as many rates for each, it is fair.
 
 exit code: 0, 1 when every run diverged or one is saved elsewhere for want of room, 2 for bad input
 """
 _SWEPT = ("method", "r", "lr", "seed")
-_OF_SOME = ("mode", "budget", "granularity", "factoring")
+_OF_SOME = ("mode", "budget", "tolerance", "serve_rank", "granularity", "factoring")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
