@@ -173,9 +173,9 @@ def answer(model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], token
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
         inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **words)
+    last = max(1, held_length(model, inputs["input_ids"].shape[1] + tokens) - tokens)  # of its positions
+    inputs = {name: values[:, -last:].to(model.device) for name, values in inputs.items()}
     model.eval()
-    found = model.generate(
-        **inputs.to(model.device), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
+    found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     text: str = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return " ".join(text.split())

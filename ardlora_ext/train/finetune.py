@@ -67,8 +67,9 @@ class Job:
         """Return the first test chats with different answers, as prompt and answer; none but of chats."""
         found: dict[str, Any] = {}
         for row in (self.corpus.test or ()) if self.corpus.task == "sft" else ():
-            messages = row.get("messages")
-            prompt, said = (messages[:-1], messages[-1:]) if messages else (row.get("prompt"), row.get("completion"))
+            prompt, said = row.get("prompt"), row.get("completion")
+            if (messages := row.get("messages")) and messages[-1]["role"] == "assistant":
+                prompt, said = messages[:-1], messages[-1:]
             text = said if isinstance(said, str) or not said else str(said[-1]["content"])
             if prompt and text and len(found) < _SAMPLES:
                 found.setdefault(text.strip(), prompt)
