@@ -24,6 +24,7 @@ from ardlora_ext.json_file import parse_json
 from ardlora_ext.train.settings import COLUMNS, NAMES, OPTIONAL, Task
 
 TEST_LIMIT = 2000
+_FIELD = 2**31 - 1  # characters of a field; csv's own limit is below a long text
 _LEAST = 10  # different examples of a data set that is split
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -179,6 +180,7 @@ def _find_bad_line(path: Path) -> None:
 def _csv_options(path: Path) -> dict[str, Any]:
     """Return what makes pandas read every value as the string that it is: "01" is no 1, "NA" is a word."""
     sep = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=sep)
         header = next((row for row in reader if row), [])
@@ -262,7 +264,10 @@ def _checked(rows: Dataset, task: Task, fields: Sequence[str], source: str | Pat
             raise InputError(
                 f"{source}: row {number}: tags must be one for each token, got {len(tags)} for {len(tokens)} tokens"
             )
-    return Dataset.from_dict(found)
+    try:
+        return Dataset.from_dict(found)
+    except Exception as error:  # of pyarrow
+        raise InputError(f"{source}: values of a column must be of one kind, got {first_line(error)}") from error
 
 
 def _class_names(rows: Dataset, field: str) -> Iterable[Any]:

@@ -105,6 +105,9 @@ def run(settings: Settings) -> Json | None:
     try:
         job.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except ValueError as error:
+        if not all(bool(p.isfinite().all()) for p in job.trainer.model.parameters() if p.requires_grad):
+            step = job.trainer.state.global_step
+            raise DivergenceError(f"finetune: weights became nan by step {step}; try a smaller --lr") from error
         if job.record.steps:
             raise
         raise InputError(str(error)) from error  # found where the run begins: a budget, a checkpoint of another model

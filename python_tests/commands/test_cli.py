@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import ardlora_ext
 from ardlora_ext.commands.cli import main
@@ -167,9 +168,21 @@ def test_exit_codes(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("logged", [(), ("logging_steps=99",)], ids=["loss", "rank change"])
 def test_diverged_run_is_named(
+    tmp_path: Path, encoder: Path, reviews: Path, capsys: pytest.CaptureFixture[str], logged: tuple[str, ...]
+) -> None:
+    options = ("--lr", 1e18, "--head-lr", 1e18, "--training-arg", "max_grad_norm=0", "warmup_steps=0", *logged)
+    assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews, *options) == 1
+    said = "weights became nan by" if logged else "the loss became (nan|inf) at"
+    assert re.search(rf"error: finetune: {said} step \d+; try a smaller --lr", capsys.readouterr().err)
+
+
+def test_a_model_without_numbers_is_named(
     tmp_path: Path, encoder: Path, reviews: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--lr", 1e18, "--head-lr", 1e18, "--training-arg", "max_grad_norm=0", "warmup_steps=0")
-    assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews, *options) == 1
-    assert re.search(r"error: finetune: the loss became (nan|inf) at step \d+", capsys.readouterr().err)
+    weights = load_file(encoder / "model.safetensors")
+    next(value for name, value in weights.items() if name.endswith("query.weight"))[0, 0] = float("nan")
+    save_file(weights, encoder / "model.safetensors", {"format": "pt"})
+    assert finetune("--out", tmp_path / "run", "--model", encoder, "--data", reviews) == 1
+    assert "error: finetune: the loss became nan at step 1" in capsys.readouterr().err

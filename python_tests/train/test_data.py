@@ -219,6 +219,12 @@ def test_labels_are_ignored_when_language_modelling_is_asked_for(tmp_path: Path)
         ),
         ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}\n', "auto", r"row 1: tokens must be a list of words, got 'a b'"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "auto", r"row 1: messages must be a list of \{\"role\""),
+        (
+            "a.json",
+            '[{"messages": [{"role": "u", "content": ["a"]}, {"role": "a", "content": "b"}]}]',
+            "auto",
+            r"values of a column must be of one kind, got cannot mix",
+        ),
         ("a.jsonl", '{"prompt": "a", "completion": ""}\n', "auto", r"row 1: completion must be a non-empty string or"),
     ],
 )
@@ -230,6 +236,12 @@ def test_unusable_files_are_named_in_one_sentence(
     with pytest.raises(InputError, match=message) as caught:
         load_corpus(tmp_path / name, task)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_may_be_long(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text("text,label\n" + "".join(f"{'word ' * 30000}{i},{i % 2}\n" for i in range(12)))
+    assert len(load_corpus(table).train[0]["text"]) > 150_000
 
 
 def test_file_that_is_not_utf8(tmp_path: Path) -> None:
