@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace, command: str) -> int:
 
     from tqdm.auto import tqdm
 
-    from ardlora_ext.report.comparison import COMPARISON_FILE, grouped, load_runs, write_comparison
     from ardlora_ext.report.numbers import format_duration, format_metric
+    from ardlora_ext.report.several.comparison import COMPARISON_FILE, grouped, load_runs, write_comparison
     from ardlora_ext.report.summary import print_comparison
     from ardlora_ext.train import finetune
     from ardlora_ext.train.progress import DivergenceError

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Write the page and print its path."""
-    from ardlora_ext.report import comparison
     from ardlora_ext.report.page import write_report
+    from ardlora_ext.report.several import comparison
 
     if len(arguments.folders) > 1:
         print(comparison.write_comparison(arguments.folders, arguments.to))

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ardlora_ext.report import places
-from ardlora_ext.report.comparison import Group, best_of
 from ardlora_ext.report.console import make_console
 from ardlora_ext.report.numbers import format_amount, format_duration, format_metric
 from ardlora_ext.report.run_files import Json
+from ardlora_ext.report.several.comparison import Group, best_of
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 

@@ -12,9 +12,9 @@ import pytest
 from ardlora_ext.commands import cli
 from ardlora_ext.errors import InputError
 from ardlora_ext.file_set import write_set
-from ardlora_ext.report import comparison
 from ardlora_ext.report.page import write_report
 from ardlora_ext.report.run_files import run_files
+from ardlora_ext.report.several import comparison
 
 from helpers.run_files import metrics_of, ranks_of, record
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ardlora_ext.errors import InputError
-from ardlora_ext.report import comparison_plots as plots
 from ardlora_ext.report.numbers import better, format_metric
 from ardlora_ext.report.page import Figure, environment, render_of
 from ardlora_ext.report.run_files import Json, load_run, write_page
+from ardlora_ext.report.several import plots
 
 COMPARISON_FILE = "comparison.html"
 _COMPARED = ("method", "model", "data", "r", "lr", "seed", "steps", "batch_size", "params_budget")
