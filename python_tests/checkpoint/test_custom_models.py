@@ -240,7 +240,11 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     ),
     (Recurrent, {"target_modules": ["gru"]}, "'gru' is a GRU, which gets no low-rank adapter; train it whole"),
     (Recurrent, {"target_modules": ["norm"]}, "'norm' is a LayerNorm, which"),
-    (Mlp, {"target_parameters": ["lin1.weight"]}, "leave target_parameters at None, .* experts in target_modules"),
+    (
+        Mlp,
+        {"target_parameters": ["lin1.weight"]},
+        "must name stacks of experts, got 'lin1.weight'; name layers in target_",
+    ),
     (Mlp, {"target_modules": ["lin0"], "bias": "lora_only"}, "leave bias at 'none', got 'lora_only'; modules_to_save"),
     (Mlp, {"target_modules": ["lin0"], "lora_bias": True}, "leave lora_bias at False"),
     (Mlp, {"target_modules": ["lin0"], "init_lora_weights": "gaussian"}, "must be True or 'pissa', got 'gaussian'"),

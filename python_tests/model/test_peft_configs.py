@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import ardlora_ext as ard
 
 from helpers.adapters import fingerprint
+from helpers.experts import tiny_experts
 from helpers.peft_adapters import base, trained_by_peft
 from helpers.tiny_models import save_tokenizer
 
@@ -55,10 +56,41 @@ def test_adapters_are_those_that_peft_would_make(name: str, options: dict[str, A
     assert trained == {n for n, p in ours.named_parameters() if p.requires_grad and "lora_" not in n}
 
 
+STACKS: list[dict[str, Any]] = [
+    {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    {"target_modules": ["q_proj"], "target_parameters": ["model.layers.1.mlp.experts.down_proj"]},
+    {"target_modules": r".*\.[01]\.self_attn\.[qv]_proj", "target_parameters": ["down_proj"]},
+    {"target_modules": "all-linear", "target_parameters": ["gate_up_proj"]},
+    {"target_parameters": ["gate_up_proj"]},
+]
+
+
+@pytest.mark.parametrize("options", STACKS, ids=[str(options)[:60] for options in STACKS])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_target_parameters_are_the_stacks_that_peft_would_take(family: str, options: dict[str, Any]) -> None:
+    if family == "mixtral" and options.get("target_modules") == "all-linear":
+        pytest.skip("PEFT adds routers and all experts of families whose files have an expert each")
+    ours = ard.wrap(tiny_experts(family), peft.LoraConfig(r=3, lora_alpha=5, **options))
+    theirs = peft.get_peft_model(tiny_experts(family), peft.LoraConfig(r=3, lora_alpha=5, **options))
+    wanted = set()
+    for name, module in theirs.get_base_model().named_modules():
+        if isinstance(module, peft.tuners.lora.ParamWrapper):
+            wanted.add(f"{name.replace('.base_layer', '')}.{module.parameter_name}")
+        elif isinstance(module, peft.tuners.lora.LoraLayer):
+            wanted.add(name)
+    assert ard.adapters(ours).keys() == wanted
+    for layer in ard.adapters(ours).values():
+        assert set(layer.ranks) == {3}
+        assert layer.scaling == pytest.approx(5 / 3)
+
+
 REFUSED: list[tuple[Any, str]] = [
     (peft.LoraConfig(bias="all"), "peft.LoraConfig must leave bias at 'none', got 'all'"),
     (peft.LoraConfig(lora_bias=True), "must leave lora_bias at False, got True"),
-    (peft.LoraConfig(target_parameters=["a.b"]), "must leave target_parameters at None"),
+    (
+        peft.LoraConfig(target_parameters=["a.b"]),
+        "target_parameters must name stacks of experts, got 'a.b'; name layers",
+    ),
     (peft.LoraConfig(layer_replication=[(0, 1)]), "must leave layer_replication at None"),
     (peft.LoraConfig(use_qalora=True), "must leave use_qalora at False"),
     (peft.LoraConfig(init_lora_weights="gaussian"), "init_lora_weights .* must be True or 'pissa', got 'gaussian'"),

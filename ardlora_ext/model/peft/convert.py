@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import nn
 
 from ardlora_ext.config import AdapterConfig, DoraConfig, LoraConfig
+from ardlora_ext.layers.expert_stacks import expert_stacks
 
 # Options that are ours under the same name.
 _SHARED = (
@@ -23,7 +26,14 @@ _SHARED = (
     "alpha_pattern",
 )
 _ELSEWHERE = (
-    *("target_modules", "exclude_modules", "use_dora", "init_lora_weights", "task_type"),  # read below
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "use_dora",
+        "init_lora_weights",
+        "task_type",
+    ),  # read below
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),  # about files
     *("fan_in_fan_out", "runtime_config", "qalora_group_size", "megatron_core"),  # read from the model, or of no effect
 )
@@ -61,15 +71,20 @@ def own_config(op: str, config: AdapterConfig | PeftLoraConfig, model: nn.Module
     _check_rest(op, config, said)
     values = {name: said[name] for name in _SHARED if said[name] not in (None, {}, [])}
     values["modules_to_save"] = _saved(said, model)
-    values["target_modules"] = _targets(op, said["target_modules"], model)
+    stacks = _stacks(op, said["target_parameters"] or (), model)
+    targets = _targets(op, said["target_modules"], model, needed=not stacks)
     excluded = said["exclude_modules"]
+    if targets == "all-linear" and stacks:  # which ours take stacks for, PEFT's do not
+        excluded = _either(excluded or (), [name for name in expert_stacks(model) if name not in stacks])
+    elif stacks:
+        targets = _either(targets, stacks)
+    values["target_modules"] = targets
     values["exclude_modules"] = excluded if isinstance(excluded, str) else sorted(excluded or ())
     values["init"] = _start(op, said["init_lora_weights"])
     return (DoraConfig if said["use_dora"] else LoraConfig)(**values)
 
 
 _WAYS = {
-    "target_parameters": "; name experts in target_modules, and what is to be trained whole in modules_to_save",
     "bias": "; modules_to_save trains whole layers",
 }
 
@@ -105,10 +120,35 @@ def _saved(said: dict[str, Any], model: nn.Module) -> list[str] | None:
     return list(dict.fromkeys([*said["modules_to_save"], *added]))
 
 
-def _targets(op: str, targets: Any, model: nn.Module) -> Any:
-    """Return target_modules; None stands for PEFT's own choice for the model's type."""
+def _stacks(op: str, names: Iterable[str], model: nn.Module) -> list[str]:
+    """Return the stacks of experts that PEFT would take for `target_parameters`: by the end of their names."""
+    known, parameters = expert_stacks(model), [name for name, _ in model.named_parameters()]
+    found = []
+    for name in names:
+        own = [full for full in parameters if f".{full}".endswith(f".{name}")]
+        strange = [full for full in own if full not in known] if own else [name]
+        if strange:
+            raise ValueError(
+                f"{op}: target_parameters must name stacks of experts, got '{strange[0]}'; name layers in "
+                "target_modules, and what is to be trained whole in modules_to_save"
+            )
+        found += own
+    return sorted(set(found))
+
+
+def _either(patterns: str | Iterable[str], names: Sequence[str]) -> str | list[str]:
+    """Return patterns that take the names too: one expression if that is what they are."""
+    if isinstance(patterns, str):
+        return "|".join([f"(?:{patterns})", *map(re.escape, names)])
+    return sorted({*patterns, *names})
+
+
+def _targets(op: str, targets: Any, model: nn.Module, needed: bool) -> Any:
+    """Return target_modules; None stands for PEFT's own choice for the model's type, and none where not `needed`."""
     if isinstance(targets, str):
         return "all-linear" if targets.lower() == "all-linear" else targets
+    if targets is None and not needed:
+        return []
     if targets is None:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
 
