@@ -204,8 +204,24 @@ def test_an_unknown_option_in_the_file_is_refused(tmp_path: Path, capsys: pytest
     assert "must hold options of plan, got 'rank'" in capsys.readouterr().err
 
 
-def test_experts_are_planned_without_their_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "mixtral-8x7b"]) == 0
+def _gpt_oss_layer() -> int:
+    attention = (2880 + 4096) + 2 * (2880 + 512) + (4096 + 2880)
+    return attention + 32 * ((2880 + 5760) + (2880 + 2880))
+
+
+def _deepseek() -> int:
+    attention = (7168 + 1536) + (1536 + 24576) + (7168 + 576) + (512 + 32768) + (16384 + 7168)
+    experts = 3 * (7168 + 2048) + 256 * ((7168 + 4096) + (2048 + 7168))
+    return 61 * attention + 3 * 3 * (7168 + 18432) + 58 * experts
+
+
+@pytest.mark.parametrize(
+    ("name", "each_rank"),
+    [("mixtral-8x7b", 13_959_168), ("gpt-oss-20b", 24 * _gpt_oss_layer()), ("deepseek-v3", _deepseek())],
+)
+def test_experts_are_planned_without_their_rows(name: str, each_rank: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", name]) == 0
     said = capsys.readouterr().out
     assert "chooses by values which rows an expert sees" in said
     assert "experts" in said
+    assert f"{each_rank:,}" in said
