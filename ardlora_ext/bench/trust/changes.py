@@ -153,15 +153,17 @@ class Lines:
         self.seen, self.stop, self.act = 0, stop, act
         self.places: dict[tuple[CodeType, int], tuple[int, int]] = {}  # of each line, its first and last number
 
+        self._tracers = self._call, self._line  # the interpreter does not keep them while they raise
+
     def __enter__(self) -> Lines:
-        sys.settrace(self._call)
+        sys.settrace(self._tracers[0])
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
 
     def _call(self, frame: FrameType, event: str, _argument: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(_PACKAGE) else None
+        return self._tracers[1] if frame.f_code.co_filename.startswith(_PACKAGE) else None
 
     def _line(self, frame: FrameType, event: str, _argument: Any) -> Any:
         if event == "line" and frame.f_code.co_filename != __file__:
@@ -171,7 +173,7 @@ class Lines:
                 place = frame.f_code, frame.f_lineno
                 self.places[place] = self.places.get(place, (self.seen,))[0], self.seen
             self.seen += 1
-        return self._line
+        return self._tracers[1]
 
 
 def _raise(frame: FrameType) -> bool:

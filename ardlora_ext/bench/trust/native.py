@@ -27,7 +27,9 @@ _ROUNDING = (2e-5, 1.6e-2, 2e-3)  # of results, relative to the largest
 _CALLS = (20_000, 160_000)  # of the first process, and of later ones, where starting costs more than calling
 
 Bytes = NDArray[np.uint8]
-Found = tuple[Bytes, int, int]  # a result, its dtype code, and that of the coarsest rounding on the way
+Found = tuple[
+    Bytes, int, int, int
+]  # a result, its dtype code, that of the coarsest rounding, how many of those it adds
 View = tuple[int, int, int, int, int]  # what the core takes: address, rows, columns, row stride, dtype code
 
 
@@ -94,9 +96,9 @@ class Fuzz:
             core.set_isa("")
 
     def _compare(self, what: str, one: tuple[str, list[Found]], other: tuple[str, list[Found]]) -> None:
-        for place, ((got, dtype, coarse), (wanted, *_)) in enumerate(zip(one[1], other[1], strict=True)):
+        for place, ((got, dtype, coarse, terms), (wanted, *_)) in enumerate(zip(one[1], other[1], strict=True)):
             a, b = (_numbers(data, dtype) for data in (got, wanted))
-            bound = _ROUNDING[coarse] * max(1.0, float(np.abs(b).max(initial=0.0)))
+            bound = _ROUNDING[coarse] * terms**0.5 * max(1.0, float(np.abs(b).max(initial=0.0)))
             off = float(np.abs(a - b).max(initial=0.0))
             self.tally.check(off <= bound, f"{what}, result {place}: {one[0]} and scalar kernels differ by {off:.3g}")
 
@@ -144,8 +146,10 @@ class Fuzz:
         kept = h[0], table.hidden
         core.lora_forward(native, m, dtype, of_x, *kept, of_y, threads, dropout, seed)
         core.lora_backward(native, m, dtype, of_x, *kept, of_dy, dh, of_dx, da[0], db[0], last, threads, dropout, seed)
-        found = [(out_y, dtype), (out_dx, dtype), (out_a, 0), (out_b, 0), *([(out_gate, 0)] if with_gate else [])]
-        return [(slot.data, code, dtype) for slot, code in found]
+        found = [(out_y, dtype, 1), (out_dx, dtype, 1), (out_a, 0, 1), (out_b, 0, 1)]
+        width = table.a_width if table.gate_on_a else table.b_width  # a gate's gradient adds up a row of a factor's
+        found += [(out_gate, 0, width)] if with_gate else []
+        return [(slot.data, code, dtype, terms) for slot, code, terms in found]
 
     def resize(self) -> list[Found]:
         """Rows that move in place, and into another buffer; compared with what the plan says."""
@@ -164,7 +168,7 @@ class Fuzz:
             self.tally.check(
                 slot.data.tobytes() == b"".join(row.tobytes() for row in wanted), "rank_resize: other rows"
             )
-        return [(here.data, 0, 0), (there.data, 0, 0)]
+        return [(here.data, 0, 0, 1), (there.data, 0, 0, 1)]
 
     def passes(self) -> list[Found]:
         """The passes over factors and gradients that feed the controllers."""
@@ -189,7 +193,7 @@ class Fuzz:
         found = [(pulled, dtype), (sensitivity, 0), (uncertainty, 0), (gates, 0)]
         if len(new) <= 1:  # of several, the later ones lean on roundings of the earlier
             found.append((started, 0))
-        return [(dots.view(np.uint8), 0, dtype), *((slot.data, code, dtype) for slot, code in found)]
+        return [(dots.view(np.uint8), 0, dtype, 1), *((slot.data, code, dtype, 1) for slot, code in found)]
 
 
 def _numbers(data: Bytes, dtype: int) -> NDArray[np.float32]:
