@@ -61,6 +61,12 @@ def model_card(
     return "\n".join(["---", *head, "---", "", _MARK, "", *body, ""])
 
 
+def with_facts(card: str, facts: Mapping[str, str]) -> str:
+    """Return a card that tells more, such as the data and the score of a run."""
+    lines = "".join(f"- {name}: {' '.join(text.split())}\n" for name, text in facts.items())
+    return re.sub(r"(?m)^- Parameters: .*\n", lambda found: found[0] + lines, card, count=1)
+
+
 def may_write_card(folder: Path) -> bool:
     """Tell whether the folder has no README, or one that was written here; one that cannot be read is the user's."""
     path = folder / CARD

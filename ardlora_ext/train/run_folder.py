@@ -18,6 +18,8 @@ from ardlora_ext.checkpoint.save_pretrained import adapter_files, without_users_
 from ardlora_ext.errors import InputError, SavedElsewhere
 from ardlora_ext.file_set import write_set
 from ardlora_ext.json_file import parse_json
+from ardlora_ext.report.model_card import CARD, with_facts
+from ardlora_ext.report.numbers import format_metric
 from ardlora_ext.report.page import render
 from ardlora_ext.report.run_files import REPORT_FILE, load_run, run_files
 
@@ -43,6 +45,12 @@ def save_run(model: nn.Module, records: Sequence[Mapping[str, Any]], metrics: Ma
     """
     page = {REPORT_FILE: render(metrics, list(records)).encode()}
     files = {**page, **run_files(metrics, records), **adapter_files(model)[0]}
+    score = format_metric(metrics["metric_name"], metrics["metric_after"])
+    facts = {
+        "Data": f"{metrics['data']}, {metrics['train_examples']:,} examples",
+        "Score": f"{metrics['metric_name']} {score} on {metrics['test_examples']:,} held-out examples",
+    }
+    files[CARD] = with_facts(files[CARD].decode(), facts).encode()
     try:
         write_set(out, without_users_card(files, out))
     except OSError as error:

@@ -58,6 +58,9 @@ def test_metrics_are_complete_and_agree(tmp_path: Path, encoder: Path, reviews: 
     assert metrics["params_peak"] >= metrics["params_live"] == metrics["rank_history"][-1]["params"]
     assert metrics["params_total"] > metrics["params_trainable"] > metrics["params_live"] > 0
     assert metrics["config"]["modules_to_save"] == ["pooler", "classifier"]
+    card = (out / "README.md").read_text()
+    assert f"- Data: reviews.jsonl, {metrics['train_examples']} examples" in card
+    assert f"- Score: accuracy {metrics['metric_after']:.1%} on {metrics['test_examples']} held-out" in card
     assert math.isfinite(metrics["loss_after"])
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     changes = [r for r in records if "from" in r and r["from"] != r["to"]]
