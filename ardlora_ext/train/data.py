@@ -89,7 +89,8 @@ def load_corpus(
     other: Dataset | None = None
     if eval_data is not None or eval_split is not None:
         where = data if eval_data is None else eval_data
-        other = _named(_read(where, eval_split or split), columns or {}, where)
+        part = eval_split or ("train" if Path(where).is_file() else split)
+        other = _named(_read(where, part), columns or {}, where)
         missing = [field for field in fields if field not in other.column_names]
         if missing:
             raise InputError(

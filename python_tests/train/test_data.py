@@ -168,6 +168,11 @@ def test_splits_of_a_folder_and_data_to_test_on(tmp_path: Path) -> None:
     assert same(one, other)
     assert one.test is not None
     assert (len(one.train), len(one.test)) == (30, 8)
+    part = load_corpus(tmp_path, split="train[:20]", eval_data=tmp_path / "test.jsonl")
+    assert part.test is not None
+    assert (len(part.train), texts(part.test)) == (20, texts(one.test))
+    with pytest.raises(InputError, match=r"no splits, got .*train\.jsonl and split test"):
+        load_corpus(tmp_path / "train.jsonl", eval_split="test")
     with pytest.raises(InputError, match=r"\(split dev\): Unknown split"):
         load_corpus(tmp_path, split="dev")
     write_rows(tmp_path / "other.jsonl", [{"text": "a", "label": "never"}])
