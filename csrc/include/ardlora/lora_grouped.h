@@ -1,8 +1,8 @@
 // The adapters of a mixture of experts: rows come sorted by expert, and each meets the factors of its own. Expert e has
 // rows [offsets[e], offsets[e + 1]) of the activations and rows [unit_begin[e], unit_begin[e + 1]) of both factors; it
-// may have none of either. Rows past the last offset belong to no expert and stay as they are. Where dropout has `rows`,
-// the masks are those of the tokens, however they are sorted. Results do not depend on the number of threads, and two
-// runs are bitwise equal.
+// may have none of either. Rows past the last offset belong to no expert and stay as they are. Where dropout has
+// `rows`, the masks are those of the tokens, however they are sorted. Results do not depend on the number of threads,
+// and two runs are bitwise equal.
 #pragma once
 
 #include "ardlora/lora_linear.h"
