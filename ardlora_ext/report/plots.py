@@ -55,7 +55,10 @@ STYLE = {
 
 
 def rank_heatmap(ranks: Ranks, start: int) -> bytes:
-    """Draw the final rank of every unit: rows are kinds of matrix, columns layers, stripes in a tile its heads."""
+    """Draw the final rank of every unit: rows are kinds of matrix, columns layers, stripes in a tile heads or experts.
+
+    Where they are too narrow to tell them apart, they are sorted by rank.
+    """
     kinds = kind_labels(ranks)
     columns = {module: -1 if (layer := locate(module).layer) is None else layer for module in ranks}
     rows = list(dict.fromkeys(kinds.values()))
@@ -84,10 +87,12 @@ def _draw_tile(axes: Axes, corner: tuple[int, int], units: Sequence[int], norm: 
     left, bottom, width, height = corner[0] + 0.03, corner[1] + 0.06, 0.94, 0.88
     stripe = width / len(units)
     patches = [Rectangle((left + index * stripe, bottom), stripe, height) for index in range(len(units))]
-    tile = PatchCollection(patches, cmap=AMOUNT, norm=norm, linewidths=0.4, edgecolors="white")
-    tile.set_array(list(units))
-    axes.add_collection(tile)
     room_in = WIDTH_IN * 0.74 / layers * stripe
+    narrow = room_in < 0.02
+    edges = 0.0 if narrow else 0.4  # wider than a stripe they would be all that is seen
+    tile = PatchCollection(patches, cmap=AMOUNT, norm=norm, linewidths=edges, edgecolors="none" if narrow else "white")
+    tile.set_array(sorted(units) if narrow else list(units))  # a hundred experts show how ranks are spread
+    axes.add_collection(tile)
     if room_in < 0.085:
         return
     for index, rank in enumerate(units):
@@ -104,7 +109,9 @@ def _draw_tile(axes: Axes, corner: tuple[int, int], units: Sequence[int], norm: 
 
 
 def _finish_tiles(axes: Axes, rows: Sequence[str], layers: Sequence[int]) -> None:
-    axes.set(xlim=(0, len(layers)), ylim=(len(rows), 0), xlabel="layer (stripes in a tile: heads, from the first)")
+    axes.set(
+        xlim=(0, len(layers)), ylim=(len(rows), 0), xlabel="layer (stripes in a tile: heads or experts, from the first)"
+    )
     axes.set_yticks([index + 0.5 for index in range(len(rows))], rows)
     every = max(1, len(layers) // 40)
     shown = range(0, len(layers), every)

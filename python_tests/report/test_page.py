@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 from rich.console import Console
 
 from ardlora_ext.errors import InputError
@@ -167,6 +168,13 @@ def test_any_naming_is_drawn(modules: list[str]) -> None:
 def test_a_large_model_is_drawn() -> None:
     ranks = {f"model.layers.{layer}.self_attn.{kind}_proj": [8] * 32 for layer in range(60) for kind in "qkvo"}
     assert plots.rank_heatmap(ranks, 8).startswith(PNG_HEAD)
+
+
+def test_a_hundred_experts_are_not_hidden_by_their_edges() -> None:
+    ranks = {f"model.layers.{layer}.mlp.experts.down_proj": [16] * 128 for layer in range(48)}
+    picture = imread(io.BytesIO(plots.rank_heatmap(ranks, 8)))
+    dark = (picture[..., :3].max(axis=-1) < 0.5).mean(axis=1) > 0.6  # rows of pixels: of the bars, and of the tiles
+    assert dark.sum() / len(dark) > 0.5
 
 
 # --- the closing table ------------------------------------------------------------------------------------------------
