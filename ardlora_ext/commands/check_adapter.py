@@ -47,6 +47,10 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         print(f"vLLM does not load adapters with {' or '.join(refused)}")
         print(f"llama.cpp's converter rejects adapters with {' or '.join(refused)}")
     if experts:
-        print("vLLM loads stacked experts where it stacks them itself (gpt-oss), else with its mixed MoE LoRA format")
-        print("llama.cpp's converter has no names for adapters of stacked experts")
+        print("stacked experts:")
+        print("  vLLM reads them in models that it marks as 3-D (gpt-oss, Qwen3.5), if all projections have adapters;")
+        print("  in others it takes the rows of gate_up_proj in turns for gate and up, which is wrong for halves")
+        print("  SGLang leaves them out in silence, or fails with --lora-strict-loading")
+        print("  llama.cpp's converter has no names for them")
+        print("  a merged model is right everywhere")
     return int(any(wrong.values()))

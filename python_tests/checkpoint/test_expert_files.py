@@ -149,7 +149,7 @@ def test_check_adapter_knows_experts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(not module.wrong for module in found)
     assert main(["check-adapter", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "vLLM loads stacked experts where it stacks them itself" in said
+    assert "vLLM reads them in models that it marks as 3-D" in said
     assert "llama.cpp's converter has no names for adapters of stacked experts" in said
 
 
