@@ -150,7 +150,7 @@ def test_check_adapter_knows_experts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["check-adapter", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "vLLM reads them in models that it marks as 3-D" in said
-    assert "llama.cpp's converter has no names for adapters of stacked experts" in said
+    assert "llama.cpp's converter has no names for them" in said
 
 
 def test_a_state_resumes_bitwise(tmp_path: Path) -> None:
