@@ -75,7 +75,7 @@ class Choice:
     Attributes:
         members: the offers.
         menu: what can be taken, by cost.
-        levels: [entries] the common rank of units that move together; None for a single offer.
+        levels: [entries] the rank of a unit alone, or the common one of units that move together; else None.
     """
 
     members: list[Offer]
@@ -87,6 +87,9 @@ class Choice:
         """Make one choice of these offers; several have one unit each."""
         if len(members) == 1:
             only = members[0]
+            if len(only.indices) == 1:  # most are: a rank is an entry
+                levels = np.flatnonzero(np.isfinite(only.worth[0]))
+                return cls(members, Menu(levels * (only.own + only.common), only.worth[0][levels]), levels)
             return cls(members, SharedMenu.of(only.worth, only.own, only.common))
         width = max(m.worth.shape[1] for m in members)
         cost, worth = np.zeros(width, dtype=np.int64), np.zeros(width)

@@ -185,7 +185,7 @@ class AnnealController(Controller[ArdConfig]):
         most = self._most()
         if self._counted(live) <= allowed and int(live.max()) <= most:
             return None
-        return self._made(self._allocation(allowed, most), allowed)
+        return self._made(self._allocation(most)(allowed), allowed)
 
     def _tolerated(self, allowed: int) -> RankUpdate | None:
         """Cut towards `allowed` as far as the tolerance lets."""
@@ -193,9 +193,10 @@ class AnnealController(Controller[ArdConfig]):
         present = self._counted(live)
         if present <= allowed and int(live.max()) <= most:
             return None
+        allocation = self._allocation(most)
         for part in range(PARTS):
             aim = max(allowed, int(present * 0.5**0.5**part))
-            found = self._allocation(aim, most)
+            found = allocation(aim)
             wanted = self._wanted(found)
             if not found.total > 0.0 or np.array_equal(wanted, live):
                 break
@@ -256,10 +257,11 @@ class AnnealController(Controller[ArdConfig]):
         done = 1.0 if self.finished or begins is None or ends is None else (self.step - begins) / (ends - begins)
         return math.ceil(budget_at(done, largest, cap, "geometric"))
 
-    def _allocation(self, allowed: int, most: int) -> Allocation:
+    def _allocation(self, most: int) -> Callable[[int], Allocation]:
+        """Return what gives ranks for a number of parameters, as things are now."""
         config, units = self.config, self.units
         if config.allocation == "uniform":
-            return self._uniform(allowed, most)
+            return lambda allowed: self._uniform(allowed, most)
         found = []
         for name, layer in zip(units.names, units.layers, strict=True):
             known = None if self.metric is None else self.metric.of(name)
@@ -268,8 +270,10 @@ class AnnealController(Controller[ArdConfig]):
             found = [[self._at_random(offer, m) for offer in some] for m, some in enumerate(found)]
         found = [[replace(offer, worth=offer.worth[:, : most + 1]) for offer in some] for some in found]
         if config.budget_counts == "exported":
-            return allocate_padded([offer for some in found for offer in some], allowed, SERVED_RANKS)
-        return allocate(self._choices(found), allowed)
+            every = [offer for some in found for offer in some]
+            return lambda allowed: allocate_padded(every, allowed, SERVED_RANKS)
+        choices = self._choices(found)
+        return lambda allowed: allocate(choices, allowed)
 
     def _choices(self, found: list[list[Offer]]) -> list[Choice]:
         if self.config.granularity != "layer":
