@@ -191,7 +191,12 @@ def bench_roofline(bytes: int, threads: int) -> dict[str, float]:
     """
 
 def cuda_built() -> bool: ...
-def cuda_available() -> bool: ...
+def cuda_problem(device: int) -> str:
+    """Return what tensors must do instead of being on a CUDA device, or "" where kernels run; < 0: the current one."""
+
+def cuda_problem_of(driver: int, runtime: int, capability: int, has_code: bool) -> str:
+    """Return the same from what a device and its driver say of themselves: 12040, 13000, 75."""
+
 def cuda_resize_table(
     moves: NDArray[np.int64], plans: Sequence[Sequence[int]]
 ) -> tuple[NDArray[np.int64], int, int]: ...
@@ -216,9 +221,16 @@ def cuda_segment_table(table: UnitTable) -> NDArray[np.int64]: ...
 def cuda_gemm_plan(
     table: UnitTable, is_a: bool, kind: str, rows: int, dtype: int, dropout: bool, multiprocessors: int
 ) -> str: ...
-def cuda_lora_workspace(table: UnitTable, rows: int, dtype: int, device: int) -> int: ...
 
-_Call = tuple[int, int, int, int, int]  # segment table, workspace, its bytes, device, stream
+class LoraPlans:
+    """How the launches of one adapter's calls are cut."""
+
+    workspace: int  # bytes
+
+def cuda_lora_plans(table: UnitTable, rows: int, dtype: int, dropout: bool, device: int) -> LoraPlans: ...
+
+# plans, segment table, workspace, its bytes, address of the seed or 0, device, stream
+_Call = tuple[LoraPlans, int, int, int, int, int, int]
 
 def cuda_lora_forward(
     adapter: LoraAdapter,

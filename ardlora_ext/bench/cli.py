@@ -27,6 +27,7 @@ COMMANDS = (
     Command("prune", "ardlora_ext.bench.quality.prune", "compare dropping components with recompressing them"),
     Command("trust", "ardlora_ext.bench.trust.command", "hunt for kills, faults and broken files that do harm"),
     Command("zoo", "ardlora_ext.bench.zoo.command", "take every architecture of transformers from wrap to merge"),
+    Command("gpu", "ardlora_ext.bench.gpu.command", "a first day on a GPU: all that only a GPU can show, in stages"),
     Command("cuda-static", "ardlora_ext.bench.cuda.static", "tell what nvcc makes of the CUDA kernels; needs no GPU"),
 )
 

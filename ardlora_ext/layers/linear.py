@@ -14,6 +14,7 @@ from ardlora_ext.layers.base import Conv1D, dense_base, fused_dtype, is_dense, i
 from ardlora_ext.layers.rows import HOST, capacity_of, fit_rows, initial_rows
 from ardlora_ext.native import ops, reference
 from ardlora_ext.native.compiled import core
+from ardlora_ext.native.device_tables import is_capturing
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout, native_table
@@ -265,7 +266,7 @@ class LoraLinear(nn.Module):
         if self.undo_merge is not None:
             merged: torch.Tensor = self.base_layer(input, *args, **kwargs)
             return merged
-        dropout = self._draw() if self.training and self.lora_dropout > 0.0 else ops.NO_DROPOUT
+        dropout = self._draw(input) if self.training and self.lora_dropout > 0.0 else ops.NO_DROPOUT
         base: Any = self._modules["base_layer"]  # straight from there: the attribute takes a microsecond
         dense = None if args or kwargs else dense_base(base)
         dtype = None if dense is None else fused_dtype(input, dense[0])
@@ -307,14 +308,17 @@ class LoraLinear(nn.Module):
             return x.to(dtype)
         return self.readers.cast(x, dtype, self)
 
-    def _draw(self) -> ops.Dropout:
+    def _draw(self, x: torch.Tensor | None = None) -> ops.Dropout:
         """Return dropout with a seed from torch's generator.
 
         Activation checkpointing restores it, so recomputation sees the same mask. Processes that were seeded alike draw
-        alike: their number makes the masks differ.
+        alike: their number makes the masks differ. A captured graph draws its seed on the device in each replay.
         """
         if torch.compiler.is_compiling():
             return self.lora_dropout, torch.randint(2**62, (), device="cpu") ^ processes.rank()
+        if x is not None and x.is_cuda and is_capturing():
+            drawn = torch.empty((), dtype=torch.int64, device=x.device).random_(2**62)
+            return self.lora_dropout, drawn.bitwise_xor_(processes.rank())
         seed = torch.empty((), dtype=torch.int64, device="cpu").random_(2**62)  # as randint, in a third of its time
         return self.lora_dropout, int(seed) ^ processes.rank()
 

@@ -6,20 +6,24 @@ as the launch is queued: the allocator hands it out again on the same stream onl
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ardlora_ext.native.compiled import DTYPE_CODES, core, matrix, threads
+from ardlora_ext.native.device_tables import DeviceTables
 
 __all__ = [
     "best_device",
     "check_device",
     "device_rule",
+    "hidden_columns",
+    "hidden_dtype",
     "importance",
     "lora_backward",
     "lora_forward",
@@ -32,12 +36,17 @@ __all__ = [
 ]
 
 
+Dropout = tuple[float, int | torch.Tensor | None]  # probability, seed: an integer, or an int64 scalar
+_CHUNK = 8  # columns: rows of H are whole pieces of 16 bytes on a CUDA device, in each of its types
+_segments, _row_tables, _gate_tables = DeviceTables(1 << 12), DeviceTables(64), DeviceTables(64)
+
+
 class NativeAdapter(NamedTuple):
     """What calls read of an adapter; good as long as its tensors live and do not move."""
 
     adapter: core.LoraAdapter
     table: core.UnitTable
-    hidden: int  # columns of H: room for every rank that the factors can hold, so that no shape depends on the ranks
+    hidden: int  # columns of H
     device: torch.device
     on_cuda: bool
 
@@ -47,15 +56,28 @@ def _on_cuda(device: torch.device) -> bool:
 
 
 def device_rule(device: torch.device) -> str | None:
-    """Return what tensors must be, as the part of an error after "must", where this build has no kernels for them."""
-    if device.type == "cpu" or (_on_cuda(device) and core.cuda_built()):
+    """Return what tensors must be, as the part of an error after "must", where this build cannot compute with them.
+
+    A CUDA device is asked for its compute capability and its driver.
+    """
+    if device.type == "cpu":
         return None
-    return "be on the CPU or a CUDA device" if core.cuda_built() else "be on the CPU, this build has no CUDA kernels"
+    if core.cuda_built() and not _on_cuda(device):
+        return "be on the CPU or a CUDA device"
+    return core.cuda_problem(-1 if device.index is None else device.index) or None
 
 
 def best_device() -> torch.device:
-    """Return the CUDA device that torch would use, where this build has kernels for it, else the CPU."""
-    return torch.device("cuda" if core.cuda_available() and torch.cuda.is_available() else "cpu")
+    """Return the CUDA device that torch would use, where this build has kernels for it, else the CPU.
+
+    Where torch sees a GPU that is not used, a warning says why.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if rule := device_rule(torch.device("cuda")):
+        warnings.warn(f"ardlora_ext: the GPU is not used, tensors must {rule}", stacklevel=2)
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 def check_device(op: str, *devices: torch.device) -> None:
@@ -74,26 +96,24 @@ def check_device(op: str, *devices: torch.device) -> None:
 
 def _stream(device: torch.device) -> tuple[int, int]:
     """Return (device index, cudaStream_t) for a launch."""
-    stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
-
-
-def _to_device(words: NDArray[Any], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(words).to(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 @lru_cache(maxsize=1 << 12)
-def _segments(table: core.UnitTable, device: torch.device, _stream_handle: int) -> torch.Tensor:
-    """Return a device's copy of a unit table; a rank change makes another table, so none goes stale.
-
-    One for each stream: the copy is ordered before launches on that stream only.
-    """
-    return _to_device(core.cuda_segment_table(table), device)
+def _plans(table: core.UnitTable, rows: int, code: int, dropping: bool, index: int) -> core.LoraPlans:
+    return core.cuda_lora_plans(table, rows, code, dropping, index)
 
 
 def hidden_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype of H and dH for x: on the CPU float32; tensor cores take them in the dtype of x."""
     return x.dtype if _on_cuda(x.device) else torch.float32
+
+
+def hidden_columns(lora_A: torch.Tensor, lora_B: torch.Tensor) -> int:
+    """Return the columns of H: room for every rank that the factors can hold, so that no shape depends on the ranks."""
+    rows = min(lora_A.shape[0], lora_B.shape[0])
+    return -(-rows // _CHUNK) * _CHUNK if _on_cuda(lora_A.device) else rows
 
 
 def native_adapter(
@@ -102,21 +122,31 @@ def native_adapter(
     """Return an adapter as the calls below take it; they read the tensors by address."""
     address = 0 if gate is None else gate.data_ptr()
     adapter = core.LoraAdapter(table, matrix(lora_A), matrix(lora_B), address, scaling)
-    device, hidden = lora_A.device, min(lora_A.shape[0], lora_B.shape[0])
-    return NativeAdapter(adapter, table, hidden, device, _on_cuda(device))
+    device = lora_A.device
+    return NativeAdapter(adapter, table, hidden_columns(lora_A, lora_B), device, _on_cuda(device))
 
 
-def _device_call(native: NativeAdapter, x: torch.Tensor) -> tuple[tuple[int, int, int, int, int], torch.Tensor]:
-    """Return the last argument of a CUDA call for x [M, K], and its workspace, to be held until the launch."""
-    index, handle = _stream(x.device)
-    size = core.cuda_lora_workspace(native.table, x.shape[0], DTYPE_CODES[x.dtype], index)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    segments = _segments(native.table, x.device, handle)
-    return (segments.data_ptr(), workspace.data_ptr(), size, index, handle), workspace
+def _device_call(
+    native: NativeAdapter, x: torch.Tensor, dropout: Dropout
+) -> tuple[tuple[core.LoraPlans, int, int, int, int, int, int], torch.Tensor, tuple[float, int]]:
+    """Return the last argument of a CUDA call for x [M, K], its workspace, to be held until the launch, and dropout."""
+    device, (p, seed) = x.device, dropout
+    index, handle = _stream(device)
+    plans = _plans(native.table, x.shape[0], DTYPE_CODES[x.dtype], seed is not None and p > 0.0, index)
+    size, table = plans.workspace, native.table
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    segments = _segments.get("lora_linear", table, lambda: core.cuda_segment_table(table), device, handle)
+    value, address = (0, 0) if seed is None else (int(seed), 0)
+    if isinstance(seed, torch.Tensor) and _on_cuda(seed.device):  # read by the kernel: replays of a graph differ
+        if seed.device != device or seed.dtype != torch.int64:
+            raise ValueError(f"lora_linear: seed must be int64 on the device of x, got {seed.dtype} on {seed.device}")
+        value, address = 0, seed.data_ptr()
+    call = plans, segments.data_ptr(), workspace.data_ptr(), size, address, index, handle
+    return call, workspace, (0.0 if seed is None else p, value)
 
 
 def lora_forward(
-    native: NativeAdapter, x: torch.Tensor, y: torch.Tensor, shape: tuple[int, int, int], dropout: tuple[float, int]
+    native: NativeAdapter, x: torch.Tensor, y: torch.Tensor, shape: tuple[int, int, int], dropout: Dropout
 ) -> torch.Tensor:
     """Add the adapter's output to y [M, N], contiguous, for x [M, K] and shape (M, K, N); return H [M, hidden]."""
     m, k, n = shape
@@ -124,11 +154,16 @@ def lora_forward(
     h = x.new_empty((m, native.hidden), dtype=dtype if native.on_cuda else torch.float32)
     rows = (x.data_ptr(), k, x.stride(0)), h.data_ptr(), native.hidden, (y.data_ptr(), n, n)
     if native.on_cuda:
-        call, _workspace = _device_call(native, x)
-        core.cuda_lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, *dropout, call)
+        call, _workspace, mask = _device_call(native, x, dropout)
+        core.cuda_lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, *mask, call)
     else:
-        core.lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, threads(), *dropout)
+        core.lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, threads(), *_mask(dropout))
     return h
+
+
+def _mask(dropout: Dropout) -> tuple[float, int]:
+    """Return (probability, seed) as the CPU's kernels take them."""
+    return (0.0, 0) if dropout[1] is None else (dropout[0], int(dropout[1]))
 
 
 def lora_backward(
@@ -141,7 +176,7 @@ def lora_backward(
     d_a: torch.Tensor,
     d_b: torch.Tensor,
     d_gate: torch.Tensor | None,
-    dropout: tuple[float, int],
+    dropout: Dropout,
 ) -> None:
     """Write the gradients of factors, gates and H, float32, and add to dx [M, K], for dy [M, N]; None is not wanted."""
     m, k = x.shape
@@ -151,10 +186,10 @@ def lora_backward(
     first = native.adapter, m, code, of_x, h.data_ptr(), native.hidden, of_dy
     if native.on_cuda:
         d_h = torch.empty_like(h) if d_h is None else d_h
-        call, _workspace = _device_call(native, x)
-        core.cuda_lora_backward(*first, d_h.data_ptr(), of_dx, *out, *dropout, call)
+        call, _workspace, mask = _device_call(native, x, dropout)
+        core.cuda_lora_backward(*first, d_h.data_ptr(), of_dx, *out, *mask, call)
     else:
-        core.lora_backward(*first, 0 if d_h is None else d_h.data_ptr(), of_dx, *out, threads(), *dropout)
+        core.lora_backward(*first, 0 if d_h is None else d_h.data_ptr(), of_dx, *out, threads(), *_mask(dropout))
 
 
 class Sorted(NamedTuple):
@@ -173,7 +208,7 @@ def lora_grouped_forward(
     x: torch.Tensor,
     y: torch.Tensor,
     by_expert: Sorted,
-    dropout: tuple[float, int],
+    dropout: Dropout,
 ) -> torch.Tensor:
     """Add the experts' adapters to y [M, N], contiguous, for x [M, K] sorted by expert; return H [M, largest rank].
 
@@ -185,10 +220,10 @@ def lora_grouped_forward(
     offsets, places = by_expert.at()
     rows = m, code, (x.data_ptr(), k, x.stride(0)), h.data_ptr(), hidden, (y.data_ptr(), n, n)
     if native.on_cuda:
-        call, _workspace = _device_call(native, x)
-        core.cuda_lora_grouped_forward(native.adapter, offsets, places, *rows, *dropout, call)
+        call, _workspace, mask = _device_call(native, x, dropout)
+        core.cuda_lora_grouped_forward(native.adapter, offsets, places, *rows, *mask, call)
     else:
-        core.lora_grouped_forward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *dropout)
+        core.lora_grouped_forward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *_mask(dropout))
     return h
 
 
@@ -203,7 +238,7 @@ def lora_grouped_backward(
     d_b: torch.Tensor,
     d_gate: torch.Tensor | None,
     by_expert: Sorted,
-    dropout: tuple[float, int],
+    dropout: Dropout,
 ) -> None:
     """Write gradients and add to dx as `lora_backward`; experts without rows get zeros."""
     (m, k), n = x.shape, dy.shape[1]
@@ -213,10 +248,10 @@ def lora_grouped_backward(
     rows = m, DTYPE_CODES[x.dtype], of_x, *of_h, of_dy, *out
     offsets, places = by_expert.at()
     if native.on_cuda:
-        call, _workspace = _device_call(native, x)
-        core.cuda_lora_grouped_backward(native.adapter, offsets, places, *rows, *dropout, call)
+        call, _workspace, mask = _device_call(native, x, dropout)
+        core.cuda_lora_grouped_backward(native.adapter, offsets, places, *rows, *mask, call)
     else:
-        core.lora_grouped_backward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *dropout)
+        core.lora_grouped_backward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *_mask(dropout))
 
 
 def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device: torch.device) -> Callable[[], None]:
@@ -235,8 +270,20 @@ def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device
     if not _on_cuda(device):
         return partial(core.rank_resize, moves, plans, threads())
     words, jobs, blocks = core.cuda_resize_table(moves, plans)
-    table = _to_device(words, device)
+    table = torch.from_numpy(words).to(device)
     return lambda: core.cuda_rank_resize(table.data_ptr(), jobs, blocks, *_stream(device))
+
+
+def _row_table(op: str, factors: NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, int, int]:
+    """Return the device's table of these rows, its jobs and their rows; a step at the same addresses copies nothing."""
+    words, jobs, rows = core.cuda_row_table(factors)
+    return _row_tables.get(op, words.tobytes(), lambda: words, device, _stream(device)[1]), jobs, rows
+
+
+def _in_turn(values: NDArray[np.float64], device: torch.device) -> torch.Tensor:
+    """Return a copy on the device that is made when the current stream gets there; nothing waits for it."""
+    held = torch.from_numpy(np.ascontiguousarray(values))
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
 
 def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> NDArray[np.float32]:
@@ -252,8 +299,7 @@ def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device
         return core.row_dots(blocks, code, threads())
     factors = np.zeros((len(blocks), 7), dtype=np.int64)
     factors[:, [0, 1, 4, 5]], factors[:, 6] = blocks, code
-    words, jobs, rows = core.cuda_row_table(factors)
-    table = _to_device(words, device)
+    table, jobs, rows = _row_table("row_dots", factors, device)
     out = torch.empty(rows, dtype=torch.float32, device=device)
     core.cuda_row_dots(table.data_ptr(), jobs, rows, out.data_ptr(), *_stream(device))
     result: NDArray[np.float32] = out.cpu().numpy()
@@ -275,8 +321,7 @@ def importance(blocks: NDArray[np.int64], beta1: float, beta2: float, device: to
     """
     if not _on_cuda(device):
         return core.importance(blocks, beta1, beta2, threads())
-    words, jobs, rows = core.cuda_row_table(blocks)
-    table = _to_device(words, device)
+    table, jobs, rows = _row_table("importance", blocks, device)
     workspace = torch.empty(2 * rows + 1, dtype=torch.float32, device=device)  # row sums and their verdict, then scores
     score = workspace.data_ptr() + 4 * (rows + 1)
     core.cuda_importance(table.data_ptr(), jobs, rows, beta1, beta2, workspace.data_ptr(), score, *_stream(device))
@@ -299,5 +344,7 @@ def set_gates(
     if not _on_cuda(device):
         core.set_gates(blocks, rho, kind, floor, width)
         return
-    table, soft = _to_device(np.ascontiguousarray(blocks), device), _to_device(np.ascontiguousarray(rho), device)
-    core.cuda_set_gates(table.data_ptr(), len(blocks), soft.data_ptr(), kind, floor, width, *_stream(device))
+    stream = _stream(device)
+    table = _gate_tables.get("set_gates", blocks.tobytes(), lambda: blocks, device, stream[1])
+    soft = _in_turn(rho, device)
+    core.cuda_set_gates(table.data_ptr(), len(blocks), soft.data_ptr(), kind, floor, width, *stream)

@@ -19,7 +19,6 @@ from ardlora_ext.native.dispatch import (
     lora_grouped_backward,
     lora_grouped_forward,
 )
-from ardlora_ext.native.kernels import NO_MASK
 from ardlora_ext.native.ops import NO_DROPOUT, Dropout
 from ardlora_ext.native.prepared import Prepared
 
@@ -80,7 +79,7 @@ class _LoraGrouped(torch.autograd.Function):
         y = x.new_zeros(len(x), lora_B.shape[1]) if base is None else base.product(x, base.stack).contiguous()
         x = as_rows(x)
         ctx.base, ctx.native = base, (prepared, scaling)
-        ctx.dropout = NO_MASK if seed is None else (p, int(seed))
+        ctx.dropout = p, seed
         h = lora_grouped_forward(native, x, y, by_expert, ctx.dropout)
         ctx.save_for_backward(x, *by_expert, lora_A, lora_B, gate, rank_table, h)
         return y

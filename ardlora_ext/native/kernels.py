@@ -13,8 +13,6 @@ from ardlora_ext.native.compiled import DTYPE_CODES, as_rows
 from ardlora_ext.native.dispatch import NativeAdapter, check_device, lora_backward, lora_forward
 from ardlora_ext.native.prepared import Prepared
 
-NO_MASK = (0.0, 0)
-
 
 def can_decode(weight: torch.Tensor) -> bool:
     """Tell whether a weight is quantised by a tensor subclass with a `dequantize` of its own."""
@@ -57,7 +55,7 @@ def linear(
         raise ValueError(f"lora_linear: x must be [..., K] = [..., {k}], got {list(shape)}")
     x2 = as_rows(x)
     y = F.linear(x2, weight, bias)
-    h = lora_forward(native, x2, y, (len(x2), k, n), NO_MASK if seed is None else (p, int(seed)))
+    h = lora_forward(native, x2, y, (len(x2), k, n), (p, seed))
     # In the shape of x, as no view: what follows may change it in place (ReLU(inplace=True)). The same memory.
     return y if len(shape) == 2 else y.resize_(*shape[:-1], n), h
 
@@ -82,7 +80,7 @@ def accumulate(
     # A copy: the base, its hooks or its backward may still need what it returned.
     out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
     x2, n = as_rows(x), out.shape[-1]
-    h = lora_forward(native, x2, out, (*x2.shape, n), NO_MASK if seed is None else (p, int(seed)))
+    h = lora_forward(native, x2, out, (*x2.shape, n), (p, seed))
     return out, h
 
 
@@ -116,7 +114,7 @@ def gradients(
     d_a, d_b = torch.empty_like(lora_A, dtype=torch.float32), torch.empty_like(lora_B, dtype=torch.float32)
     d_gate = torch.zeros_like(gate) if need_dgate and gate is not None else None
     d_h = torch.empty_like(h) if observers.watched else None
-    lora_backward(native, x2, h, dy2, d_h, dx, d_a, d_b, d_gate, NO_MASK if seed is None else (p, int(seed)))
+    lora_backward(native, x2, h, dy2, d_h, dx, d_a, d_b, d_gate, (p, seed))
     if d_h is not None:
         observers.tell(rank_table, x2, h, dy2, d_h)
     if lora_A.dtype != torch.float32:

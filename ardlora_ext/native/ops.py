@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ardlora_ext.native.dispatch import hidden_dtype
+from ardlora_ext.native.dispatch import Dropout as Dropout
+from ardlora_ext.native.dispatch import hidden_columns, hidden_dtype
 from ardlora_ext.native.kernels import accumulate, backward, gradients, linear, plain
 from ardlora_ext.native.packing import GradientSum
 from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.second_derivative import backward_with_graph
 
-Dropout = tuple[float, int | torch.Tensor | None]  # probability, seed: an integer, or int64 scalar on the CPU
 NO_DROPOUT: Dropout = (0.0, None)
 Adapter = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float, Dropout]  # as in `lora_linear`
 
@@ -159,7 +159,7 @@ def _backward(
 
 
 def _hidden_shape(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.numel() // x.shape[-1], min(lora_A.shape[0], lora_B.shape[0]), dtype=hidden_dtype(x))
+    return x.new_empty(x.numel() // x.shape[-1], hidden_columns(lora_A, lora_B), dtype=hidden_dtype(x))
 
 
 def _linear_shapes(
@@ -232,8 +232,9 @@ def lora_linear(
         gate: float32, at least one entry per live row of the gated factor, or None for 1; may require a gradient.
         rank_table: `UnitLayout.encode(ranks)`, int64 on the CPU. Must not change between forward and backward.
         scaling: the constant in front of the update.
-        dropout: (p, seed) of the adapter's input, the seed an integer or an int64 scalar tensor on the CPU; the mask
-            is `reference.dropout_factors(p, seed, M, K)`, computed again in backward. (0, None) for none.
+        dropout: (p, seed) of the adapter's input, the seed an integer or an int64 scalar tensor; the mask is
+            `reference.dropout_factors(p, seed, M, K)`, computed again in backward. (0, None) for none. A seed on the
+            CUDA device of x is read by the kernels, so that it may change between the replays of a graph.
         total: takes the gradient of an x that comes from `packing.Readers`.
         prepared: of these factors and ranks, for callers that come back with them.
 

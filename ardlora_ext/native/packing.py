@@ -94,7 +94,7 @@ class Readers:
         if x.is_cpu and x.dtype != torch.float32:  # their products in place cost more there than the sums they save
             return x, None
         # In-place changes make x another tensor; streams order backward passes that share memory.
-        key = x._version, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        key = x._version, torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
         alias, last = self._known(x, key, reader), self._last
         if alias is None:
             last.total = GradientSum()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ardlora_ext.ranks.paged import placed
+
 _BLOCKS = (256, 2048)  # of bitsandbytes, now and in versions before 0.44
 _TINY = 1e-38
 _TORCHAO, _TORCHAO_PARTS = "OptimState8bit", ("codes", "scale", "qmap")
@@ -155,7 +157,7 @@ def stored(state: Mapping[str, Any], key: str, moment: EightBit) -> dict[str, An
     """Return the entries that put a moment where `find` found it."""
     old = state[key]
     if type(old).__name__ != _TORCHAO:
-        return {key: moment.codes, f"absmax{key.removeprefix('state')}": moment.scale}
+        return {key: placed(old, moment.codes), f"absmax{key.removeprefix('state')}": moment.scale}
     if moment.codes.numel() % moment.block:  # torchao keeps those in full precision
         return {key: moment.decode().to(old.dtype)}
     return {key: type(old)(moment.codes, moment.scale, moment.qmap, old.signed, old.dtype)}

@@ -164,10 +164,10 @@ def settle_loss_scale(optimizer: Optimizer) -> bool:
         return True
     if scale is not None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        scales = {device: scale.to(device) for device in {grad.device for grad in grads}}
+        by_device = {device: [g for g in grads if g.device == device] for device in {g.device for g in grads}}
         with unbroken():
-            for grad in grads:
-                grad.div_(scales[grad.device])
+            for device, here in by_device.items():
+                torch._foreach_div_(here, scale.to(device))
             optimizer.grad_scale = None  # type: ignore[attr-defined]
     return False
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.optimizer import FOLLOW, moments, remember_copies, unwrapped
+from ardlora_ext.ranks.paged import placed
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
 _STEPS, _STEPS_AROUND = 3, 12  # after a rank change; of an optimizer around another, more than Lookahead's period
@@ -93,7 +94,7 @@ def _copied(value: Any, stand_ins: Mapping[int, nn.Parameter], memo: dict[int, A
     elif isinstance(value, nn.Parameter):
         found = stand_ins.get(id(value))
     elif isinstance(value, torch.Tensor) and value.numel() <= _LARGE:
-        found = value.clone()
+        found = placed(value, value.clone())
     elif isinstance(value, torch.Generator):
         found = torch.Generator(value.device).set_state(value.get_state())
     elif type(value) in (dict, defaultdict):

@@ -24,7 +24,13 @@ std::vector<RowMove> row_moves(const IndexArray& moves) {
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_built", &cuda::built);
-  m.def("cuda_available", &cuda::available);
+  m.def("cuda_problem", &cuda::problem, py::arg("device"));
+  m.def(
+      "cuda_problem_of",
+      [](int driver, int runtime, int capability, bool has_code) {
+        return cuda::problem_of({driver, runtime, capability, has_code});
+      },
+      py::arg("driver"), py::arg("runtime"), py::arg("capability"), py::arg("has_code"));
   m.def(
       "cuda_resize_table",
       [](const IndexArray& moves, const std::vector<std::vector<std::int64_t>>& plans) {

@@ -1,5 +1,6 @@
-// The LoRA linear on a CUDA device. A call's last argument is (table, workspace, workspace bytes, device, stream): the
-// table is `cuda_segment_table`'s words in device memory.
+// The LoRA linear on a CUDA device. A call's last argument is (plans, table, workspace, workspace bytes, address of the
+// seed, device, stream): the table is `cuda_segment_table`'s words in device memory; where the seed's address is not 0
+// the kernels read it there.
 #include <pybind11/stl.h>
 
 #include <tuple>
@@ -16,11 +17,18 @@ namespace py = pybind11;
 namespace ardlora {
 namespace {
 
-using CallArg = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, int, std::uintptr_t>;
+using CallArg = std::tuple<const cuda::LoraPlans*, std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, int,
+                           std::uintptr_t>;
+
+Dropout device_dropout(Dropout dropout, const CallArg& arg) {
+  dropout.seed_at = reinterpret_cast<const std::uint64_t*>(std::get<4>(arg));
+  return dropout;
+}
 
 cuda::DeviceCall device_call(const CallArg& arg) {
-  const auto [table, workspace, bytes, device, stream] = arg;
-  return {reinterpret_cast<const void*>(table),
+  const auto [plans, table, workspace, bytes, seed, device, stream] = arg;
+  return {plans,
+          reinterpret_cast<const void*>(table),
           reinterpret_cast<void*>(workspace),
           bytes,
           {device, reinterpret_cast<void*>(stream)}};
@@ -41,7 +49,7 @@ void bind_forward_and_backward(py::module_& m) {
          std::int64_t hidden, const RowsArg& y, double dropout, std::uint64_t seed, const CallArg& call) {
         const DType type = dtype_from_code(dtype, "lora_forward");
         const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
-                                            make_dropout(dropout, seed));
+                                            device_dropout(make_dropout(dropout, seed), call));
         const MatrixView yv = rows_view(y, rows, type);
         py::gil_scoped_release release;
         cuda::lora_forward(p, yv, device_call(call));
@@ -55,7 +63,7 @@ void bind_forward_and_backward(py::module_& m) {
          std::uintptr_t db, std::uintptr_t dgate, double dropout, std::uint64_t seed, const CallArg& call) {
         const DType type = dtype_from_code(dtype, "lora_backward");
         const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
-                                            make_dropout(dropout, seed));
+                                            device_dropout(make_dropout(dropout, seed), call));
         const MatrixView dyv = rows_view(dy, rows, type), dhv = packed_view(dh, rows, hidden, type),
                          dxv = rows_view(dx, rows, type), dav = gradient_view(da, p.lora_A),
                          dbv = gradient_view(db, p.lora_B);
@@ -78,7 +86,7 @@ void bind_grouped(py::module_& m) {
          const CallArg& call) {
         const DType type = dtype_from_code(dtype, "lora_grouped_forward");
         const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
-                                            sorted_dropout(dropout, seed, places, rows));
+                                            device_dropout(sorted_dropout(dropout, seed, places, rows), call));
         const MatrixView yv = rows_view(y, rows, type);
         py::gil_scoped_release release;
         cuda::lora_grouped_forward({p, offsets_at(offsets)}, yv, device_call(call));
@@ -93,7 +101,7 @@ void bind_grouped(py::module_& m) {
          std::uint64_t seed, const CallArg& call) {
         const DType type = dtype_from_code(dtype, "lora_grouped_backward");
         const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
-                                            sorted_dropout(dropout, seed, places, rows));
+                                            device_dropout(sorted_dropout(dropout, seed, places, rows), call));
         const MatrixView dyv = rows_view(dy, rows, type), dhv = packed_view(dh, rows, hidden, type),
                          dxv = rows_view(dx, rows, type), dav = gradient_view(da, p.lora_A),
                          dbv = gradient_view(db, p.lora_B);
@@ -126,12 +134,14 @@ void bind_cuda_lora(py::module_& m) {
       },
       py::arg("table"), py::arg("is_a"), py::arg("kind"), py::arg("rows"), py::arg("dtype"), py::arg("dropout"),
       py::arg("multiprocessors"));
+  py::class_<cuda::LoraPlans>(m, "LoraPlans", "How the launches of one adapter's calls are cut.", py::module_local())
+      .def_readonly("workspace", &cuda::LoraPlans::workspace);
   m.def(
-      "cuda_lora_workspace",
-      [](const UnitTable& table, std::int64_t rows, int dtype, int device) {
-        return cuda::lora_workspace(table, rows, dtype_from_code(dtype, "lora_workspace"), device);
+      "cuda_lora_plans",
+      [](const UnitTable& table, std::int64_t rows, int dtype, bool dropout, int device) {
+        return cuda::plan_lora(table, rows, dtype_from_code(dtype, "lora_plans"), dropout, device);
       },
-      py::arg("table"), py::arg("rows"), py::arg("dtype"), py::arg("device"));
+      py::arg("table"), py::arg("rows"), py::arg("dtype"), py::arg("dropout"), py::arg("device"));
   bind_forward_and_backward(m);
   bind_grouped(m);
 }

@@ -15,9 +15,24 @@ struct PhiloxWords {
   std::uint32_t word[4];
 };
 
-ARDLORA_DEVICE PhiloxWords philox(const Dropout& d, std::uint32_t counter, std::uint32_t row) {
+// A block's dropout: the seed, from the call or from device memory, in shared memory, where it holds no register.
+struct BlockDropout {
+  const std::uint64_t* seed;
+  std::uint32_t threshold;
+  const std::int64_t* rows;
+  std::int64_t count;
+};
+
+// `at`: kSeedBytes of shared memory. A barrier must follow before the result is used.
+ARDLORA_DEVICE BlockDropout block_dropout(const Dropout& d, unsigned char* at) {
+  auto* const seed = reinterpret_cast<std::uint64_t*>(at);
+  if (d.threshold > 0 && threadIdx.x == 0) *seed = d.seed_at == nullptr ? d.seed : *d.seed_at;
+  return {seed, d.threshold, d.rows, d.count};
+}
+
+ARDLORA_DEVICE PhiloxWords philox(std::uint64_t seed, std::uint32_t counter, std::uint32_t row) {
   std::uint32_t c0 = counter, c1 = row, c2 = 0, c3 = 0;
-  std::uint32_t k0 = static_cast<std::uint32_t>(d.seed), k1 = static_cast<std::uint32_t>(d.seed >> 32);
+  std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
     constexpr std::uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
@@ -34,15 +49,15 @@ ARDLORA_DEVICE PhiloxWords philox(const Dropout& d, std::uint32_t counter, std::
 }
 
 // Rows past the last, in the tail of a tile, have no counter and are not stored.
-ARDLORA_DEVICE std::uint32_t row_counter(const Dropout& d, int row) {
+ARDLORA_DEVICE std::uint32_t row_counter(const BlockDropout& d, int row) {
   return static_cast<std::uint32_t>(d.rows == nullptr || row >= d.count ? row : d.rows[row]);
 }
 
 // One element, for layouts without chunks.
-ARDLORA_DEVICE bool kept(const Dropout& d, int row, int column) {
+ARDLORA_DEVICE bool kept(const BlockDropout& d, int row, int column) {
   const int block = column / kPhiloxColumns, in_block = column % kPhiloxColumns;
   const PhiloxWords w =
-      philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + column % kPhiloxLanes), row_counter(d, row));
+      philox(*d.seed, static_cast<std::uint32_t>(block * kPhiloxLanes + column % kPhiloxLanes), row_counter(d, row));
   const bool odd = (in_block & 32) != 0, upper = (in_block & 64) != 0;
   const std::uint32_t low = odd ? w.word[1] : w.word[0], high = odd ? w.word[3] : w.word[2];
   const std::uint32_t bits = upper ? high : low;
@@ -58,14 +73,15 @@ struct ChunkMasks {
 };
 
 template <int kChunk>
-ARDLORA_DEVICE ChunkMasks chunk_masks(const Dropout& d, int row, int block, int slot) {
+ARDLORA_DEVICE ChunkMasks chunk_masks(const BlockDropout& d, int row, int block, int slot) {
   // Half h of v is at least the threshold where h + (2^16 - threshold) carries: both halves in one addition.
   const std::uint32_t add = ((0x10000u - d.threshold) & 0xffffu) * 0x10001u;
   const std::uint32_t counter = row_counter(d, row);
   std::uint32_t carries[4] = {};  // of word i, each new one above the older
 #pragma unroll 1
   for (int e = 0; e < kChunk; ++e) {
-    const PhiloxWords w = philox(d, static_cast<std::uint32_t>(block * kPhiloxLanes + slot * kChunk + e), counter);
+    const PhiloxWords w =
+        philox(*d.seed, static_cast<std::uint32_t>(block * kPhiloxLanes + slot * kChunk + e), counter);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const std::uint32_t v = w.word[i], below = (v & 0x7fff7fffu) + (add & 0x7fff7fffu);
@@ -90,7 +106,7 @@ struct TileDropout {
 
   // Zeroes what is dropped of a tile that starts at `row` and `column`; `chunked` where chunks of the tile are chunks
   // of X. The tile must be complete before and needs a barrier after.
-  ARDLORA_DEVICE void apply(const Tile<T>& tile, const Dropout& d, int row, int column, bool chunked) {
+  ARDLORA_DEVICE void apply(const Tile<T>& tile, const BlockDropout& d, int row, int column, bool chunked) {
     if (!chunked) {
 #pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {

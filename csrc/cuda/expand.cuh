@@ -62,7 +62,7 @@ struct MaskTable {
     const int in_chunk = column % kPhiloxColumns % kPhiloxLanes % kChunk;
     return (bits(row, column - in_chunk) >> in_chunk & 1u) != 0;
   }
-  ARDLORA_DEVICE void fill(const Dropout& d, int row, int column) const {
+  ARDLORA_DEVICE void fill(const BlockDropout& d, int row, int column) const {
 #pragma unroll 1
     for (int unit = static_cast<int>(threadIdx.x); unit < kExpandRows * kSlots; unit += kExpandThreads) {
       const int r = unit / kSlots, slot = unit % kSlots;
@@ -187,7 +187,7 @@ template <typename T>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand_kernel(const ExpandParams p) {
   constexpr int kLogHalf = 6;
   static_assert(1 << kLogHalf == kExpandHalf);
-  ARDLORA_SHARED(shared);
+  ARDLORA_SHARED(seed);
   const RowBlock rows = row_block(p.blocks, static_cast<int>(blockIdx.x), kExpandRows, p.y.rows);
   if (rows.segment < 0) return;
   const DeviceSegment segment =
@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   const int rank_tiles = (segment.rank + p.rank_tile - 1) >> log_ranks;
   const int h_bytes = tile_bytes<T>(kExpandRows, p.rank_tile), w_bytes = tile_bytes<T>(p.rank_tile, kExpandHalf);
   const bool dropping = p.dropout.threshold > 0;
+  unsigned char* const shared = seed + (dropping ? kSeedBytes : 0);
   const MaskTable<T> masks{shared + 2 * w_bytes, (segment.col_begin + tile_column) / kPhiloxColumns};
   unsigned char* const h_tiles = masks.data + (dropping ? kExpandMaskBytes : 0);
   const auto w_tile = [&](int step) { return Tile<T>{shared + step % 2 * w_bytes, p.rank_tile}; };
@@ -210,7 +211,11 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
 
   ExpandTile<T> y(p, row, rows.end, segment.col_begin, tile_column);
   y.begin(0);
-  if (dropping) masks.fill(p.dropout, row, segment.col_begin + tile_column);
+  if (dropping) {
+    const BlockDropout drops = block_dropout(p.dropout, seed);
+    __syncthreads();
+    masks.fill(drops, row, segment.col_begin + tile_column);
+  }
 
   // A step multiplies one tile of ranks for one half of the columns.
   Staged<T, kExpandThreads, kRankTile * kExpandHalf / kExpandThreads, Staging::kInterleaved> staged;

@@ -13,6 +13,8 @@ namespace ardlora::cuda {
 inline constexpr int kPanelBytes = 128;  // a tile's row in shared memory (mma_tile.cuh)
 inline constexpr int kRankTile = 64;     // ranks that a block holds at once
 
+inline constexpr int kSeedBytes = 128;  // before the tiles: the seed of a block's dropout (dropout.cuh)
+
 inline constexpr int kShrinkRows = 128;
 inline constexpr int kShrinkThreads = 128;
 inline constexpr int kShrinkStages = 2;
@@ -37,16 +39,19 @@ ARDLORA_HOST_DEVICE constexpr int tile_bytes(int element_bytes, int rows, int co
 }
 
 // Bytes of dynamic shared memory.
-constexpr int shrink_shared(int w_rows) { return (kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes; }
+constexpr int shrink_shared(int w_rows) {
+  return (kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes + kSeedBytes;
+}
 
 constexpr int expand_shared(int element_bytes, int rank_tile, int h_tiles, bool dropout) {
   return 2 * tile_bytes(element_bytes, rank_tile, kExpandHalf) +
-         h_tiles * tile_bytes(element_bytes, kExpandRows, rank_tile) + (dropout ? kExpandMaskBytes : 0);
+         h_tiles * tile_bytes(element_bytes, kExpandRows, rank_tile) + (dropout ? kExpandMaskBytes + kSeedBytes : 0);
 }
 
 constexpr int outer_shared(int element_bytes, int rank_tile) {
   const int rows = outer_rows(element_bytes);
-  return kOuterStages * (tile_bytes(element_bytes, rows, kOuterColumns) + tile_bytes(element_bytes, rows, rank_tile));
+  return kSeedBytes +
+         kOuterStages * (tile_bytes(element_bytes, rows, kOuterColumns) + tile_bytes(element_bytes, rows, rank_tile));
 }
 
 constexpr int outer_shrink_shared(int element_bytes, int rank_tile) {
@@ -93,5 +98,16 @@ GemmPlan plan_gemm(Gemm kind, const Factor& factor, std::int64_t hidden, std::in
 bool one_pass(const Factor& factor, std::int64_t hidden, std::int64_t rows, DType activations);
 
 std::string describe(const GemmPlan& plan);
+
+// All launches of an adapter's calls on `rows` rows: made once for these, and good for every device like `device`.
+struct LoraPlans {
+  std::int64_t rows;
+  DType activations;
+  bool dropout;
+  bool at_once;  // outer_b is an outer_shrink, and shrink_b is not launched
+  GemmPlan shrink_a, expand_b;
+  GemmPlan shrink_b, outer_b, expand_a, outer_a;
+  std::int64_t workspace;  // bytes that either call may need
+};
 
 }  // namespace ardlora::cuda

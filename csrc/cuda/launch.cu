@@ -8,9 +8,23 @@ namespace ardlora::cuda {
 #ifdef __CUDACC__
 bool built() { return true; }
 
-bool available() {
-  int devices = 0;
-  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+std::string problem(int device) {
+  DeviceFacts facts{};
+  cudaDriverGetVersion(&facts.driver);
+  cudaRuntimeGetVersion(&facts.runtime);
+  int major = 0, minor = 0, before = 0;
+  if (cudaGetDevice(&before) == cudaSuccess) {
+    if (device < 0) device = before;
+    const DeviceGuard guard("problem", device);
+    cudaFuncAttributes code{};
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess) {
+      facts.capability = 10 * major + minor;
+    }
+    facts.has_code = cudaFuncGetAttributes(&code, rank_resize_kernel) == cudaSuccess;
+  }
+  cudaGetLastError();  // what was asked is no error of a later launch
+  return problem_of(facts);
 }
 #endif
 

@@ -3,13 +3,25 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "ardlora/regularizer.h"
 
 namespace ardlora::cuda {
 
-bool built();      // this build has kernels
-bool available();  // and a device of this machine can run them
+bool built();  // this build has kernels
+
+// What tensors must do instead of being on this device (negative: the current one), or "" where kernels run there.
+std::string problem(int device);
+
+// The same from what a device and its driver say of themselves.
+struct DeviceFacts {
+  int driver;      // the CUDA version it is for, as CUDA writes it: 12040; 0 without one
+  int runtime;     // the CUDA version of this build
+  int capability;  // 75, or 0 where it could not be asked
+  bool has_code;   // this build has kernels for it
+};
+std::string problem_of(const DeviceFacts& facts);
 
 struct Stream {
   int device;

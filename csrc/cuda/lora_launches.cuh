@@ -59,14 +59,16 @@ inline std::int64_t table_floats(std::int64_t records) {
 class Launches {
  public:
   Launches(const char* op, const LoraParams& p, const DeviceCall& call)
-      : op_(op), p_(p), call_(call), guard_(op, call.stream.device), device_(multiprocessors(call.stream.device)) {
+      : op_(op), p_(p), call_(call), guard_(op, call.stream.device) {
     ARDLORA_CHECK(call.table != nullptr && reinterpret_cast<std::uintptr_t>(call.table) % 16 == 0, op,
                   ": table must be at an address divisible by 16");
     ARDLORA_CHECK(reinterpret_cast<std::uintptr_t>(call.workspace) % 16 == 0, op,
                   ": workspace must be at an address divisible by 16");
-    const std::int64_t needed = lora_workspace(*p.table, p.x.rows, p.x.dtype, call.stream.device);
-    ARDLORA_CHECK(call.workspace_bytes >= needed, op, ": workspace must have ", needed, " bytes, got ",
-                  call.workspace_bytes);
+    const LoraPlans& plans = *call.plans;
+    ARDLORA_CHECK(plans.rows == p.x.rows && plans.activations == p.x.dtype && plans.dropout == p.dropout.active(), op,
+                  ": plans must be of this call, got those of ", plans.rows, " rows for ", p.x.rows);
+    ARDLORA_CHECK(call.workspace_bytes >= plans.workspace, op, ": workspace must have ", plans.workspace,
+                  " bytes, got ", call.workspace_bytes);
   }
 
   // Before all else where rows are sorted by expert: finds the blocks of rows, and for the backward `outer`'s shares.
@@ -80,13 +82,13 @@ class Launches {
       to = {static_cast<int>(length), records(room), static_cast<int>(room), records(sums), sums};
       if (of_outer && sums == 0) to.sums = to.blocks;  // not null
     };
-    const GemmPlan tile = this->plan(Gemm::kShrink, factor_a(p_), t.hidden(), p_.x, {});
+    const GemmPlan& tile = call_.plans->shrink_a;
     static_assert(kShrinkRows == kExpandRows);
     take_table(params.table[0], kShrinkRows, tile.blocks[0], 0, false);
     unsigned tables = tile.blocks[0] == 0 ? 0 : 1;
     tiles_ = params.table[0];
     for (int factor = 0; backward && tables > 0 && factor < 2; ++factor) {
-      const GemmPlan plan = outer_plan(factor);
+      const GemmPlan& plan = factor == kFactorA ? call_.plans->outer_a : call_.plans->outer_b;
       take_table(params.table[tables], plan.share, plan.blocks[2], plan.sums, true);
       shares_[factor] = params.table[tables++];
     }
@@ -94,8 +96,8 @@ class Launches {
     launch(op_, row_blocks_kernel, {dim3{tables, 1, 1}, kRowBlockThreads, 0}, call_.stream.handle, params);
   }
 
-  void shrink(const FactorView& w, int factor, const MatrixView& x, const MatrixView& h, const Dropout& dropout) {
-    const GemmPlan plan = this->plan(Gemm::kShrink, w, p_.table->hidden(), x, dropout);
+  void shrink(const GemmPlan& plan, const FactorView& w, int factor, const MatrixView& x, const MatrixView& h,
+              const Dropout& dropout) {
     float* const partial = take(plan.workspace());
     const float scale = w.scale * dropout.keep_scale;
     const ShrinkParams params{table(factor),
@@ -139,8 +141,8 @@ class Launches {
     taken_ = reserved_;
   }
 
-  void expand(const FactorView& w, int factor, const MatrixView& h, const MatrixView& y, const Dropout& dropout) {
-    const GemmPlan plan = this->plan(Gemm::kExpand, w, h.cols, y, dropout);
+  void expand(const GemmPlan& plan, const FactorView& w, int factor, const MatrixView& h, const MatrixView& y,
+              const Dropout& dropout) {
     const ExpandParams params{table(factor),
                               tiles_.blocks,
                               static_cast<int>(w.factor->width),
@@ -156,8 +158,8 @@ class Launches {
   }
 
   // The second stage is left to `add_shares`.
-  ShareSum outer(const FactorView& grad, int factor, const MatrixView& h, const MatrixView& x, const Dropout& dropout) {
-    const GemmPlan plan = this->plan(Gemm::kOuter, grad, h.cols, x, dropout);
+  ShareSum outer(const GemmPlan& plan, const FactorView& grad, int factor, const MatrixView& h, const MatrixView& x,
+                 const Dropout& dropout) {
     float* const partial = take(plan.partial());
     const OuterParams params = outer_params(plan, grad, factor, h, x, dropout, partial);
     for_type(x.dtype, [&](auto t) { start(outer_kernel<decltype(t)>, plan, params); });
@@ -165,9 +167,8 @@ class Launches {
   }
 
   // dH and dW from one pass over dy; `one_pass` says where.
-  void outer_shrink(const FactorView& grad, const FactorView& w, int factor, const MatrixView& h, const MatrixView& dy,
-                    const MatrixView& dh) {
-    const GemmPlan plan = this->plan(Gemm::kOuterShrink, grad, p_.table->hidden(), dy, {});
+  void outer_shrink(const GemmPlan& plan, const FactorView& grad, const FactorView& w, int factor, const MatrixView& h,
+                    const MatrixView& dy, const MatrixView& dh) {
     float* const partial = take(plan.partial());
     float* const parts = take(plan.hidden_partial());
     const bool divided = parts != nullptr;
@@ -285,14 +286,6 @@ class Launches {
 
   FactorTable table(int factor) const { return factor_table(call_.table, *p_.table, factor); }
 
-  GemmPlan plan(Gemm kind, const FactorView& w, std::int64_t columns, const MatrixView& x, const Dropout& d) const {
-    return plan_gemm(kind, *w.factor, columns, x.rows, x.dtype, d.active(), device_, is_sorted(*p_.table));
-  }
-  GemmPlan outer_plan(int factor) const {
-    const FactorView w = factor == kFactorA ? factor_a(p_) : factor_b(p_);
-    return plan(Gemm::kOuter, w, p_.table->hidden(), p_.x, {});
-  }
-
   RowBlock* records(std::int64_t count) { return reinterpret_cast<RowBlock*>(take(table_floats(count))); }
 
   float* take(std::int64_t floats) {
@@ -312,7 +305,6 @@ class Launches {
   const LoraParams& p_;
   const DeviceCall& call_;
   DeviceGuard guard_;
-  Multiprocessors device_;
   std::int64_t taken_ = 0, reserved_ = 0;  // floats of the workspace
   RowBlockTable tiles_{}, shares_[2]{};    // of rows sorted by expert
 };

@@ -31,30 +31,37 @@ Multiprocessors multiprocessors(int device) {
 Multiprocessors multiprocessors(int) { return {simt::multiprocessors, 164 * 1024}; }
 #endif
 
-std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType activations, int device) {
+LoraPlans plan_lora(const UnitTable& table, std::int64_t rows, DType activations, bool dropout, int device) {
   const Multiprocessors processors = multiprocessors(device);
-  const auto plan = [&](Gemm kind, const Factor& f) {
-    return plan_gemm(kind, f, table.hidden(), rows, activations, false, processors, is_sorted(table));
+  const auto plan = [&](Gemm kind, const Factor& f, bool drops = false) {
+    return plan_gemm(kind, f, table.hidden(), rows, activations, drops, processors, is_sorted(table));
   };
-  const auto floats = [&](Gemm kind, const Factor& f) { return plan(kind, f).workspace(); };
-  const std::int64_t forward = floats(Gemm::kShrink, table.a()), outer_a = floats(Gemm::kOuter, table.a());
-  if (is_sorted(table)) {
-    const GemmPlan tile = plan(Gemm::kShrink, table.a()), b = plan(Gemm::kOuter, table.b());
-    return 4 * (row_block_floats(tile, plan(Gemm::kOuter, table.a()), b) +
-                std::max({forward, floats(Gemm::kShrink, table.b()), outer_a + b.workspace()}));
-  }
-  if (one_pass(table.b(), table.hidden(), rows, activations)) {
-    return 4 * std::max({forward, outer_a, floats(Gemm::kOuterShrink, table.b())});
-  }
-  return 4 * std::max({forward, floats(Gemm::kShrink, table.b()), outer_a + floats(Gemm::kOuter, table.b())});
+  const Factor &a = table.a(), &b = table.b();
+  const bool at_once = !is_sorted(table) && one_pass(b, table.hidden(), rows, activations);
+  LoraPlans p{rows,
+              activations,
+              dropout,
+              at_once,
+              plan(Gemm::kShrink, a),
+              plan(Gemm::kExpand, b),
+              plan(Gemm::kShrink, b),
+              plan(at_once ? Gemm::kOuterShrink : Gemm::kOuter, b),
+              plan(Gemm::kExpand, a, dropout),
+              plan(Gemm::kOuter, a),
+              0};
+  const std::int64_t forward = p.shrink_a.workspace(), outer_a = p.outer_a.workspace(), of_b = p.outer_b.workspace();
+  p.workspace =
+      4 * (at_once ? std::max({forward, outer_a, of_b}) : std::max({forward, p.shrink_b.workspace(), outer_a + of_b}));
+  if (is_sorted(table)) p.workspace += 4 * row_block_floats(p.shrink_a, p.outer_a, p.outer_b);
+  return p;
 }
 
 void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call) {
   check_ungrouped(*p.table, "lora_forward");
   check_forward(p, y, p.x.dtype);
   Launches go("lora_forward", p, call);
-  go.shrink(factor_a(p), kFactorA, p.x, p.h, p.dropout);
-  go.expand(factor_b(p), kFactorB, p.h, y, {});
+  go.shrink(call.plans->shrink_a, factor_a(p), kFactorA, p.x, p.h, p.dropout);
+  go.expand(call.plans->expand_b, factor_b(p), kFactorB, p.h, y, {});
 }
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
@@ -62,20 +69,20 @@ void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& 
   check_ungrouped(*p.table, "lora_backward");
   check_backward(p, dy, dh, dx, dA, dB, dgate, p.x.dtype);
   Launches go("lora_backward", p, call);
+  const LoraPlans& plans = *call.plans;
   const FactorView a = factor_a(p), b = factor_b(p);
   FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);
   FactorView& gated = p.table->gate_on_a() ? grad_a : grad_b;
   if (dgate != nullptr) gated.row_scale = nullptr;
   ShareSum sum_b{};
-  const bool at_once = one_pass(*b.factor, p.table->hidden(), dy.rows, dy.dtype);
-  if (at_once) {
-    go.outer_shrink(grad_b, b, kFactorB, p.h, dy, dh);
+  if (plans.at_once) {
+    go.outer_shrink(plans.outer_b, grad_b, b, kFactorB, p.h, dy, dh);
   } else {
-    go.shrink(b, kFactorB, dy, dh, {});
-    sum_b = go.outer(grad_b, kFactorB, p.h, dy, {});
+    go.shrink(plans.shrink_b, b, kFactorB, dy, dh, {});
+    sum_b = go.outer(plans.outer_b, grad_b, kFactorB, p.h, dy, {});
   }
-  if (dx.data != nullptr) go.expand(a, kFactorA, dh, dx, p.dropout);
-  go.add_shares(sum_b, go.outer(grad_a, kFactorA, dh, p.x, p.dropout));
+  if (dx.data != nullptr) go.expand(plans.expand_a, a, kFactorA, dh, dx, p.dropout);
+  go.add_shares(sum_b, go.outer(plans.outer_a, grad_a, kFactorA, dh, p.x, p.dropout));
   if (dgate != nullptr) go.gate_gradient(gated, p.table->gate_on_a() ? p.lora_A : p.lora_B, p.gate, dgate);
 }
 
@@ -83,8 +90,8 @@ void lora_grouped_forward(const GroupedParams& p, const MatrixView& y, const Dev
   check_forward(p.lora, y, p.lora.x.dtype);
   Launches go("lora_grouped_forward", p.lora, call);
   go.find_rows(p.offsets, false);
-  go.shrink(factor_a(p.lora), kFactorA, p.lora.x, p.lora.h, p.lora.dropout);
-  go.expand(factor_b(p.lora), kFactorB, p.lora.h, y, {});
+  go.shrink(call.plans->shrink_a, factor_a(p.lora), kFactorA, p.lora.x, p.lora.h, p.lora.dropout);
+  go.expand(call.plans->expand_b, factor_b(p.lora), kFactorB, p.lora.h, y, {});
 }
 
 void lora_grouped_backward(const GroupedParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
@@ -92,14 +99,15 @@ void lora_grouped_backward(const GroupedParams& p, const MatrixView& dy, const M
   const LoraParams& lora = p.lora;
   check_backward(lora, dy, dh, dx, dA, dB, dgate, lora.x.dtype);
   Launches go("lora_grouped_backward", lora, call);
+  const LoraPlans& plans = *call.plans;
   go.find_rows(p.offsets, true);
   const FactorView a = factor_a(lora), b = factor_b(lora), grad_a = with_weight(a, dA);
   FactorView grad_b = with_weight(b, dB);
   if (dgate != nullptr) grad_b.row_scale = nullptr;  // experts' gates are on B
-  go.shrink(b, kFactorB, dy, dh, {});
-  const ShareSum sum_b = go.outer(grad_b, kFactorB, lora.h, dy, {});
-  if (dx.data != nullptr) go.expand(a, kFactorA, dh, dx, lora.dropout);
-  const ShareSum sum_a = go.outer(grad_a, kFactorA, dh, lora.x, lora.dropout);
+  go.shrink(plans.shrink_b, b, kFactorB, dy, dh, {});
+  const ShareSum sum_b = go.outer(plans.outer_b, grad_b, kFactorB, lora.h, dy, {});
+  if (dx.data != nullptr) go.expand(plans.expand_a, a, kFactorA, dh, dx, lora.dropout);
+  const ShareSum sum_a = go.outer(plans.outer_a, grad_a, kFactorA, dh, lora.x, lora.dropout);
   go.add_shares(sum_b, sum_a);
   go.zero_past(sum_b, grad_b, sum_a, grad_a);
   if (dgate != nullptr) go.gate_gradient(grad_b, lora.lora_B, lora.gate, dgate);

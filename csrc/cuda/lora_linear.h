@@ -12,14 +12,14 @@
 namespace ardlora::cuda {
 
 struct DeviceCall {
-  const void* table;  // segment_table(*p.table)'s words (segment_table.h), at an address divisible by 16
-  void* workspace;    // at an address divisible by 16; may be null where no bytes are needed
+  const LoraPlans* plans;  // of p.table, the rows and type of p.x and whether there is dropout
+  const void* table;       // segment_table(*p.table)'s words (segment_table.h), at an address divisible by 16
+  void* workspace;         // plans->workspace bytes at an address divisible by 16; may be null where there are none
   std::int64_t workspace_bytes;
   Stream stream;
 };
 
-// Bytes that either call may need for `rows` rows of activations.
-std::int64_t lora_workspace(const UnitTable& table, std::int64_t rows, DType activations, int device);
+LoraPlans plan_lora(const UnitTable& table, std::int64_t rows, DType activations, bool dropout, int device);
 
 void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call);
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,

@@ -104,7 +104,8 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   constexpr int kRows = outer_rows(sizeof(T)), kLogColumns = 7;
   static_assert(1 << kLogColumns == kOuterColumns);
   constexpr int kXBytes = tile_bytes<T>(kRows, kOuterColumns);
-  ARDLORA_SHARED(shared);
+  ARDLORA_SHARED(seed);
+  unsigned char* const shared = seed + kSeedBytes;
   const RowBlock rows = row_block(p.blocks, static_cast<int>(blockIdx.z), p.share, p.x.rows);
   if (rows.segment < 0) return;
   const DeviceSegment segment =
@@ -141,6 +142,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
   const auto first_copies = [&] {
     for (int s = 0; s < kOuterStages - 1; ++s) copy(s);
   };
+  const BlockDropout drops = block_dropout(p.dropout, seed);
   const Tile<T> w{shared + kOuterStages * stage_bytes, kOnePassRanks};
   if constexpr (kShrinks) {
     constexpr int kPanel = Tile<T>::kPanel;
@@ -168,7 +170,7 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
     const Tile<T> tile = x_tile(step);
     if (!kShrinks && p.dropout.threshold > 0) {
       TileDropout<T, kOuterThreads, kRows, kOuterColumns> dropout;
-      dropout.apply(tile, p.dropout, first_row + step * kRows, x_column, p.x.vector);
+      dropout.apply(tile, drops, first_row + step * kRows, x_column, p.x.vector);
       __syncthreads();
     }
     const Fragments<T> x = chunks_first(tile), h = rows_first(h_tile(step));

@@ -55,7 +55,8 @@ template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkParams p) {
   constexpr int kColumns = Tile<T>::kPanel, kLogColumns = sizeof(T) == 2 ? 6 : 5;
   constexpr int kPairs = kRankTile / 16;
-  ARDLORA_SHARED(shared);
+  ARDLORA_SHARED(seed);
+  unsigned char* const shared = seed + kSeedBytes;
   const RowBlock rows = row_block(p.blocks, static_cast<int>(blockIdx.x), kShrinkRows, p.x.rows);
   if (rows.segment < 0) return;
   const SegmentGroup group =
@@ -80,6 +81,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
     return Tile<T>{shared + (kShrinkStages * kShrinkRows + step % 2 * p.rank_tile) * kPanelBytes, p.rank_tile};
   };
 
+  const BlockDropout drops = block_dropout(p.dropout, seed);
   float acc[2][2 * kPairs][4] = {};
   if (begin < end) {
     StepWalk x_walk(segments, begin, per_segment, kColumns), w_walk = x_walk;
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
       const Tile<T> tile = x_tile(step);
       if (p.dropout.threshold > 0) {
         const StepWalk walk(segments, step, per_segment, kColumns);
-        dropout.apply(tile, p.dropout, row, walk.segment.col_begin + walk.column, p.x.vector);
+        dropout.apply(tile, drops, row, walk.segment.col_begin + walk.column, p.x.vector);
         __syncthreads();
       }
       const Fragments<T> x = rows_first(tile), w = chunks_first(w_tile(step));

@@ -12,7 +12,7 @@ namespace {
 }  // namespace
 
 bool built() { return false; }
-bool available() { return false; }
+std::string problem(int) { return "be on the CPU, this build has no CUDA kernels"; }
 
 void rank_resize(const std::int64_t*, std::int64_t, std::int64_t, Stream) { fail_unavailable("rank_resize"); }
 void row_dots(const DeviceRows&, float*, Stream) { fail_unavailable("row_dots"); }
@@ -21,7 +21,7 @@ void set_gates(const GateBlock*, std::int64_t, const double*, const GateParams&,
   fail_unavailable("set_gates");
 }
 Multiprocessors multiprocessors(int) { fail_unavailable("multiprocessors"); }
-std::int64_t lora_workspace(const UnitTable&, std::int64_t, DType, int) { fail_unavailable("lora_workspace"); }
+LoraPlans plan_lora(const UnitTable&, std::int64_t, DType, bool, int) { fail_unavailable("lora_plans"); }
 void lora_forward(const LoraParams&, const MatrixView&, const DeviceCall&) { fail_unavailable("lora_forward"); }
 void lora_backward(const LoraParams&, const MatrixView&, const MatrixView&, const MatrixView&, const MatrixView&,
                    const MatrixView&, float*, const DeviceCall&) {

@@ -30,6 +30,7 @@ struct Case {
   std::int64_t slack = 0;    // rows of the factors past the live ones
   int multiprocessors = 8;   // decide how sums are divided
   bool gates = false, dropout = false, dx = true, dgate = false, exact = true;
+  bool seed_in_memory = false;
   bool spoiled = false;                                // NaN in row 0 of x and dy: no other row may see it
   std::vector<std::int64_t> offsets = {}, given = {};  // of experts; `given` to the device, not all of it valid
 };
@@ -43,11 +44,11 @@ std::string describe(const Case& c) {
   std::snprintf(text, sizeof text,
                 "%s %s, ranks %s, %" PRId64 " rows %" PRId64 " to %" PRId64 ", %s with %s adapters, padding %" PRId64
                 ", shift %" PRId64 ", slack %" PRId64
-                ", multiprocessors %d, gates %d, dropout %d, dx %d, dgate %d, exact %d, spoiled %d",
+                ", multiprocessors %d, gates %d, dropout %d, dx %d, dgate %d, exact %d, spoiled %d, seed in memory %d",
                 kKinds[static_cast<int>(c.kind)], c.factoring == Factoring::kShared ? "shared" : "independent",
                 ranks.c_str(), c.shape.rows, c.shape.in_features, c.shape.out_features, dtype_name(c.activations),
                 dtype_name(c.adapters), c.padding, c.shift, c.slack, c.multiprocessors, c.gates, c.dropout, c.dx,
-                c.dgate, c.exact, c.spoiled);
+                c.dgate, c.exact, c.spoiled, c.seed_in_memory);
   return text;
 }
 
@@ -122,11 +123,17 @@ class Run {
   void call() {
     simt::multiprocessors = c_.multiprocessors;
     std::vector<std::int64_t> words = cuda::segment_table(table_);
-    const std::int64_t bytes = cuda::lora_workspace(table_, c_.shape.rows, c_.activations, 0);
+    const cuda::LoraPlans plans = cuda::plan_lora(table_, c_.shape.rows, c_.activations, dropout_.active(), 0);
+    const std::int64_t bytes = plans.workspace;
     std::vector<float> workspace(static_cast<std::size_t>(bytes / 4), std::nanf(""));
-    const cuda::DeviceCall call{words.data(), workspace.data(), bytes, {}};
+    const cuda::DeviceCall call{&plans, words.data(), workspace.data(), bytes, {}};
+    Dropout dropout = dropout_;
+    if (c_.seed_in_memory) {
+      dropout.seed_at = &dropout_.seed;
+      dropout.seed = 0;
+    }
     const LoraParams p{&table_,   x_.view(), a_.view(), b_.view(), gate(), static_cast<float>(kScaling),
-                       h_.view(), 1,         dropout_};
+                       h_.view(), 1,         dropout};
     MatrixView dx = dx_.view();
     if (!c_.dx) dx.data = nullptr;
     float* const dgate = c_.dgate && gate() != nullptr ? dgate_.data() : nullptr;
@@ -247,6 +254,7 @@ Case draw(unsigned number, bool few) {
   c.dx = rng() % 4 != 0;
   c.exact = rng() % 2 == 0;
   c.spoiled = rng() % 5 == 0;
+  c.seed_in_memory = number % 2 == 0;
   return c;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -31,6 +32,8 @@ namespace simt {
 Thread* current = nullptr;
 
 namespace {
+
+std::map<const void*, std::size_t> shared_limits;
 
 // ---- contexts: a stack and what a switch saves on it
 
@@ -310,6 +313,13 @@ void fail(const char* format, ...) {
 void set_order(Order order, std::uint32_t seed) {
   engine().order = order;
   engine().random = seed;
+}
+
+void set_shared_limit(const void* kernel, std::size_t bytes) { shared_limits[kernel] = bytes; }
+
+void check_shared(const void* kernel, std::size_t bytes) {
+  const std::size_t limit = std::max<std::size_t>(shared_limits[kernel], 48 * 1024);
+  if (bytes > limit) fail("launch: %zu bytes of shared memory where %zu are allowed", bytes, limit);
 }
 
 void run(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* arguments) {

@@ -48,12 +48,17 @@ void set_order(Order order, std::uint32_t seed = 0);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void run(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), void* arguments);
 
+// As cudaFuncAttributeMaxDynamicSharedMemorySize: a launch that takes more than 48 KiB must have been allowed to.
+void set_shared_limit(const void* kernel, std::size_t bytes);
+void check_shared(const void* kernel, std::size_t bytes);
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, Arguments... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
   } call{kernel, {arguments...}};
+  check_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   run(
       grid, block, shared_bytes,
       [](void* p) {

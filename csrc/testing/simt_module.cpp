@@ -13,7 +13,7 @@ namespace py = pybind11;
 namespace ardlora::cuda {
 
 bool built() { return true; }
-bool available() { return true; }
+std::string problem(int) { return ""; }
 
 }  // namespace ardlora::cuda
 

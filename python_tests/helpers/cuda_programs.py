@@ -4,7 +4,13 @@ from __future__ import annotations
 
 PTX = ("testing/ptx_main.cpp",)
 PROGRAMS = {
-    "resize": ("testing/rank_resize_main.cpp", "cuda/launch.cu", "cuda/resize_table.cpp", "core/rank_resize.cpp"),
+    "resize": (
+        "testing/rank_resize_main.cpp",
+        "cuda/launch.cu",
+        "cuda/device_facts.cpp",
+        "cuda/resize_table.cpp",
+        "core/rank_resize.cpp",
+    ),
     "controller": (
         "testing/controller_main.cpp",
         "cuda/controller.cu",

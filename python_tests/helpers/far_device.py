@@ -150,7 +150,7 @@ def far_device() -> Iterator[None]:
     """Let tensors be made on, and moved to, `FAR`, and let our kernels run there without a result."""
     with (
         mock.patch.object(dispatch, "_on_cuda", lambda device: device == FAR),
-        mock.patch.object(dispatch, "core", SimpleNamespace(cuda_built=lambda: True)),
+        mock.patch.object(dispatch, "core", SimpleNamespace(cuda_built=lambda: True, cuda_problem=lambda _device: "")),
         mock.patch.object(Prepared, "get", _prepared),
         mock.patch.object(grouped, "lora_grouped_forward", _grouped_forward),
         mock.patch.object(grouped, "lora_grouped_backward", _grouped_backward),

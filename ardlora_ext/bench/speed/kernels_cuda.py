@@ -22,6 +22,8 @@ from ardlora_ext.errors import InputError
 IMPLEMENTATIONS = ("base", "ours", "peft", "torch-padded", "torch-loop")
 _PATTERNS = ("uniform-8", "uniform-64", "heads-shared", "heads-independent")
 _FLUSH_BYTES = 256 << 20  # more than any L2 cache holds
+_QUEUE_SECONDS = 2e-3  # more than the host needs for a layer forward and backward
+_CYCLES = 2e9  # of a GPU in a second, at most about
 _PASSES = ("forward", "both")
 _COLUMNS = (
     Column("pattern", "pattern"),
@@ -39,8 +41,13 @@ _COLUMNS = (
 Clock = Callable[[Callable[[], None]], float]  # seconds of one call
 
 
+def keep_busy(seconds: float) -> None:
+    """Let the GPU wait on its current stream, so that the host can queue what is to be timed."""
+    torch.cuda._sleep(int(_CYCLES * seconds))  # type: ignore[no-untyped-call]
+
+
 class EventClock:
-    """Time a call on the GPU, after the L2 cache has been swept."""
+    """Time a call on the GPU, after the L2 cache has been swept and while the GPU waits for the host to queue it."""
 
     def __init__(self, device: torch.device) -> None:
         self.sweep = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -48,6 +55,7 @@ class EventClock:
 
     def __call__(self, call: Callable[[], None]) -> float:
         self.sweep.zero_()
+        keep_busy(_QUEUE_SECONDS)  # else the events would time the host's gaps between launches
         self.begin.record()
         call()
         self.end.record()

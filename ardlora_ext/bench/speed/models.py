@@ -208,7 +208,7 @@ class Runner:
 
     def forward(self) -> torch.Tensor:
         """Return the loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe == "autocast"):
+        with torch.autocast(self.batch["labels"].device.type, torch.bfloat16, enabled=self.recipe == "autocast"):
             loss: torch.Tensor = self.model(**self.batch).loss
         return loss
 

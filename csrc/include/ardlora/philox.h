@@ -15,6 +15,7 @@ struct Dropout {
   float keep_scale = 1.0f;             // 1 / (1 - p)
   const std::int64_t* rows = nullptr;  // [count] each row's number in the counter, below 2^32, or null: its place
   std::int64_t count = 0;
+  const std::uint64_t* seed_at = nullptr;  // where a CUDA kernel reads the seed, so that replays of a graph differ
 
   bool active() const { return threshold > 0; }
 };

@@ -5,82 +5,40 @@ In the shim device memory is the host's; table, workspace, bindings, launchers a
 
 from __future__ import annotations
 
-import sysconfig
-from collections.abc import Sequence
-from functools import lru_cache
-from importlib.machinery import ExtensionFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
 
 import ardlora_ext as ard
-from ardlora_ext.native import dispatch, ops, prepared
+from ardlora_ext.bench.gpu.context import HOST_RUN, HostRun, Skipped, build_host_run, host_run, load
+from ardlora_ext.native import dispatch, ops
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.grouped import lora_grouped
 from ardlora_ext.native.units import UnitLayout
 
-from helpers.cuda_programs import PROGRAMS
 from helpers.models import Attention, trainable
-from helpers.simt import CSRC, build
-
-SOURCES = (
-    "testing/simt_module.cpp",
-    "bindings/cuda.cpp",
-    "bindings/cuda_controller.cpp",
-    "bindings/cuda_lora.cpp",
-    *dict.fromkeys(source for program in PROGRAMS.values() for source in program[1:]),
-)
 
 
 @pytest.fixture(scope="module")
 def simt_core(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The bindings of the CUDA backend over the shim."""
-    python = sysconfig.get_paths()["include"]
-    if not (Path(python) / "Python.h").is_file():
-        pytest.skip("no headers of Python")
-    includes = [f"-isystem{path}" for path in (*include_paths(), python)]
-    folder = tmp_path_factory.mktemp("simt_module")
-    file = build(folder, "quick", SOURCES, CSRC, "-shared", "-fPIC", "-fvisibility=hidden", *includes)
-    loader = ExtensionFileLoader("simt_core", str(file))
-    spec = spec_from_loader("simt_core", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-class Backend:
-    """The core with the CUDA calls of the shim, counted."""
-
-    def __init__(self, simt: Any) -> None:
-        self.simt, self.calls = simt, dict[str, int]()
-
-    def __getattr__(self, name: str) -> Any:
-        self.calls[name] = self.calls.get(name, 0) + 1
-        return getattr(self.simt if hasattr(self.simt, name) else core, name)
+    file = tmp_path_factory.mktemp("simt_module") / HOST_RUN
+    try:
+        build_host_run(file)
+    except Skipped as why:
+        pytest.skip(str(why))
+    return load(file)
 
 
 @pytest.fixture
-def shim(simt_core: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def shim(simt_core: Any) -> Iterator[HostRun]:
     """Let every tensor pass for one on a CUDA device."""
-
-    @lru_cache
-    def table(words: bytes) -> Any:
-        kind, factoring, in_features, out_features, *ranks = memoryview(words).cast("q")
-        return simt_core.UnitTable(kind, factoring, in_features, out_features, ranks)
-
-    backend = Backend(simt_core)
-    monkeypatch.setattr(dispatch, "core", backend)
-    monkeypatch.setattr(dispatch, "_on_cuda", lambda _device: True)
-    monkeypatch.setattr(dispatch, "_stream", lambda _device: (0, 0))
-    monkeypatch.setattr(prepared, "native_table", lambda encoded: table(encoded.numpy().tobytes()))
-    return backend
+    with host_run(simt_core) as backend:
+        yield backend
 
 
 @pytest.fixture(params=["shim", "cuda"])
@@ -190,6 +148,42 @@ def test_experts_equal_the_cpu(
         assert (ours.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 11])
+def test_rows_of_h_are_whole_pieces_of_16_bytes(rows: int, shim: HostRun) -> None:
+    assert shim is not None
+    layout, x = UnitLayout("matrix", "shared", 1, 16, 24), torch.randn(3, 16, requires_grad=True)
+    factors = torch.zeros(rows, 16), torch.zeros(rows, 24)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.zeros(24, 16, dtype=dtype)
+        adapter = *factors, None, layout.encode([min(rows, 3)]), 1.0, 0.0, None
+        _, h = torch.ops.ardlora_ext.lora_linear(x.to(dtype), weight, None, *adapter)
+        assert h.dtype == dtype
+        assert h.stride(0) * h.element_size() % 16 == 0
+        assert h.shape == ops._hidden_shape(x, *factors).shape  # as compiled code expects it
+
+
+def test_a_seed_may_lie_on_the_device(device: torch.device, request: pytest.FixtureRequest) -> None:
+    cuda_from_now_on(device, request)
+    layout, shape = UnitLayout("matrix", "shared", 1, 40, 56), (6, 40)
+    factors = torch.randn(4, 40).to(device), torch.randn(4, 56).to(device)
+
+    def run(seed: int | torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(*shape, generator=generator).to(device).requires_grad_()
+        y = ops.lora_linear(
+            x, torch.zeros(56, 40).to(device), None, *factors, None, layout.encode([4]), 1.0, (0.5, seed)
+        )
+        y.sum().backward()
+        assert x.grad is not None
+        return torch.cat([y.detach().flatten(), x.grad.flatten()])
+
+    there = torch.tensor(11, device=device)
+    assert torch.equal(run(11), run(there))
+    there.fill_(12)  # as a replay does
+    assert torch.equal(run(12), run(there))
+    assert not torch.equal(run(11), run(there))
+
+
 def train(steps: int, device: torch.device) -> tuple[list[float], list[list[int]]]:
     """A few steps with rank changes; losses and ranks."""
     torch.manual_seed(1)
@@ -240,6 +234,6 @@ def test_devices_are_checked_before_anything_runs() -> None:
 
 def test_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_on_cuda", lambda device: device.type == "meta")
-    monkeypatch.setattr(dispatch, "core", SimpleNamespace(cuda_built=lambda: True))
+    monkeypatch.setattr(dispatch, "core", SimpleNamespace(cuda_built=lambda: True, cuda_problem=lambda _device: ""))
     with pytest.raises(ValueError, match="op: tensors must be on one device, got cpu and meta"):
         dispatch.check_device("op", torch.device("cpu"), torch.device("meta"), torch.device("cpu"))

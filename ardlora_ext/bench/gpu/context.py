@@ -1,0 +1,161 @@
+"""Where a stage computes: on a GPU, or, rehearsing, on the CPU with the CUDA kernels run on the host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from ardlora_ext.native import dispatch, prepared
+from ardlora_ext.native.compiled import core
+
+ROOT = Path(__file__).resolve().parents[3]
+CSRC = ROOT / "csrc"
+HOST_RUN = "host_run.so"  # in the output folder
+_SOURCES = (  # the bindings, and every kernel with its launcher and tables
+    "testing/simt_module.cpp",
+    "bindings/cuda.cpp",
+    "bindings/cuda_controller.cpp",
+    "bindings/cuda_lora.cpp",
+    "cuda/controller.cu",
+    "cuda/device_facts.cpp",
+    "cuda/gemm_plan.cpp",
+    "cuda/launch.cu",
+    "cuda/lora_linear.cu",
+    "cuda/resize_table.cpp",
+    "cuda/row_table.cpp",
+    "cuda/segment_table.cpp",
+    "core/lora_checks.cpp",
+    "core/philox.cpp",
+    "core/rank_resize.cpp",
+    "core/regularizer.cpp",
+    "core/unit_table.cpp",
+)
+
+
+class Skipped(Exception):  # noqa: N818 - no error
+    """A stage does not apply here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is told.
+
+    Attributes:
+        device: where tensors are; the CPU in a rehearsal.
+        dry: whether this is a rehearsal: small sizes, no GPU.
+        out: the output folder.
+    """
+
+    device: torch.device
+    dry: bool
+    out: Path
+
+    def kernels(self) -> AbstractContextManager[Any]:
+        """Let the CUDA kernels do what follows: in a rehearsal, on the host."""
+        return host_run(load(self.out / HOST_RUN)) if self.dry else nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if not self.dry:
+            torch.cuda.synchronize()
+
+
+def build_host_run(file: Path) -> None:
+    """Compile the CUDA bindings over kernels that run on the host (`csrc/testing/simt.h`) into a Python module.
+
+    Raises:
+        Skipped: there is no C++ compiler, no source tree, or no headers of Python.
+    """
+    compiler, python = shutil.which(os.environ.get("CXX", "g++")), sysconfig.get_paths()["include"]
+    if compiler is None or not CSRC.is_dir() or not (Path(python) / "Python.h").is_file():
+        raise Skipped("running kernels on the host needs a C++ compiler, the source tree and the headers of Python")
+    engine = file.with_suffix(".o")
+    command = [compiler, "-std=c++20", f"-I{CSRC}", f"-I{CSRC / 'include'}", "-fPIC"]
+    _compile([*command, "-O2", "-c", str(CSRC / "testing/simt.cpp"), "-o", str(engine)])
+    includes = [f"-isystem{path}" for path in (*include_paths(), python)]
+    sources = [str(CSRC / source) for source in _SOURCES]
+    _compile(
+        [
+            *command,
+            "-O0",
+            "-shared",
+            "-fvisibility=hidden",
+            *includes,
+            str(engine),
+            "-x",
+            "c++",
+            *sources,
+            "-o",
+            str(file),
+        ]
+    )
+    engine.unlink()
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr[-2000:]}")
+
+
+@lru_cache
+def load(file: Path) -> Any:
+    """Load what `build_host_run` made."""
+    if not file.is_file():
+        raise Skipped("the stage `build` has not made the kernels that run on the host")
+    loader = ExtensionFileLoader("simt_core", str(file))
+    spec = spec_from_loader("simt_core", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+class HostRun:
+    """The core with the CUDA calls of the host-run kernels; `calls` counts what is asked of it."""
+
+    def __init__(self, simt: Any) -> None:
+        self.simt, self.calls = simt, dict[str, int]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return getattr(self.simt if hasattr(self.simt, name) else core, name)
+
+
+@contextmanager
+def host_run(simt: Any) -> Iterator[HostRun]:
+    """Let every tensor pass for one on a CUDA device, whose kernels run on the host; device memory is the host's."""
+
+    @lru_cache
+    def table(words: bytes) -> Any:
+        kind, factoring, in_features, out_features, *ranks = memoryview(words).cast("q")
+        return simt.UnitTable(kind, factoring, in_features, out_features, ranks)
+
+    backend = HostRun(simt)
+    changed: list[tuple[Any, str, Any]] = [
+        (dispatch, "core", backend),
+        (dispatch, "_on_cuda", lambda _device: True),
+        (dispatch, "_stream", lambda _device: (0, 0)),
+        (prepared, "native_table", lambda encoded: table(encoded.numpy().tobytes())),
+    ]
+    before = [(where, name, getattr(where, name)) for where, name, _ in changed]
+    try:
+        for where, name, value in changed:
+            setattr(where, name, value)
+        yield backend
+    finally:
+        for where, name, value in before:
+            setattr(where, name, value)

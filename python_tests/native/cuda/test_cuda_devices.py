@@ -1,0 +1,140 @@
+"""What is asked of a CUDA device before it is used, tables kept there, and graphs, without a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ardlora_ext as ard
+from ardlora_ext.layers import linear
+from ardlora_ext.native import device_tables, dispatch
+from ardlora_ext.native.compiled import core
+from ardlora_ext.native.device_tables import DeviceTables
+from ardlora_ext.native.units import UnitLayout
+
+from helpers.far_device import FAR, far_device
+from helpers.models import Attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("facts", "rule"),
+    [
+        ((13000, 13000, 90, True), ""),
+        ((12040, 12080, 80, True), ""),  # CUDA's minor versions go together
+        ((13010, 13000, 120, True), ""),
+        ((12040, 13000, 0, False), "be on the CPU, the driver is for CUDA 12.4 and this build needs 13.0 or newer"),
+        ((0, 13000, 0, False), "be on the CPU, the driver is for CUDA 0.0 and this build needs 13.0 or newer"),
+        (
+            (13000, 13000, 75, False),
+            "be on the CPU, the device has compute capability 7.5 and the kernels need 8.0",
+        ),
+        (
+            (13000, 13000, 80, False),
+            "be on the CPU, this build has no kernels for compute capability 8.0 "
+            r"\(see CMAKE_CUDA_ARCHITECTURES in docs/cuda.md\)",
+        ),
+    ],
+)
+def test_a_device_is_judged_by_what_it_and_its_driver_say(facts: tuple[int, int, int, bool], rule: str) -> None:
+    assert core.cuda_problem_of(*facts) == rule.replace("\\", "")
+
+
+def test_wrap_refuses_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = core.cuda_problem_of(13000, 13000, 75, False)
+    with far_device():
+        monkeypatch.setattr(dispatch.core, "cuda_problem", lambda _device: rule)
+        model = Attention().to(FAR)
+        before = [name for name, _ in model.named_modules()]
+        with pytest.raises(ValueError, match=r"wrap: parameters must be on the CPU.* 7\.5 .*got 'q_proj' on meta"):
+            ard.wrap(model, ard.LoraConfig(r=4))
+        assert [name for name, _ in model.named_modules()] == before
+
+
+def test_an_unused_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core:
+        cuda_built = staticmethod(lambda: True)
+        cuda_problem = staticmethod(lambda _device: core.cuda_problem_of(12040, 13000, 0, False))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "core", Core)
+    with pytest.warns(
+        UserWarning, match=r"the GPU is not used, tensors must be on the CPU, the driver is for CUDA 12\.4"
+    ):
+        assert dispatch.best_device() == CPU
+    Core.cuda_problem = staticmethod(lambda _device: "")  # type: ignore[assignment]
+    assert dispatch.best_device() == torch.device("cuda")
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Tables that were copied to a device."""
+    found: list[Any] = []
+
+    def copied(words: Any, device: torch.device) -> torch.Tensor:
+        found.append(words)
+        return torch.from_numpy(words)
+
+    monkeypatch.setattr(device_tables, "_copied", copied)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    return found
+
+
+def capture(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    monkeypatch.setattr(device_tables, "is_capturing", lambda: capturing)
+
+
+def test_a_graph_finds_the_tables_of_its_warm_up(copies: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, words = DeviceTables(2), np.arange(4)
+    warm = tables.get("op", "a", lambda: words, CPU, 1)
+    capture(monkeypatch, True)
+    assert tables.get("op", "a", lambda: words, CPU, 2) is warm  # torch captures on a stream of its own
+    assert len(copies) == 1
+    with pytest.raises(RuntimeError, match="op: a graph must be captured after a warm-up with these ranks"):
+        tables.get("op", "b", lambda: words, CPU, 2)
+    capture(monkeypatch, False)
+    for key in "bcde":
+        tables.get("op", key, lambda: words, CPU, 1)
+    assert tables.get("op", "a", lambda: words, CPU, 1) is warm  # the graph still reads it
+    assert len(copies) == 5
+    tables.get("op", "b", lambda: words, CPU, 1)  # more than two were asked for since
+    assert len(copies) == 6
+
+
+def test_a_table_waits_for_every_stream_that_reads_it(copies: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _self, stream: recorded.append(stream))
+    tables = DeviceTables(2)
+    for stream in (1, 2, 2, 1):
+        tables.get("op", "a", lambda: np.arange(4), CPU, stream)
+    assert recorded == [("stream of", CPU)]  # once; the one that it was made on, the allocator knows
+
+
+def test_a_captured_graph_draws_its_seed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = next(iter(ard.adapters(ard.wrap(Attention(), ard.LoraConfig(r=4, lora_dropout=0.5))).values()))
+    monkeypatch.setattr(linear, "is_capturing", lambda: True)
+    _, on_the_host = layer._draw(torch.zeros(1))
+    assert isinstance(on_the_host, int)
+    with far_device():
+        monkeypatch.setattr(torch._subclasses.FakeTensor, "is_cuda", property(lambda t: t.device == FAR))
+        _, seed = layer._draw(torch.zeros(1, device=FAR))
+        assert isinstance(seed, torch.Tensor)
+        assert (seed.device, seed.dtype, seed.dim()) == (FAR, torch.int64, 0)
+
+
+def test_nothing_of_the_host_follows_the_default_device() -> None:
+    with torch.device("meta"):
+        assert UnitLayout("matrix", "shared", 1, 8, 8).encode([4]).device == CPU
+        model = ard.wrap(torch.nn.Sequential(torch.nn.Linear(8, 8)).to_empty(device="cpu"), ard.LoraConfig(r=2))
+    layer = next(iter(ard.adapters(model).values()))
+    with torch.device("meta"):
+        layer.lora_dropout = 0.5
+        layer.set_ranks([1])
+        assert isinstance(layer._draw(torch.zeros(1, device="cpu"))[1], int)
+    assert {t.device for t in (*model.parameters(), layer.rank_table)} == {CPU}
