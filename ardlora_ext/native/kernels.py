@@ -5,13 +5,16 @@ x is kept by reference with H [M, rank capacity]; nothing of the size of x is cr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
-from ardlora_ext.native import observers
+from ardlora_ext.native import observers, reference
 from ardlora_ext.native.compiled import DTYPE_CODES, as_rows
 from ardlora_ext.native.dispatch import NativeAdapter, check_device, lora_backward, lora_forward
 from ardlora_ext.native.prepared import Prepared
+from ardlora_ext.native.units import UnitLayout
 
 
 def can_decode(weight: torch.Tensor) -> bool:
@@ -152,3 +155,37 @@ def backward(
         native, dy, x, h, lora_A, lora_B, gate, rank_table, p, seed, weight, need_dx, need_dgate
     )
     return dy.new_empty(0) if dx is None else dx, d_a, d_b, h.new_empty(0) if d_gate is None else d_gate
+
+
+def backward_with_graph(
+    ctx: Any, dy: torch.Tensor, weight: torch.Tensor | None, need_dx: bool, need_dgate: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return dx, dA, dB and dgate of a saved forward pass from torch's own operations, which have derivatives in turn.
+
+    Args:
+        ctx: of the node.
+        dy: gradient of its output.
+        weight: the dense base weight [N, K], None where the base has a node of its own.
+        need_dx: whether x needs a gradient.
+        need_dgate: whether the gate does.
+
+    Raises:
+        NotImplementedError: the adapter has dropout, whose mask the kernels never write down.
+    """
+    x, _, lora_A, lora_B, gate, rank_table, _ = ctx.saved_tensors
+    scaling, _, seed, _, _ = ctx.constants
+    if seed is not None:
+        raise NotImplementedError(
+            "lora_backward: a second derivative must be taken without lora_dropout; call model.eval() or set it to 0"
+        )
+    adapter = {"x": x, "A": lora_A, "B": lora_B, "gate": gate}
+    needed = {"x": need_dx, "A": lora_A.requires_grad, "B": lora_B.requires_grad, "gate": need_dgate}
+    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    factors = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    y = reference.lora_linear(*UnitLayout.decode(rank_table), x2, *factors, gate, scaling)
+    if weight is not None and need_dx:
+        y = y + x2 @ weight.t()
+    names = [name for name, wanted in needed.items() if wanted]
+    grads = torch.autograd.grad(y, [adapter[name] for name in names], dy2, create_graph=True, allow_unused=True)
+    found = dict(zip(names, grads, strict=True))
+    return found.get("x"), found.get("A"), found.get("B"), found.get("gate")

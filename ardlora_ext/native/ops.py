@@ -14,10 +14,9 @@ import torch
 
 from ardlora_ext.native.dispatch import Dropout as Dropout
 from ardlora_ext.native.dispatch import hidden_columns, hidden_dtype
-from ardlora_ext.native.kernels import accumulate, backward, gradients, linear, plain
+from ardlora_ext.native.kernels import accumulate, backward, backward_with_graph, gradients, linear, plain
 from ardlora_ext.native.packing import GradientSum
 from ardlora_ext.native.prepared import Prepared
-from ardlora_ext.native.second_derivative import backward_with_graph
 
 NO_DROPOUT: Dropout = (0.0, None)
 Adapter = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float, Dropout]  # as in `lora_linear`

@@ -3,20 +3,21 @@
 bitsandbytes keeps `state1` (uint8, the parameter's shape), `absmax1` and `qmap1`, and so on for 2; torchao one
 `OptimState8bit`. Where rows are whole blocks, codes and scales move with them. Elsewhere a block has values of several
 rows: blocks that stay what they were keep their bits, the others are decoded and encoded again.
+
+bitsandbytes' paged optimizers keep large moments, of 8 bit or 32, in managed memory: tensors of the CPU with two
+attributes more, `is_paged` and `page_deviceid`, without which the next step refuses them.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-
-from ardlora_ext.ranks.paged import placed
 
 _BLOCKS = (256, 2048)  # of bitsandbytes, now and in versions before 0.44
 _TINY = 1e-38
@@ -161,3 +162,18 @@ def stored(state: Mapping[str, Any], key: str, moment: EightBit) -> dict[str, An
     if moment.codes.numel() % moment.block:  # torchao keeps those in full precision
         return {key: moment.decode().to(old.dtype)}
     return {key: type(old)(moment.codes, moment.scale, moment.qmap, old.signed, old.dtype)}
+
+
+def empty_as(old: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a new tensor of this shape in the memory and dtype of `old`."""
+    if not getattr(old, "is_paged", False):
+        return old.new_empty(tuple(shape))
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    device = torch.device("cuda", old.page_deviceid)  # type: ignore[attr-defined]
+    made: torch.Tensor = functional.get_paged(*shape, dtype=old.dtype, device=device)
+    return made
+
+
+def placed(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return these values in the memory of `old`."""
+    return empty_as(old, values.shape).copy_(values) if getattr(old, "is_paged", False) else values

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.ranks import resize
+from ardlora_ext.ranks.eight_bit import placed
 from ardlora_ext.ranks.optimizer import FOLLOW, moments, remember_copies, unwrapped
-from ardlora_ext.ranks.paged import placed
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
 _STEPS, _STEPS_AROUND = 3, 12  # after a rank change; of an optimizer around another, more than Lookahead's period

@@ -25,10 +25,9 @@ from ardlora_ext.layers.start.svd import Fresh, NewRows, orthogonal_rows, start_
 from ardlora_ext.model.record import adapters, check_unmerged
 from ardlora_ext.native.dispatch import rank_resize
 from ardlora_ext.native.units import UnitLayout
-from ardlora_ext.ranks.eight_bit import EightBit
+from ardlora_ext.ranks.eight_bit import EightBit, empty_as
 from ardlora_ext.ranks.factored import Factored
 from ardlora_ext.ranks.optimizer import copies, moments, pin_lr, restart, stored
-from ardlora_ext.ranks.paged import empty
 from ardlora_ext.unbroken import nothing, unbroken
 
 # By (factor, "" | "grad" | "lora_gate" | state key), its first rows, or a whole moment in a form of its own.
@@ -192,7 +191,7 @@ def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimi
                 raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {value.stride()}")
         same = len(parameter) == caps[place]
         kept = {} if optimizer is None else optimizer.state.get(parameter, {})  # a view knows nothing of its memory
-        new = old if same else {k: empty(kept.get(k, v), (caps[place], *v.shape[1:])) for k, v in old.items()}
+        new = old if same else {k: empty_as(kept.get(k, v), (caps[place], *v.shape[1:])) for k, v in old.items()}
         for key in () if same else new.keys() - _OWN:
             state |= stored(optimizer, parameter, key, new[key])
         known = set() if optimizer is None else copies(optimizer, parameter).keys() & old.keys()

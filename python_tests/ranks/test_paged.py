@@ -11,7 +11,7 @@ from torch import nn
 
 import ardlora_ext as ard
 from ardlora_ext import RankUpdate, UnitUpdate
-from ardlora_ext.ranks import paged, resize
+from ardlora_ext.ranks import eight_bit, resize
 from ardlora_ext.ranks.rehearsal import rehearse
 
 from helpers.models import trainable
@@ -54,7 +54,7 @@ class Adam(torch.optim.AdamW):
 
 @pytest.fixture(autouse=True)
 def functional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged.importlib, "import_module", lambda _name: Functional)
+    monkeypatch.setattr(eight_bit.importlib, "import_module", lambda _name: Functional)
 
 
 def trained() -> tuple[nn.Module, Adam]:
