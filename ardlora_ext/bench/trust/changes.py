@@ -271,6 +271,7 @@ class Change:
 
     def _made(self) -> Bed:
         torch.manual_seed(0)  # the generators are looked at as well
+        torch.set_grad_enabled(True)  # torch leaves it off where a signal meets no_grad() on its way in
         return self.make()
 
     def stop(self, how: str, at: int) -> None:
