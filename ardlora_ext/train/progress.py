@@ -51,7 +51,7 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._bar: Any = None
         self._begun = 0.0
         self._window: list[float] = []
-        self._loss = math.nan
+        self._loss: float | None = None  # until the first log
 
     def state(self) -> Json:
         """Return what Trainer keeps in trainer_state.json."""
@@ -107,11 +107,9 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Look at the loss."""
         if "loss" not in logs:
             return
-        self._loss = float(logs["loss"])
-        if not math.isfinite(self._loss):
-            raise DivergenceError(
-                f"finetune: the loss became {self._loss} at step {state.global_step}; try a smaller --lr"
-            )
+        self._loss = loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise DivergenceError(f"finetune: the loss became {loss} at step {state.global_step}; try a smaller --lr")
         if self._window:
             self.step_ms.append(1e3 * statistics.fmean(self._window))
             self._window = []
@@ -137,7 +135,7 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         assert controller is not None
         _, parameters, ranks = controller.history.entries[-1]
         shown = {
-            "loss": f"{self._loss:.3f}",
+            "loss": "" if self._loss is None else f"{self._loss:.3f}",
             "metric": f"{self.evals[-1]['metric']:.3f}" if self.evals else "",
             "rank": f"{statistics.fmean(ranks):.2f}",
             "params": f"{parameters:,}",
