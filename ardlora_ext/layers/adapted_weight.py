@@ -98,7 +98,8 @@ class Call:
     def _count(self, rows: torch.Tensor) -> None:
         """Add [experts] rows to what the experts have seen in training, where the rows are: nothing waits for them."""
         if self.stack.training and torch.is_grad_enabled():
-            self.stack.tokens = self.stack.tokens.to(rows.device) + rows
+            self.stack.tokens = self.stack.tokens.to(rows.device)
+            self.stack.tokens += rows  # in place: a captured graph adds to the same numbers in each replay
 
 
 class AdaptedWeight:

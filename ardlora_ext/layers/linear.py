@@ -266,7 +266,7 @@ class LoraLinear(nn.Module):
         if self.undo_merge is not None:
             merged: torch.Tensor = self.base_layer(input, *args, **kwargs)
             return merged
-        dropout = self._draw(input) if self.training and self.lora_dropout > 0.0 else ops.NO_DROPOUT
+        dropout = self._draw() if self.training and self.lora_dropout > 0.0 else ops.NO_DROPOUT
         base: Any = self._modules["base_layer"]  # straight from there: the attribute takes a microsecond
         dense = None if args or kwargs else dense_base(base)
         dtype = None if dense is None else fused_dtype(input, dense[0])
@@ -308,7 +308,7 @@ class LoraLinear(nn.Module):
             return x.to(dtype)
         return self.readers.cast(x, dtype, self)
 
-    def _draw(self, x: torch.Tensor | None = None) -> ops.Dropout:
+    def _draw(self) -> ops.Dropout:
         """Return dropout with a seed from torch's generator.
 
         Activation checkpointing restores it, so recomputation sees the same mask. Processes that were seeded alike draw
@@ -316,8 +316,8 @@ class LoraLinear(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self.lora_dropout, torch.randint(2**62, (), device="cpu") ^ processes.rank()
-        if x is not None and x.is_cuda and is_capturing():
-            drawn = torch.empty((), dtype=torch.int64, device=x.device).random_(2**62)
+        if is_capturing() and self.lora_A.is_cuda:
+            drawn = torch.empty((), dtype=torch.int64, device=self.lora_A.device).random_(2**62)
             return self.lora_dropout, drawn.bitwise_xor_(processes.rank())
         seed = torch.empty((), dtype=torch.int64, device="cpu").random_(2**62)  # as randint, in a third of its time
         return self.lora_dropout, int(seed) ^ processes.rank()

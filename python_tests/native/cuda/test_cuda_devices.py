@@ -10,11 +10,16 @@ import torch
 
 import ardlora_ext as ard
 from ardlora_ext.layers import linear
+from ardlora_ext.layers.adapted_weight import Call
+from ardlora_ext.layers.experts import ExpertStack
+from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.layers.routing import Routing
 from ardlora_ext.native import device_tables, dispatch
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.device_tables import DeviceTables
 from ardlora_ext.native.units import UnitLayout
 
+from helpers.experts import tiny_experts
 from helpers.far_device import FAR, far_device
 from helpers.models import Attention
 
@@ -116,16 +121,39 @@ def test_a_table_waits_for_every_stream_that_reads_it(copies: list[Any], monkeyp
     assert recorded == [("stream of", CPU)]  # once; the one that it was made on, the allocator knows
 
 
-def test_a_captured_graph_draws_its_seed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = next(iter(ard.adapters(ard.wrap(Attention(), ard.LoraConfig(r=4, lora_dropout=0.5))).values()))
+def layer_with_dropout(kind: str) -> LoraLinear:
+    model = tiny_experts("mixtral") if kind == "experts" else Attention()
+    model = ard.wrap(model, ard.LoraConfig(r=4, lora_dropout=0.5))
+    return next(a for a in ard.adapters(model).values() if isinstance(a, ExpertStack) == (kind == "experts"))
+
+
+@pytest.mark.parametrize("kind", ["matrix", "experts"])
+def test_a_captured_graph_draws_its_seed_on_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_with_dropout(kind).train()
     monkeypatch.setattr(linear, "is_capturing", lambda: True)
-    _, on_the_host = layer._draw(torch.zeros(1))
-    assert isinstance(on_the_host, int)
+
+    def draw() -> object:
+        return Call(layer, Routing([])).dropout[1] if isinstance(layer, ExpertStack) else layer._draw()[1]
+
+    assert isinstance(draw(), int)
     with far_device():
+        layer.lora_A = torch.nn.Parameter(torch.zeros(4, 8, device=FAR))
         monkeypatch.setattr(torch._subclasses.FakeTensor, "is_cuda", property(lambda t: t.device == FAR))
-        _, seed = layer._draw(torch.zeros(1, device=FAR))
+        seed = draw()
         assert isinstance(seed, torch.Tensor)
         assert (seed.device, seed.dtype, seed.dim()) == (FAR, torch.int64, 0)
+
+
+def test_a_captured_graph_counts_tokens_in_place() -> None:
+    layer = layer_with_dropout("experts").train()
+    assert isinstance(layer, ExpertStack)
+    call = Call(layer, Routing([]))
+    rows = torch.arange(layer.layout.units)
+    call._count(rows)
+    counted = layer.tokens
+    call._count(rows)
+    assert layer.tokens is counted
+    assert counted.tolist() == (2 * rows).tolist()
 
 
 def test_nothing_of_the_host_follows_the_default_device() -> None:
@@ -136,5 +164,5 @@ def test_nothing_of_the_host_follows_the_default_device() -> None:
     with torch.device("meta"):
         layer.lora_dropout = 0.5
         layer.set_ranks([1])
-        assert isinstance(layer._draw(torch.zeros(1, device="cpu"))[1], int)
+        assert isinstance(layer._draw()[1], int)
     assert {t.device for t in (*model.parameters(), layer.rank_table)} == {CPU}

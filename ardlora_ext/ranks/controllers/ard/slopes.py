@@ -69,7 +69,7 @@ def token_weights(units: Units, group: Group = None) -> Floats:
         tokens = count.cpu().numpy()
         if tokens.any():
             weights[units.first[m] : units.first[m + 1]] = np.minimum(tokens / tokens.mean(), 1.0)
-        layer.tokens = torch.zeros_like(count)
+        layer.tokens = count.zero_()
     return weights
 
 
