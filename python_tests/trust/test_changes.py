@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import ardlora_ext as ard
-from ardlora_ext.bench.trust.beds import CONFIGS, Block, build
+from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build
+from ardlora_ext.bench.trust.changes import Bed, Change, Lines
 from ardlora_ext.model.record import injection
 from ardlora_ext.ranks.controllers.ard.slopes import row_dots
 from ardlora_ext.ranks.controllers.base import Units
@@ -101,6 +102,22 @@ def test_a_rank_change_that_fails_leaves_controller_and_model(name: str, monkeyp
         optimizer.zero_grad()
         assert controller.step == 4 + t
     assert failed
+
+
+@pytest.mark.parametrize("name", ["ard", "ela", "ada"])
+def test_an_end_of_the_ranks_that_is_interrupted_comes_whole_or_not_at_all(name: str) -> None:
+    def made() -> Bed:
+        model, optimizer = build(CONFIGS[name], steps=11)
+        return Bed(model, optimizer, injection(model).controller.finalize)
+
+    tally = Tally()
+    change = Change(tally, name, made)
+    lines = change.whole("Ctrl-C")
+    assert isinstance(lines, Lines)
+    places = sorted({last for _, last in lines.places.values()})
+    for at in {*places[-8:], *places[:: -(-len(places) // 24)]}:  # the end assigns
+        change.stop("Ctrl-C", at)
+    assert not tally.failures
 
 
 def test_ela_with_one_huge_gradient_can_be_saved(tmp_path: Path) -> None:

@@ -212,8 +212,13 @@ class ElaController(SvdController[ElaConfig]):
         return [*super()._followed(plans), (self, {"born": born})]
 
     def finalize(self) -> None:
+        if not self.finished:
+            self.carry_out(self._finish)
+
+    def _finish(self) -> RankUpdate | None:
         self.importance.release()
         self.finished = True
+        return None
 
     # Records and state.
 
