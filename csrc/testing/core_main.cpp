@@ -85,34 +85,49 @@ UnitTable random_table() {
                    ranks);
 }
 
-void lora_case() {
-  const UnitTable t = random_table();
-  const DType type = static_cast<DType>(rng() % 3), adapter = rng() % 2 == 0 ? DType::kFloat32 : type;
-  const Count rows = pick({0, 1, 2, 9, 40}), padding = pick({0, 0, 1, 3}), slack = pick({0, 0, 4});
-  constexpr DType kFloat = DType::kFloat32;
-  Matrix x(rows, t.a().features, type, padding), dy(rows, t.b().features, type, padding);
-  Matrix a(t.a().rows + slack, t.a().width, adapter), b(t.b().rows + slack, t.b().width, adapter);
-  const Matrix y0(rows, t.b().features, type, padding), dx0(rows, t.a().features, type, padding);
-  const std::vector<float> gate = floats(t.gate_on_a() ? t.a().rows : t.b().rows);
-  const bool gated = rng() % 2 == 0 && !gate.empty(), want_dx = rng() % 4 != 0;
-  const Dropout dropout = rng() % 2 == 0 ? Dropout{} : make_dropout(0.3, rng());
-  std::vector<std::vector<char>> first;
-  for (const int threads : {1, 3}) {
-    Matrix y = y0, dx = dx0, h(rows, t.hidden() + slack, kFloat), dh(rows, t.hidden() + slack, kFloat);
-    Matrix da(a.rows, a.cols, kFloat), db(b.rows, b.cols, kFloat);
-    std::vector<float> dgate(gate.size());
-    const LoraParams p{&t,   x.view(), a.view(), b.view(), gated ? gate.data() : nullptr,
-                       0.5f, h.view(), threads,  dropout};
-    lora_forward(p, y.view());
-    MatrixView to = dx.view();
-    if (!want_dx) to.data = nullptr;
-    lora_backward(p, dy.view(), dh.view(), to, da.view(), db.view(), gated ? dgate.data() : nullptr);
-    std::vector<char> gates(dgate.size() * sizeof(float));
-    if (!gates.empty()) std::memcpy(gates.data(), dgate.data(), gates.size());
-    const std::vector<std::vector<char>> found = {y.bytes, dx.bytes, da.bytes, db.bytes, gates};
-    if (first.empty()) first = found;
-    for (std::size_t i = 0; i < found.size(); ++i) expect_same(found[i], first[i], "lora_linear");
+// A call with operands of random types and padding.
+struct RandomCall {
+  UnitTable t;
+  Count rows;
+  DType type = static_cast<DType>(rng() % 3), adapter = rng() % 2 == 0 ? DType::kFloat32 : type;
+  Count padding = pick({0, 0, 1, 3}), slack = pick({0, 0, 4});
+  Matrix x{rows, t.a().features, type, padding}, dy{rows, t.b().features, type, padding};
+  Matrix a{t.a().rows + slack, t.a().width, adapter}, b{t.b().rows + slack, t.b().width, adapter};
+  Matrix y0{rows, t.b().features, type, padding}, dx0{rows, t.a().features, type, padding};
+  std::vector<float> gate = floats(t.gate_on_a() ? t.a().rows : t.b().rows);
+  bool gated = rng() % 2 == 0 && !gate.empty(), want_dx = rng() % 4 != 0;
+  Dropout dropout = rng() % 2 == 0 ? Dropout{} : make_dropout(0.3, rng());
+
+  // Computes on one thread and on three, which must agree in every bit; returns y.
+  template <typename Forward, typename Backward>
+  Matrix on_any_threads(const char* what, Forward forward, Backward backward) {
+    constexpr DType kFloat = DType::kFloat32;
+    std::vector<std::vector<char>> first;
+    Matrix y = y0;
+    for (const int threads : {1, 3}) {
+      y = y0;
+      Matrix dx = dx0, h(rows, t.hidden() + slack, kFloat), dh(rows, t.hidden() + slack, kFloat);
+      Matrix da(a.rows, a.cols, kFloat), db(b.rows, b.cols, kFloat);
+      std::vector<float> dgate(gate.size());
+      const LoraParams p{&t,   x.view(), a.view(), b.view(), gated ? gate.data() : nullptr,
+                         0.5f, h.view(), threads,  dropout};
+      forward(p, y.view());
+      MatrixView to = dx.view();
+      if (!want_dx) to.data = nullptr;
+      backward(p, dy.view(), dh.view(), to, da.view(), db.view(), gated ? dgate.data() : nullptr);
+      std::vector<char> gates(dgate.size() * sizeof(float));
+      if (!gates.empty()) std::memcpy(gates.data(), dgate.data(), gates.size());
+      const std::vector<std::vector<char>> found = {y.bytes, dx.bytes, da.bytes, db.bytes, gates};
+      if (first.empty()) first = found;
+      for (std::size_t i = 0; i < found.size(); ++i) expect_same(found[i], first[i], what);
+    }
+    return y;
   }
+};
+
+void lora_case() {
+  RandomCall call{random_table(), pick({0, 1, 2, 9, 40})};
+  call.on_any_threads("lora_linear", lora_forward, lora_backward);
 }
 
 // Experts with no rows, no rank or neither among them, and rows past the last one's, which must stay as they are.
@@ -124,38 +139,15 @@ void grouped_case() {
     offsets.push_back(offsets.back() + pick({0, 0, 1, 7, 8, 21}));
   }
   const UnitTable t(UnitKind::kExperts, Factoring::kIndependent, pick({1, 3, 16, 43}), pick({1, 5, 32, 45}), ranks);
-  const DType type = static_cast<DType>(rng() % 3), adapter = rng() % 2 == 0 ? DType::kFloat32 : type;
-  const Count rows = offsets.back() + pick({0, 0, 3}), padding = pick({0, 0, 1, 3}), slack = pick({0, 0, 4});
-  constexpr DType kFloat = DType::kFloat32;
-  Matrix x(rows, t.a().features, type, padding), dy(rows, t.b().features, type, padding);
-  Matrix a(t.a().rows + slack, t.a().width, adapter), b(t.b().rows + slack, t.b().width, adapter);
-  const Matrix y0(rows, t.b().features, type, padding), dx0(rows, t.a().features, type, padding);
-  const std::vector<float> gate = floats(t.b().rows);
-  const bool gated = rng() % 2 == 0 && !gate.empty(), want_dx = rng() % 4 != 0;
-  const Dropout dropout = rng() % 2 == 0 ? Dropout{} : make_dropout(0.3, rng());
-  std::vector<std::vector<char>> first;
-  for (const int threads : {1, 3}) {
-    Matrix y = y0, dx = dx0, h(rows, t.hidden() + slack, kFloat), dh(rows, t.hidden() + slack, kFloat);
-    Matrix da(a.rows, a.cols, kFloat), db(b.rows, b.cols, kFloat);
-    std::vector<float> dgate(gate.size());
-    const GroupedParams p{
-        {&t, x.view(), a.view(), b.view(), gated ? gate.data() : nullptr, 0.5f, h.view(), threads, dropout},
-        offsets.data()};
-    lora_grouped_forward(p, y.view());
-    MatrixView to = dx.view();
-    if (!want_dx) to.data = nullptr;
-    lora_grouped_backward(p, dy.view(), dh.view(), to, da.view(), db.view(), gated ? dgate.data() : nullptr);
-    std::vector<char> gates(dgate.size() * sizeof(float));
-    if (!gates.empty()) std::memcpy(gates.data(), dgate.data(), gates.size());
-    const std::vector<std::vector<char>> found = {y.bytes, dx.bytes, da.bytes, db.bytes, gates};
-    if (first.empty()) first = found;
-    for (std::size_t i = 0; i < found.size(); ++i) expect_same(found[i], first[i], "lora_grouped");
-    const auto past = static_cast<std::size_t>(offsets.back() * y.stride * dtype_size(type));
-    if (past < y.bytes.size() && !std::equal(y.bytes.begin() + static_cast<Count>(past), y.bytes.end(),
-                                             y0.bytes.begin() + static_cast<Count>(past))) {
-      std::puts("lora_grouped writes past the rows of its experts");
-      std::exit(1);
-    }
+  RandomCall call{t, offsets.back() + pick({0, 0, 3})};
+  const Matrix y = call.on_any_threads(
+      "lora_grouped", [&](const LoraParams& p, MatrixView to) { lora_grouped_forward({p, offsets.data()}, to); },
+      [&](const LoraParams& p, auto... rest) { lora_grouped_backward({p, offsets.data()}, rest...); });
+  const auto past = static_cast<std::size_t>(offsets.back() * y.stride * dtype_size(y.dtype));
+  if (past < y.bytes.size() && !std::equal(y.bytes.begin() + static_cast<Count>(past), y.bytes.end(),
+                                           call.y0.bytes.begin() + static_cast<Count>(past))) {
+    std::puts("lora_grouped writes past the rows of its experts");
+    std::exit(1);
   }
 }
 

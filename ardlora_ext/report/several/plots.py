@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -56,19 +56,24 @@ def score_against_parameters(methods: Mapping[str, Sequence[Point]], metric_name
         return png(figure)
 
 
+def _looks(groups: Mapping[str, Sequence[Json]]) -> Iterator[tuple[Json, Json]]:
+    """Yield each run with the look of its lines: a colour for each name, paler the more runs share it."""
+    for (name, runs), colour in zip(groups.items(), cycle(KIND_COLOURS)):
+        for index, run in enumerate(runs):
+            yield run, {"color": colour, "label": None if index else name, "alpha": 1 / len(runs) ** 0.5}
+
+
 def compare_training(groups: Mapping[str, Sequence[Json]]) -> bytes:
     """Draw the smoothed training loss and the held-out metric of several runs, by name."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for (name, runs), colour in zip(groups.items(), cycle(KIND_COLOURS)):
-            for index, run in enumerate(runs):
-                look = {"color": colour, "label": None if index else name, "alpha": 1 / len(runs) ** 0.5}
-                steps = [entry["step"] for entry in run["history"]]
-                left.plot(steps, smoothed([entry["loss"] for entry in run["history"]]), **look)
-                points = [entry["step"] for entry in run["evals"]]
-                values = [entry["metric"] for entry in run["evals"]]
-                right.plot(points, values, marker="o", markersize=4, clip_on=False, **look)
+        for run, look in _looks(groups):
+            steps = [entry["step"] for entry in run["history"]]
+            left.plot(steps, smoothed([entry["loss"] for entry in run["history"]]), **look)
+            points = [entry["step"] for entry in run["evals"]]
+            values = [entry["metric"] for entry in run["evals"]]
+            right.plot(points, values, marker="o", markersize=4, clip_on=False, **look)
         metrics = list(dict.fromkeys(run["metric_name"] for runs in groups.values() for run in runs if run["evals"]))
         left.set(title="Training loss", xlabel="step")
         right.set(title=", ".join(metrics).capitalize(), xlabel="step")
@@ -85,17 +90,15 @@ def compare_ranks(groups: Mapping[str, Sequence[Json]]) -> bytes:
         figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         layers: dict[str, None] = {}
-        for (name, runs), colour in zip(groups.items(), cycle(KIND_COLOURS)):
-            for index, run in enumerate(runs):
-                look = {"color": colour, "label": None if index else name, "alpha": 1 / len(runs) ** 0.5}
-                history = run["rank_history"]
-                steps = [*(entry["step"] for entry in history), run["steps"]]
-                params = [entry["params"] for entry in history]
-                left.step(steps, [*params, params[-1]], where="post", **look)
-                means = group_ranks(run["ranks"], layer_names(run["ranks"]))
-                layers.update(dict.fromkeys(means))
-                heights = [statistics.fmean(ranks) for ranks in means.values()]
-                right.plot(list(means), heights, marker="o", markersize=4, **look)
+        for run, look in _looks(groups):
+            history = run["rank_history"]
+            steps = [*(entry["step"] for entry in history), run["steps"]]
+            params = [entry["params"] for entry in history]
+            left.step(steps, [*params, params[-1]], where="post", **look)
+            means = group_ranks(run["ranks"], layer_names(run["ranks"]))
+            layers.update(dict.fromkeys(means))
+            heights = [statistics.fmean(ranks) for ranks in means.values()]
+            right.plot(list(means), heights, marker="o", markersize=4, **look)
         left.set(title="Live adapter parameters", xlabel="step")
         left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         left.margins(x=0)
