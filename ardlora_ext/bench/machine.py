@@ -24,6 +24,12 @@ from ardlora_ext.native.compiled import core
 Json = dict[str, Any]
 
 
+def source_tree() -> Path | None:
+    """Return the folder that holds `csrc`: beside the package, or where one works; None if neither does."""
+    folders = (Path(__file__).resolve().parents[2], Path.cwd())
+    return next((folder for folder in folders if (folder / "csrc/cuda").is_dir()), None)
+
+
 @functools.cache
 def machine() -> Json:
     """Return processor, threads, instruction set and versions: what a figure means nothing without."""

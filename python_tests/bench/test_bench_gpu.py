@@ -62,11 +62,31 @@ def test_the_day_fits_into_nine_minutes() -> None:
     assert STAGES[0].seconds <= 60
 
 
-def test_the_build_is_for_the_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source tree to build, and all tools."""
+    (tmp_path / "CMakeLists.txt").touch()
+    monkeypatch.setattr(build, "_ROOT", tmp_path)
+    monkeypatch.setattr(build.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(build, "find_spec", lambda name: name)
+    return tmp_path
+
+
+def test_the_build_is_for_the_gpu_alone(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_said", lambda *command: "9.0\n12.0" if command[0] == "nvidia-smi" else "/pybind11")
-    configure = build.commands(tmp_path, build.architecture())[0]
+    configure = build.commands(tree / "build", build.architecture())[0]
     assert "-DCMAKE_CUDA_ARCHITECTURES=90-real" in configure
     assert "-DARDLORA_CUDA=ON" in configure
+
+
+def test_what_a_build_lacks_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: None if name == "ninja" else name)
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(build.BuildError, match=r"needs ninja and pybind11 \(pip install ninja pybind11\)"):
+        build.commands(tree / "build", None)
+    (tree / "CMakeLists.txt").unlink()
+    with pytest.raises(build.BuildError, match="must run in the source tree"):
+        build.commands(tree / "build", None)
 
 
 def test_no_stage_spoils_another(

@@ -40,7 +40,7 @@ def rows() -> list[Json]:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on the PATH")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[2] / "csrc"])
+        patch.setattr(cuda_static, "source_tree", lambda: Path(__file__).parents[2])
         return cuda_static.measure()
 
 
@@ -97,16 +97,16 @@ def test_command_line(tmp_path: Path, rows: list[Json], monkeypatch: pytest.Monk
     [("nvcc", "nvcc and a C++ compiler must be on the PATH"), ("csrc", "the source tree must be")],
 )
 def test_what_is_missing_is_named(
-    missing: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    missing: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None if name == missing else f"/usr/bin/{name}")
-    monkeypatch.setattr(cuda_static, "SOURCES", [tmp_path])
+    monkeypatch.setattr(cuda_static, "source_tree", lambda: None)
     assert main(["cuda-static"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_unknown_architectures_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(cuda_static, "SOURCES", [Path(__file__).parents[2] / "csrc"])
+    monkeypatch.setattr(cuda_static, "source_tree", lambda: Path(__file__).parents[2])
     assert main(["cuda-static", "--arch", "sm_42"]) == 2
     assert "--arch must be one of sm_80, sm_86" in capsys.readouterr().err

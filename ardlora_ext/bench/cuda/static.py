@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ardlora_ext.bench.machine import Json, check_writable, write_json
+from ardlora_ext.bench.machine import Json, check_writable, source_tree, write_json
 from ardlora_ext.errors import InputError
 
-SOURCES = (Path(__file__).resolve().parents[3] / "csrc", Path("csrc"))  # beside the package, or where one works
 ARCHS = ("sm_80", "sm_90")
 COLUMNS = ("kernel", "arch", "threads", "registers", "spills", "smem", "occupancy", "hmma", "ldgsts", "ldsm", "ldg128")
 
@@ -81,11 +80,10 @@ def measure(archs: Sequence[str] = ARCHS) -> list[Json]:
     nvcc, compiler = shutil.which("nvcc"), shutil.which(os.environ.get("CXX", "g++"))
     if nvcc is None or compiler is None:
         raise InputError("cuda-static: nvcc and a C++ compiler must be on the PATH")
-    csrc = next((folder for folder in SOURCES if (folder / "cuda").is_dir()), None)
-    if csrc is None:
-        raise InputError(
-            f"cuda-static: the source tree must be beside the package or the working folder, got {SOURCES}"
-        )
+    tree = source_tree()
+    if tree is None:
+        raise InputError(f"cuda-static: the source tree must be beside the package or the working folder, {Path.cwd()}")
+    csrc = tree / "csrc"
     sources = sorted((csrc / "cuda").glob("*.cu"))
     for arch in archs:
         if arch not in {f"sm_{number}" for number in _LIMITS}:

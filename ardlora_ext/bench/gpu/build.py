@@ -6,11 +6,17 @@ python ardlora_ext/bench/gpu/build.py && python -m ardlora_ext.bench gpu --out O
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[3]
+
+
+class BuildError(Exception):
+    """Something that a build needs is not there; the message says what."""
 
 
 def _said(*command: str) -> str:
@@ -24,7 +30,17 @@ def architecture() -> str:
 
 
 def commands(folder: Path, arch: str | None) -> list[list[str]]:
-    """Return what configures, builds and installs into the source tree; without `arch`, without CUDA."""
+    """Return what configures, builds and installs into the source tree; without `arch`, without CUDA.
+
+    Raises:
+        BuildError: this file lies in no source tree, or a tool is missing.
+    """
+    if not (_ROOT / "CMakeLists.txt").is_file():
+        raise BuildError(f"build: must run in the source tree, got a package in {_ROOT}")
+    missing = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+    missing += [] if find_spec("pybind11") else ["pybind11"]
+    if missing:
+        raise BuildError(f"build: needs {' and '.join(missing)} (pip install {' '.join(missing)})")
     pybind11 = _said(sys.executable, "-m", "pybind11", "--cmakedir")
     cuda = ["-DARDLORA_CUDA=OFF"] if arch is None else ["-DARDLORA_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}"]
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}", *cuda]

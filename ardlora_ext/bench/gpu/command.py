@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from ardlora_ext.bench.gpu.context import HOST_RUN, ROOT
+from ardlora_ext.bench.gpu.context import HOST_RUN
 from ardlora_ext.bench.gpu.stage import ROW, SKIPPED, STAGES, Stage
 from ardlora_ext.bench.machine import Json, write_json
 from ardlora_ext.errors import InputError
 
+_BESIDE = Path(__file__).resolve().parents[3]  # what runs is this package
 _DRY_SECONDS = 240  # of a stage: a rehearsal is not about time
 RESULTS, LOG = "gpu.json", "gpu.log"
 _MODULE = "ardlora_ext.bench.gpu.stage"
@@ -69,7 +70,7 @@ def _line(row: Json) -> str:
 def _run(stage: Stage, out: Path, dry: bool) -> Json:
     """Run one stage and return what became of it; what it prints goes to the log."""
     words = [sys.executable, "-m", _MODULE, stage.name, "--out", str(out), *["--dry"] * dry]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(_BESIDE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     log, began, late = out / LOG, time.perf_counter(), False
     limit = _DRY_SECONDS if dry else stage.seconds

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import include_paths
 
+from ardlora_ext.bench.machine import source_tree
 from ardlora_ext.native import dispatch, prepared
 from ardlora_ext.native.compiled import core
 
-ROOT = Path(__file__).resolve().parents[3]
-CSRC = ROOT / "csrc"
 HOST_RUN = "host_run.so"  # in the output folder
 _SOURCES = (  # the bindings, and every kernel with its launcher and tables
     "testing/simt_module.cpp",
@@ -80,13 +79,15 @@ def build_host_run(file: Path) -> None:
         Skipped: there is no C++ compiler, no source tree, or no headers of Python.
     """
     compiler, python = shutil.which(os.environ.get("CXX", "g++")), sysconfig.get_paths()["include"]
-    if compiler is None or not CSRC.is_dir() or not (Path(python) / "Python.h").is_file():
+    tree = source_tree()
+    if compiler is None or tree is None or not (Path(python) / "Python.h").is_file():
         raise Skipped("running kernels on the host needs a C++ compiler, the source tree and the headers of Python")
+    csrc = tree / "csrc"
     engine = file.with_suffix(".o")
-    command = [compiler, "-std=c++20", f"-I{CSRC}", f"-I{CSRC / 'include'}", "-fPIC"]
-    _compile([*command, "-O2", "-c", str(CSRC / "testing/simt.cpp"), "-o", str(engine)])
+    command = [compiler, "-std=c++20", f"-I{csrc}", f"-I{csrc / 'include'}", "-fPIC"]
+    _compile([*command, "-O2", "-c", str(csrc / "testing/simt.cpp"), "-o", str(engine)])
     includes = [f"-isystem{path}" for path in (*include_paths(), python)]
-    sources = [str(CSRC / source) for source in _SOURCES]
+    sources = [str(csrc / source) for source in _SOURCES]
     _compile(
         [
             *command,
