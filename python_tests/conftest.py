@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,14 @@ from helpers.models import ARCHITECTURES, Batch
 from helpers.tiny_models import decoder, encoder, reviews  # noqa: F401
 
 ISAS = core.built_isas()
+
+
+def pytest_configure() -> None:
+    """Share the cores between the processes of `pytest -n`, and with what their tests start."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 @pytest.fixture(params=ISAS)
