@@ -18,10 +18,11 @@ import torch
 import ardlora_ext as ard
 from ardlora_ext.bench import stats
 from ardlora_ext.bench.cli import main
-from ardlora_ext.bench.quality import report, tasks, tiny
+from ardlora_ext.bench.quality import report
+from ardlora_ext.bench.quality.beds import phonebook, tasks, tiny
+from ardlora_ext.bench.quality.beds.planted import PlantedBed, nested_oracle, oracle_loss, oracle_ranks, plant
 from ardlora_ext.bench.quality.compare import Comparison, Effort, compare
 from ardlora_ext.bench.quality.methods import RECIPES, MethodUnavailable, Plan, parse, random_ranks, set_ranks
-from ardlora_ext.bench.quality.planted import PlantedBed, nested_oracle, oracle_loss, oracle_ranks, plant
 from ardlora_ext.bench.quality.trial import check_budget, plan_for, run_trial
 from ardlora_ext.errors import InputError
 from ardlora_ext.ranks.controllers.base import Units
@@ -251,6 +252,24 @@ def test_tiny_bed_caches_its_base_and_recovers_between_its_ends(
     assert run_trial(bed, parse("oracle"), 1e-2, seed=0)["spearman"] == pytest.approx(1.0)
 
 
+def test_phonebook_stores_what_it_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARDLORA_CACHE", str(tmp_path))
+    book = phonebook.phonebook(300, torch.Generator().manual_seed(0))
+    assert len({tuple(key) for key in book[:, :4].tolist()}) == 300
+    assert (
+        0 <= int(book[:, :4].min()) <= int(book[:, :4].max()) < 16 <= int(book[:, 4:].min()) <= book[:, 4:].max() < 26
+    )
+    bed = phonebook.PhonebookBed(pairs=30, width=16, heads=2, depth=1, steps=80, pretrain_steps=150)
+    small = run_trial(bed, parse("lora"), 1e-2, seed=0)
+    assert len(list(tmp_path.glob("bench/phonebook-*.safetensors"))) == 1
+    monkeypatch.setattr(phonebook, "learn", None)  # from the cache now
+    assert run_trial(bed, parse("lora"), 1e-2, seed=0) | {"seconds": 0} == small | {"seconds": 0}
+    large = run_trial(bed, parse("lora:rank=16"), 1e-2, seed=0)
+    assert 0.0 <= large["bits"] < small["bits"]
+    assert 0.0 <= small["recall"] < large["recall"] <= 1.0
+    assert small["params"] == 2 * 16 * 6
+
+
 NOUNS = """\
   1 licence text
 00000001 03 n 01 entity 0 001 ~ 00000002 n 0000 | that which exists
@@ -287,7 +306,7 @@ def test_missing_tools_and_tasks_are_named(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["trec6", "tweets"])
 def test_real_bed_scores_classes_and_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ardlora_ext.bench.quality.real import RealBed
+    from ardlora_ext.bench.quality.beds.real import RealBed
 
     for size, value in {"_TEST": 40, "_VALID": 20, "_TRAIN": 64}.items():
         monkeypatch.setattr(tasks, size, value)
@@ -343,6 +362,7 @@ def test_quick_run_prints_a_table_and_writes_json_and_plot(tmp_path: Path) -> No
         (["--methods", "lora", "--reference", "ard"], "--reference must be one of the methods, got ard"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--lrs", "0.1", "-1"], "--lrs must be positive"),
+        (["--pairs", "9"], "--pairs must come with --bed phonebook, got planted"),
         (["--quick", "--bed", "tiny"], "--quick must come with --bed planted, got tiny"),
         (["--json", "nowhere/x.json"], "--json must be a file in an existing, writable folder, got nowhere/x.json"),
         (["--methods", "ard:r0=100000", "--seeds", "1", "--lrs", "0.1"], "ard:r0=100000: ArdConfig: r_max must be"),

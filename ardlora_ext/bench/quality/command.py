@@ -12,13 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ardlora_ext.bench.machine import check_writable, headline, machine, write_json
+from ardlora_ext.bench.quality.beds.planted import VARIANTS, PlantedBed
 from ardlora_ext.bench.quality.compare import Comparison, Effort, compare
 from ardlora_ext.bench.quality.methods import RECIPES, parse
-from ardlora_ext.bench.quality.planted import VARIANTS, PlantedBed
 from ardlora_ext.bench.quality.trial import Bed
 from ardlora_ext.errors import InputError
 
-BEDS = ("planted", "tiny", "real")
+BEDS = ("planted", "tiny", "phonebook", "real")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "methods:\n" + "\n".join(f"  {name:18}{recipe.about}" for name, recipe in RECIPES.items())
     parser.add_argument("--bed", choices=BEDS, default="planted", help="where to compare")
     parser.add_argument("--variant", choices=VARIANTS, default="ranks", help="planted bed: what differs between units")
+    parser.add_argument("--pairs", type=int, help="phonebook bed: how many pairs are stored (default: 200)")
     parser.add_argument("--task", default="trec6", help="real bed: data set")
     parser.add_argument(
         "--methods",
@@ -35,8 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="methods (default: all), each with config fields to change after a colon: ard:tv=0,lr_alpha=0.05",
     )
     parser.add_argument("--reference", help="method that differences are taken to (default: the first)")
-    parser.add_argument("--seeds", type=int, help="report seeds (default: 10 planted, 5 tiny, 3 real)")
-    parser.add_argument("--tune-seeds", type=int, help="seeds on which the learning rate is chosen (default: 2, 1, 1)")
+    parser.add_argument("--seeds", type=int, help="report seeds (default: 10; 5 tiny, 3 real)")
+    parser.add_argument(
+        "--tune-seeds", type=int, help="seeds to choose the learning rate on (default: 2; 1 tiny, 1 real)"
+    )
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates to try (default: 7 values by bed)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run (default: by bed)")
     parser.add_argument("--rank", type=int, help="rank of uniform LoRA, whose parameters everyone gets")
@@ -78,15 +81,17 @@ def _bed(arguments: argparse.Namespace) -> tuple[Bed, Effort]:
     quick = arguments.quick
     if quick and arguments.bed != "planted":
         raise InputError(f"bench: --quick must come with --bed planted, got {arguments.bed}")
-    for name in ("seeds", "tune_seeds", "steps", "rank"):
+    for name in ("seeds", "tune_seeds", "steps", "rank", "pairs"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"bench: --{name.replace('_', '-')} must be at least 1, got {value}")
     if arguments.lrs is not None and not all(0 < lr < math.inf for lr in arguments.lrs):
         raise InputError(f"bench: --lrs must be positive, got {' '.join(map(str, arguments.lrs))}")
+    if arguments.pairs is not None and arguments.bed != "phonebook":
+        raise InputError(f"bench: --pairs must come with --bed phonebook, got {arguments.bed}")
     chosen = {name: getattr(arguments, name) for name in ("steps", "rank") if getattr(arguments, name) is not None}
     bed = _BEDS[arguments.bed](arguments, chosen)
-    default = {"planted": (10, 2), "tiny": (5, 1), "real": (3, 1)}[arguments.bed]
+    default = {"tiny": (5, 1), "real": (3, 1)}.get(arguments.bed, (10, 2))
     seeds, tune_seeds = (3, 1) if quick else default
     lrs = arguments.lrs or (bed.lrs[3:6] if quick else bed.lrs)
     return bed, Effort(arguments.seeds or seeds, arguments.tune_seeds or tune_seeds, tuple(lrs))
@@ -100,13 +105,19 @@ def _planted(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
 
 
 def _tiny(_arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
-    from ardlora_ext.bench.quality.tiny import TinyBed
+    from ardlora_ext.bench.quality.beds.tiny import TinyBed
 
     return TinyBed(**chosen)
 
 
+def _phonebook(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
+    from ardlora_ext.bench.quality.beds.phonebook import PhonebookBed
+
+    return PhonebookBed(**chosen, **({} if arguments.pairs is None else {"pairs": arguments.pairs}))
+
+
 def _real(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
-    from ardlora_ext.bench.quality.real import RealBed
+    from ardlora_ext.bench.quality.beds.real import RealBed
 
     return RealBed(task_name=arguments.task, **chosen)
 
@@ -114,5 +125,6 @@ def _real(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
 _BEDS: dict[str, Callable[[argparse.Namespace, Mapping[str, Any]], Bed]] = {
     "planted": _planted,
     "tiny": _tiny,
+    "phonebook": _phonebook,
     "real": _real,
 }

@@ -19,8 +19,8 @@ from transformers import DataCollatorWithPadding
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import ardlora_ext as ard
+from ardlora_ext.bench.quality.beds.tasks import Data, Sample, load
 from ardlora_ext.bench.quality.methods import Ranks
-from ardlora_ext.bench.quality.tasks import Data, Sample, load
 from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
 from ardlora_ext.train.base_model import head_modules, load_model, load_tokenizer

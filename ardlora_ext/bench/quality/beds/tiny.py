@@ -11,23 +11,20 @@ cached. All adapted matrices are square, so that methods that count ranks and me
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ardlora_ext as ard
+from ardlora_ext.bench.quality.beds.cache import cached
 from ardlora_ext.bench.quality.methods import Ranks
 from ardlora_ext.bench.quality.trial import Measure, Row
 from ardlora_ext.bench.stats import spearman
-from ardlora_ext.train.packages import cache_dir
 
 _DIGITS, _LENGTH, _TASKS, _MODULUS = 10, 6, 3, 3
 _EQUALS = _DIGITS + _TASKS
@@ -189,21 +186,15 @@ class TinyTask:
 def cached_models(bed: TinyBed, seed: int) -> tuple[Tiny, Tiny]:
     """Return the pre-trained and the fully fine-tuned model of a seed, from the cache or made now."""
     shape = asdict(replace(bed, rank=1, lrs=()))  # what the two models depend on
-    key = hashlib.sha256(f"{sorted(shape.items())}/{seed}".encode()).hexdigest()[:16]
-    folder = cache_dir() / "bench"
-    files = [folder / f"tiny-{key}-{part}.safetensors" for part in ("base", "full")]
     torch.manual_seed(seed)
     base = Tiny(bed)
     full = copy.deepcopy(base)
-    if all(file.is_file() for file in files):
-        for model, file in zip((base, full), files, strict=True):
-            model.load_state_dict(load_file(file))
-        return base, full
-    train_fully(base, "A", bed.pretrain_steps, 64, 2e-3, seed)
-    full = _fully_tuned(bed, base, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for model, file in zip((base, full), files, strict=True):
-        _save(model, file)
+
+    def train() -> None:
+        train_fully(base, "A", bed.pretrain_steps, 64, 2e-3, seed)
+        full.load_state_dict(_fully_tuned(bed, base, seed).state_dict())
+
+    cached("tiny", shape, seed, {"base": base, "full": full}, train)
     return base, full
 
 
@@ -217,10 +208,3 @@ def _fully_tuned(bed: TinyBed, base: Tiny, seed: int) -> Tiny:
         with torch.no_grad():
             found.append((float(cross_entropy(model, held_out)), lr, model))
     return min(found, key=lambda entry: entry[:2])[2]
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    """Write through a temporary name, so that a cached file is whole or absent."""
-    partial = path.with_suffix(".part")
-    save_file(model.state_dict(), partial)
-    partial.replace(path)
