@@ -6,13 +6,13 @@ stacked weights are, for the length of the call, `AdaptedWeight`s that bring the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ardlora_ext.layers.adapted_weight import AdaptedWeight, Call
+from ardlora_ext.layers.adapted_weight import AdaptedWeight, Call, Stack
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.routing import Routing
 from ardlora_ext.native.units import UnitLayout
@@ -110,7 +110,10 @@ class LoraExperts(nn.Module):
 
     Attributes:
         base_layer: the wrapped experts module, frozen.
+        calls: what the stacks' products of one forward pass are computed by.
     """
+
+    calls: Callable[[Stack, Routing], Call] = Call
 
     def __init__(self, base_layer: nn.Module, stacks: Sequence[ExpertStack]) -> None:
         super().__init__()
@@ -146,7 +149,7 @@ class LoraExperts(nn.Module):
         routing = Routing([*args, *kwargs.values()])
         try:
             for stack in waiting:
-                place[stack.parameter] = AdaptedWeight(stack, Call(stack, routing))
+                place[stack.parameter] = AdaptedWeight(stack, self.calls(stack, routing))
             return self.base_layer(*args, **kwargs)
         finally:
             for stack in waiting:

@@ -113,10 +113,11 @@ def hidden_dtype(x: torch.Tensor) -> torch.dtype:
 def hidden_columns(lora_A: torch.Tensor, lora_B: torch.Tensor) -> int:
     """Return the columns of H: room for every rank that the factors can hold, so that no shape depends on the ranks."""
     rows = min(lora_A.shape[0], lora_B.shape[0])
-    return _whole_chunks(rows) if _on_cuda(lora_A.device) else rows
+    return whole_chunks(rows) if _on_cuda(lora_A.device) else rows
 
 
-def _whole_chunks(columns: int) -> int:
+def whole_chunks(columns: int) -> int:
+    """Return the columns that H is given to hold so many."""
     return -(-columns // _CHUNK) * _CHUNK
 
 
@@ -219,7 +220,7 @@ def lora_grouped_forward(
     On a CUDA device the offsets stay there: nothing waits for them, and nothing can refuse them.
     """
     (m, k), n, code = x.shape, y.shape[1], DTYPE_CODES[x.dtype]
-    hidden = _whole_chunks(native.table.hidden)
+    hidden = whole_chunks(native.table.hidden)
     h = x.new_empty((m, hidden), dtype=hidden_dtype(x))
     offsets, places = by_expert.at()
     rows = m, code, (x.data_ptr(), k, x.stride(0)), h.data_ptr(), hidden, (y.data_ptr(), n, n)

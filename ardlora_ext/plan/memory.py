@@ -11,6 +11,7 @@ from torch import nn
 from ardlora_ext.config import AdaConfig, AdapterConfig, ArdConfig, DoraConfig, SvdConfig
 from ardlora_ext.layers.rows import capacity_of
 from ardlora_ext.model.targets import plan_targets
+from ardlora_ext.native.dispatch import whole_chunks
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.plan.trace import Trace, trace
 
@@ -227,10 +228,17 @@ def adapter_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, itemsiz
 
 
 def hidden_bytes(layouts: Layouts, ranks: Ranks, config: AdapterConfig, rows: Mapping[str, int]) -> int:
-    """Return the bytes of all H, [M, the rows that both factors hold], in float32; CUDA keeps 16 bits where x has."""
-    return sum(
-        4 * rows.get(name, 0) * min(_capacities(name, layout, ranks[name], config)) for name, layout in layouts.items()
-    )
+    """Return the bytes of all H in float32; CUDA keeps 16 bits where x has.
+
+    H is [M, the rows that both factors hold], or of experts, each with rows of its own, [M, the largest rank].
+    """
+
+    def columns(name: str, layout: UnitLayout) -> int:
+        if layout.kind == "experts":
+            return whole_chunks(max(ranks[name]))
+        return min(_capacities(name, layout, ranks[name], config))
+
+    return sum(4 * rows.get(name, 0) * columns(name, layout) for name, layout in layouts.items())
 
 
 def peft_parameters(layouts: Layouts, rank: Callable[[str], int]) -> int:
@@ -316,7 +324,9 @@ class _Context:
 
     def peft(self, rank: Callable[[str], int]) -> Bytes:
         size = 4 * peft_parameters(self.layouts, rank)
-        kept = self.traced.peft + sum(4 * rank(name) * rows for name, rows in self.traced.rows.items())
+        kept = self.traced.peft + sum(
+            4 * rank(name) * rows for name, rows in self.traced.rows.items() if self.layouts[name].kind != "experts"
+        )
         return Bytes(self.base, size, size, 2 * size, 0, self.head, kept)
 
 

@@ -18,10 +18,11 @@ from torch import nn
 from transformers import masking_utils
 
 from ardlora_ext.config import AdapterConfig
+from ardlora_ext.layers.experts import ExpertStack
+from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.inject import inject, unwrap
 from ardlora_ext.model.record import adapters
-from ardlora_ext.model.targets import plan_targets
-from ardlora_ext.native.units import UnitLayout
+from ardlora_ext.plan.experts import planned_experts
 from ardlora_ext.plan.skeleton import fake_mode
 
 _H_BYTES = 4  # H is float32
@@ -109,30 +110,38 @@ def trace(model: nn.Module, config: AdapterConfig, batch: int, length: int) -> T
         batch: sequences.
         length: tokens of each; images have their own.
     """
-    chosen, layouts, _ = plan_targets(model, config)
-    if any(layout.kind == "experts" for layout in layouts.values()):
-        return Trace({}, 0, 0, (), 0, f"{type(model).__name__} chooses by values which rows an expert sees")
     model.train()
     with fake_mode(model), _one_text_a_row():
+        inject(model, config)
         try:
-            with torch.no_grad():
-                _loss(model, batch, length)
+            return _trace(model, batch, length)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             return Trace({}, 0, 0, (), 0, f"{type(model).__name__} looks at values in its forward pass ({error})")
-        inject(model, config)
-        rows: dict[str, int] = {}
-        layers = adapters(model)
-        handles = [layer.register_forward_pre_hook(_row_counter(rows, name)) for name, layer in layers.items()]
-        total, blocks = _count(model, _blocks(model, layers), batch, length)
+        finally:
+            unwrap(model)
+
+
+def _trace(model: nn.Module, batch: int, length: int) -> Trace:
+    layers = adapters(model)
+    for layer in layers.values():
+        layer.lora_dropout = 0.0  # keeps nothing: masks are computed again
+    stacks = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertStack)}
+    linears = {name: layer for name, layer in layers.items() if name not in stacks}
+    rows: dict[str, int] = {}
+    handles = [layer.register_forward_pre_hook(_row_counter(rows, name)) for name, layer in linears.items()]
+    try:
+        with planned_experts(model, stacks) as of_stacks:
+            total, blocks = _count(model, _blocks(model, layers), batch, length)
+    finally:
         for handle in handles:
             handle.remove()
-        h = {n: _H_BYTES * rows.get(n, 0) * min(len(layer.lora_A), len(layer.lora_B)) for n, layer in layers.items()}
-        unwrap(model)
-        with _peft_layers(model, chosen, layouts):
-            peft, _ = _count(model, {}, batch, length)
+    h = {n: _H_BYTES * rows.get(n, 0) * min(len(layer.lora_A), len(layer.lora_B)) for n, layer in linears.items()}
+    with _peft_layers(model, linears), planned_experts(model, stacks, dense=True):
+        peft, _ = _count(model, {}, batch, length)
     inner = tuple(b.saved - sum(v for n, v in h.items() if n.startswith(name + ".")) for name, b in blocks.items())
     boundaries = sum(block.output for block in blocks.values())
-    return Trace(rows, total - sum(h.values()), peft - sum(_H_BYTES * m for m in rows.values()), inner, boundaries)
+    peft -= sum(_H_BYTES * m for m in rows.values())
+    return Trace(rows | of_stacks, total - sum(h.values()), peft, inner, boundaries)
 
 
 def _one_text_a_row() -> AbstractContextManager[Any]:
@@ -163,20 +172,16 @@ def _blocks(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _peft_layers(
-    model: nn.Module, chosen: Mapping[str, nn.Module], layouts: Mapping[str, UnitLayout]
-) -> Iterator[None]:
-    """Put PEFT's layers where ours would stand."""
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in chosen]
-    for (parent, leaf), (name, base) in zip(places, chosen.items(), strict=True):
-        setattr(parent, leaf, _PeftLinear(base, layouts[name].in_features, layouts[name].out_features))
-    yield
-    for (parent, leaf), base in zip(places, chosen.values(), strict=True):
-        setattr(parent, leaf, base)
-    for name, p in model.named_parameters():
-        p.requires_grad_(flags[name])
+def _peft_layers(model: nn.Module, linears: Mapping[str, LoraLinear]) -> Iterator[None]:
+    """Put PEFT's layers where ours stand."""
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in linears]
+    for (parent, leaf), ours in zip(places, linears.values(), strict=True):
+        setattr(parent, leaf, _PeftLinear(ours.base_layer, ours.layout.in_features, ours.layout.out_features))
+    try:
+        yield
+    finally:
+        for (parent, leaf), ours in zip(places, linears.values(), strict=True):
+            setattr(parent, leaf, ours)
 
 
 @dataclass

@@ -104,23 +104,6 @@ void for_rows(const std::vector<Expert>& experts, const Team& team, double total
   }
 }
 
-// fn(team) on each thread; what one throws is thrown here. fn has no barriers.
-template <typename F>
-void on_threads(int threads, F&& fn) {
-  std::exception_ptr error = nullptr;
-  cpu::parallel_region(threads, [&](const Team& team) {
-    try {
-      fn(team);
-    } catch (...) {
-#if defined(_OPENMP)
-#pragma omp critical
-#endif
-      error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
-
 // Keep bits of all rows, the memory of one call: threads take their scratch from arenas of their own.
 struct Mask {
   Mask(const Dropout& dropout, const MatrixView& x) {
@@ -218,7 +201,7 @@ void lora_grouped_forward(const GroupedParams& p, const MatrixView& y) {
   const std::vector<Expert> experts = experts_of(p);
   const Mask mask(dropout, p.lora.x);
   const double total = total_cost(experts);
-  on_threads(cpu::useful_threads(p.lora.threads, total), [&](const Team& team) {
+  cpu::parallel_tasks(cpu::useful_threads(p.lora.threads, total), [&](const Team& team) {
     for_rows(experts, team, total, [&](const Expert& e, std::int64_t begin, std::int64_t end) {
       fill_keep_bits(dropout, mask.bits, p.lora.x, e.begin + begin, e.begin + end);
       const FactorView in = e.factor(e.a, a), out = e.factor(e.b, b);
@@ -241,7 +224,7 @@ void lora_grouped_backward(const GroupedParams& p, const MatrixView& dy, const M
   const Mask mask(dropout, p.lora.x);
   const double total = total_cost(experts);
   const int used = cpu::useful_threads(p.lora.threads, 2.0 * total);
-  on_threads(used, [&](const Team& team) {
+  cpu::parallel_tasks(used, [&](const Team& team) {
     for_rows(experts, team, total, [&](const Expert& e, std::int64_t begin, std::int64_t end) {
       fill_keep_bits(dropout, mask.bits, p.lora.x, e.begin + begin, e.begin + end);
       const FactorView in = e.factor(e.b, b), out = e.factor(e.a, a);
@@ -254,9 +237,9 @@ void lora_grouped_backward(const GroupedParams& p, const MatrixView& dy, const M
   zero_past(dB, b.factor->rows);
   const OuterColumns outer(experts, with_weight(a, dA), grad_b, p, dy, dh, mask);
   const double work = outer.total();
-  on_threads(used, [&](const Team& team) { outer.run(team, work); });
+  cpu::parallel_tasks(used, [&](const Team& team) { outer.run(team, work); });
   if (dgate == nullptr) return;
-  on_threads(used, [&](const Team& team) {
+  cpu::parallel_tasks(used, [&](const Team& team) {
     gate_gradient(grad_b, p.lora.lora_B, p.lora.gate, dgate, team.share(b.factor->rows, 1));
   });
 }

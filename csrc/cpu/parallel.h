@@ -89,19 +89,16 @@ void parallel_region([[maybe_unused]] int threads, F&& fn) {
   fn(Team{});
 }
 
-// fn(begin, end) for one contiguous chunk of [0, n) per thread, in whole grains.
+// As parallel_region for an fn without barriers: what one of them throws is thrown here.
 template <typename F>
-void parallel_for(std::int64_t n, std::int64_t grain, int threads, F&& fn) {
-  if (n <= 0) return;
-  const std::int64_t grains = (n + grain - 1) / grain;
+void parallel_tasks(int threads, F&& fn) {
   std::exception_ptr error = nullptr;
 #if defined(ARDLORA_STD_THREADS)
   std::mutex one;
 #endif
-  parallel_region(static_cast<int>(std::clamp<std::int64_t>(threads, 1, grains)), [&](const Team& team) {
-    const Range part = team.share(n, grain);
+  parallel_region(threads, [&](const Team& team) {
     try {
-      if (part.begin < part.end) fn(part.begin, part.end);
+      fn(team);
     } catch (...) {
 #if defined(ARDLORA_STD_THREADS)
       const std::lock_guard<std::mutex> alone(one);
@@ -112,6 +109,17 @@ void parallel_for(std::int64_t n, std::int64_t grain, int threads, F&& fn) {
     }
   });
   if (error) std::rethrow_exception(error);
+}
+
+// fn(begin, end) for one contiguous chunk of [0, n) per thread, in whole grains.
+template <typename F>
+void parallel_for(std::int64_t n, std::int64_t grain, int threads, F&& fn) {
+  if (n <= 0) return;
+  const std::int64_t grains = (n + grain - 1) / grain;
+  parallel_tasks(static_cast<int>(std::clamp<std::int64_t>(threads, 1, grains)), [&](const Team& team) {
+    const Range part = team.share(n, grain);
+    if (part.begin < part.end) fn(part.begin, part.end);
+  });
 }
 
 // Threads worth waking for `flops` of work: below some 5 us of it the wake-up costs more than it saves.

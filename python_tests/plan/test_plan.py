@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.plan import make_plan, skeleton
 from ardlora_ext.plan.memory import live_parameters, uniform
 from ardlora_ext.plan.trace import SavedBytes
+
+from helpers.experts import tiny_experts, tokens
 
 BATCH, LENGTH = 2, 24
 
@@ -59,7 +62,7 @@ CONFIGS = [
     ard.ArdConfig(mode="paper", r0=4, granularity="head"),
     ard.ElaConfig(r=4),
     ard.DoraConfig(r=4),
-    ard.LoraConfig(r=5, rank_pattern=PATTERN),
+    ard.LoraConfig(r=5, rank_pattern=PATTERN, lora_dropout=0.1),
     ard.ArdConfig(r0=3, rank_pattern=PATTERN),
 ]
 
@@ -215,13 +218,58 @@ def _deepseek() -> int:
     return 61 * attention + 3 * 3 * (7168 + 18432) + 58 * experts
 
 
-@pytest.mark.parametrize(
-    ("name", "each_rank"),
-    [("mixtral-8x7b", 13_959_168), ("gpt-oss-20b", 24 * _gpt_oss_layer()), ("deepseek-v3", _deepseek())],
-)
-def test_experts_are_planned_without_their_rows(name: str, each_rank: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", name]) == 0
-    said = capsys.readouterr().out
-    assert "chooses by values which rows an expert sees" in said
-    assert "experts" in said
-    assert f"{each_rank:,}" in said
+@pytest.mark.parametrize(("name", "each_rank"), [("gpt-oss-20b", 24 * _gpt_oss_layer()), ("deepseek-v3", _deepseek())])
+def test_parameters_of_mixtures(name: str, each_rank: int) -> None:
+    config = ard.LoraConfig(r=1)
+    layouts = plan_targets(skeleton(name, torch.bfloat16)[1], config)[1]
+    assert live_parameters(layouts, uniform(layouts, 1), config) == each_rank
+
+
+def test_a_mixture_is_planned_with_its_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "mixtral-8x7b", "--length", "32", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["curve"][0]["parameters"] == 13_959_168
+    assert (found["problem"], "experts" in {kind["cut"] for kind in found["kinds"]}) == ("", True)
+    ours, theirs = (found["bytes"][key]["activations"] for key in ("training", "peft_mean"))
+    assert 0 < ours < theirs
+
+
+@pytest.mark.parametrize("config", [ard.LoraConfig(r=5), ard.LoraConfig(r=9, lora_dropout=0.1), ard.ArdConfig(r0=3)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
+def test_activations_of_experts_are_what_training_holds(family: str, config: AdapterConfig, tmp_path: Path) -> None:
+    model = tiny_experts(family)
+    model.config.save_pretrained(tmp_path)
+    name, planned = skeleton(str(tmp_path), torch.float32)
+    plan = make_plan(name, planned, config, BATCH, LENGTH)
+    assert not plan.problem
+    assert planned.state_dict().keys() == model.state_dict().keys()  # all is out again
+    ids = tokens(BATCH, LENGTH)
+    ard.wrap(model, config).train()
+    with SavedBytes(model).counting() as saved:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        assert plan.training.activations == pytest.approx(saved.total, rel=0.03)
+    del loss
+
+
+def test_activations_of_peft_form_the_updates(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_experts("mixtral")
+    model.config.save_pretrained(tmp_path)
+    plan = make_plan(*skeleton(str(tmp_path), torch.float32), ard.LoraConfig(r=4), BATCH, LENGTH)
+    stacks = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=attention, target_parameters=stacks))
+    ids = tokens(BATCH, LENGTH)
+    with SavedBytes(theirs).counting() as saved:
+        loss = theirs.train()(input_ids=ids, labels=ids, use_cache=False).loss
+        assert plan.peft_mean.activations == pytest.approx(saved.total, rel=0.05)
+    del loss
+
+
+def test_rows_that_are_chosen_by_their_values_are_not_planned(tmp_path: Path) -> None:
+    tiny_experts("jetmoe").config.save_pretrained(tmp_path)
+    plan = make_plan(*skeleton(str(tmp_path), torch.float32), ard.LoraConfig(r=2), BATCH, LENGTH)
+    assert "looks at values in its forward pass" in plan.problem
+    assert plan.training.activations == 0
