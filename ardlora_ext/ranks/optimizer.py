@@ -77,7 +77,28 @@ def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Mo
     Raises:
         ValueError: some state has no place for a row, so it cannot follow a rank change.
     """
-    state = optimizer.state.get(parameter, {})
+    state, found = optimizer.state.get(parameter, {}), dict[str, Moment]()
+    shape = parameter.shape
+    for key, value in state.items():
+        if (
+            type(value) is torch.Tensor
+            and value.shape == shape
+            and value.dtype != torch.uint8
+            and value.is_contiguous()
+        ):
+            found[key] = value
+        elif not _is_number(value):
+            return _any_moments(optimizer, parameter)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float)) or (type(value) is torch.Tensor and value.numel() == 1)
+
+
+def _any_moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Moment]:
+    """Return the same of state in any form that is known."""
+    state = optimizer.state[parameter]
     rows, width = parameter.shape
     found: dict[str, Moment] = {**eight_bit.find(state), **factored.find(state, rows, width)}
     done = {part for key in found for part in eight_bit.parts(key)}
@@ -141,8 +162,11 @@ def copied(optimizer: Optimizer) -> set[str]:
 
 def copies(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
     """Return the state of `parameter` that is a copy of it, [rows, width], by key."""
+    keys = copied(optimizer)
+    if not keys:
+        return {}
     state = optimizer.state.get(parameter, {})
-    found = {key: state[key] for key in copied(optimizer) if key in state}
+    found = {key: state[key] for key in keys if key in state}
     return {key: value.view(parameter.shape) for key, value in found.items() if value.numel() == parameter.numel()}
 
 

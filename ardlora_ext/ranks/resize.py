@@ -7,11 +7,11 @@ row moves, and no signal comes between that one and the last assignment.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.layers.rows import initial_rows
+from ardlora_ext.layers.start.fresh import (
+    Fresh,
+    from_host,
+    gathered,
+    on_host,
+    orthogonal_rows,
+    random_rows,
+    rows_to_start,
+    runs,
+)
 from ardlora_ext.layers.start.orthogonal import ROW_NORM
-from ardlora_ext.layers.start.svd import Fresh, NewRows, orthogonal_rows, start_components
+from ardlora_ext.layers.start.svd import NewRows, start_components
 from ardlora_ext.model.record import adapters, check_unmerged
 from ardlora_ext.native.dispatch import rank_resize
 from ardlora_ext.native.units import UnitLayout
@@ -135,8 +144,33 @@ def row_plans(layout: UnitLayout, ranks: Sequence[int], units: Sequence[UnitUpda
     return (own, common) if layout.gate_on_a else (common, own)
 
 
-@dataclass
-class _Factor:
+@dataclass(frozen=True)
+class _Way:
+    """What a change of units means for a matrix of their layout and ranks; matrices that agree share it."""
+
+    units: tuple[UnitUpdate, ...]
+    ranks: list[int]
+    live: tuple[int, int]  # rows of lora_A and lora_B
+    plans: tuple[list[int], list[int]]  # of both, padded to their capacity; lora_E moves with its factor
+    table: torch.Tensor  # `layer.rank_table` of the new ranks
+    number: int  # of the first of its plans, in the native call
+
+
+def _way(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], known: dict[Hashable, _Way]) -> _Way:
+    key = layer.layout, tuple(layer.ranks), units, layer.max_rank, layer.capacity
+    found = known.get(key)
+    if found is None:
+        _check(name, layer, units)
+        plan_a, plan_b = row_plans(layer.layout, layer.ranks, units)
+        live = len(plan_a), len(plan_b)
+        caps = layer.capacities(*live)
+        plans = plan_a + [ZERO] * (caps[0] - live[0]), plan_b + [ZERO] * (caps[1] - live[1])
+        ranks = [unit.rank for unit in units]
+        found = known[key] = _Way(units, ranks, live, plans, layer.layout.encode(ranks), 2 * len(known))
+    return found
+
+
+class _Factor(NamedTuple):
     """A factor that moves, with all that has its rows, by key: "" for itself, "grad", "lora_gate", or of its state."""
 
     parameter: nn.Parameter
@@ -144,72 +178,61 @@ class _Factor:
     old: dict[str, torch.Tensor]
     new: dict[str, torch.Tensor]  # the same tensors where rows move in place
     state: dict[str, Any]  # entries of the optimizer's state that are new; of moments in a form of their own moved, too
-    copies: set[str]  # keys of what the optimizer keeps as a copy of the weights: new rows begin as theirs do
 
 
-@dataclass
-class _Change:
+class _Change(NamedTuple):
     name: str
     layer: LoraLinear
-    units: tuple[UnitUpdate, ...]
-    plans: tuple[list[int], list[int]]  # of lora_A and lora_B, padded to their capacity; lora_E moves with its factor
+    way: _Way
     factors: dict[str, _Factor]
-    table: torch.Tensor  # `layer.rank_table` of the new ranks
-    writes: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # once rows have moved: where, what
-
-    @property
-    def ranks(self) -> list[int]:
-        return [unit.rank for unit in self.units]
 
 
-def _prepare(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], optimizer: Optimizer | None) -> _Change:
+def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | None) -> _Change:
     """Check and allocate everything one module needs; nothing of the model changes."""
-    _check(name, layer, units)
     check_unmerged("rank change", name, layer)
-    plan_a, plan_b = row_plans(layer.layout, layer.ranks, units)
-    live = len(plan_a), len(plan_b)
-    caps = layer.capacities(*live)
-    plans = plan_a + [ZERO] * (caps[0] - len(plan_a)), plan_b + [ZERO] * (caps[1] - len(plan_b))
-    places = {"lora_A": 0, "lora_B": 1, "lora_E": 0 if layer.layout.gate_on_a else 1}
-    factors = {}
+    gate_on_a, factors = layer.layout.gate_on_a, {}
+    gates = layer._buffers["lora_gate"]
     for factor, parameter in layer.factors.items():
-        place = places[factor]
-        old, state = {"": parameter.data}, dict[str, Any]()
+        on_a = factor == "lora_A" or (gate_on_a and factor == "lora_E")
+        plan, live = (way.plans[0], way.live[0]) if on_a else (way.plans[1], way.live[1])
+        rows, state = len(plan), dict[str, Any]()
+        old = {"": parameter.data}
         if parameter.grad is not None:
             old["grad"] = parameter.grad
-        if layer.lora_gate is not None and parameter is layer.gated:
-            old["lora_gate"] = layer.lora_gate  # a new component is closed until its controller opens it
+        if gates is not None and on_a == gate_on_a:
+            old["lora_gate"] = gates  # a new component is closed until its controller opens it
         for key, moment in ({} if optimizer is None else moments(optimizer, parameter)).items():
-            if isinstance(moment, EightBit):
-                state |= stored(optimizer, parameter, key, moment.gather(plans[place]))
-            elif isinstance(moment, Factored):
-                state |= stored(optimizer, parameter, key, moment.gather(plans[place], live[place]))
-            else:
+            if isinstance(moment, torch.Tensor):
                 old[key] = moment
+            elif isinstance(moment, EightBit):
+                state |= stored(optimizer, parameter, key, moment.gather(plan))
+            else:
+                state |= stored(optimizer, parameter, key, moment.gather(plan, live))
+        new = old
         for value in old.values():
             if not value.is_contiguous():
                 raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {value.stride()}")
-        same = len(parameter) == caps[place]
-        kept = {} if optimizer is None else optimizer.state.get(parameter, {})  # a view knows nothing of its memory
-        new = old if same else {k: empty_as(kept.get(k, v), (caps[place], *v.shape[1:])) for k, v in old.items()}
-        for key in () if same else new.keys() - _OWN:
-            state |= stored(optimizer, parameter, key, new[key])
-        known = set() if optimizer is None else copies(optimizer, parameter).keys() & old.keys()
-        factors[factor] = _Factor(parameter, place, old, new, state, known)
-    return _Change(name, layer, units, plans, factors, layer.layout.encode([u.rank for u in units]))
+        if parameter.shape[0] != rows:
+            kept = {} if optimizer is None else optimizer.state.get(parameter, {})  # a view knows nothing of its memory
+            new = {k: empty_as(kept.get(k, v), (rows, *v.shape[1:])) for k, v in old.items()}
+            for key in new.keys() - _OWN:
+                state |= stored(optimizer, parameter, key, new[key])
+        factors[factor] = _Factor(parameter, 0 if on_a else 1, old, new, state)
+    return _Change(name, layer, way, factors)
 
 
-def _moves(changes: Sequence[_Change]) -> list[Callable[[], None]]:
+def _moves(changes: Sequence[_Change], ways: Iterable[_Way]) -> list[Callable[[], None]]:
     """Return what moves all rows: one native call per device, the CPU's, which still allocates, first."""
-    plans = [plan for change in changes for plan in change.plans]
+    plans = [plan for way in ways for plan in way.plans]
     moves: dict[torch.device, list[tuple[int, ...]]] = {}
-    for first, change in enumerate(changes):
-        for factor in change.factors.values():
-            rows = len(factor.old[""])
-            for key, old in factor.old.items():
-                row_bytes = old.nbytes // max(rows, 1)
-                move = (old.data_ptr(), factor.new[key].data_ptr(), row_bytes, rows, 2 * first + factor.plan)
-                moves.setdefault(old.device, []).append(move)
+    for change in changes:
+        first = change.way.number
+        for parameter, plan, olds, news, _ in change.factors.values():
+            rows = parameter.shape[0]
+            for key, old in olds.items():
+                moves.setdefault(old.device, []).append(
+                    (old.data_ptr(), news[key].data_ptr(), old.nbytes // max(rows, 1), rows, first + plan)
+                )
     devices = sorted(moves, key=lambda device: device.type != "cpu")
     return [rank_resize(np.array(moves[device], dtype=np.int64), plans, device) for device in devices]
 
@@ -219,78 +242,78 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
 
     What moved in place stays untouched: DDP's hooks hang on the gradient accumulator, compiled code on addresses.
     """
-    for where, what in change.writes:
-        where.copy_(what)
-    for factor in change.factors.values():
-        parameter = factor.parameter
-        if factor.new is not factor.old:
+    for parameter, _, old, new, state in change.factors.values():
+        if new is not old:
             parameter.grad = None  # set_ resets the gradient accumulator, which must not see the old shape
-            parameter.set_(factor.new[""])  # type: ignore[call-overload]
-            parameter.grad = factor.new.get("grad")
-            if "lora_gate" in factor.new:
-                change.layer.lora_gate = factor.new["lora_gate"]
-        if optimizer is not None and factor.state:
-            optimizer.state[parameter].update(factor.state)
-    change.layer.set_ranks(change.ranks, change.table)
+            parameter.set_(new[""])  # type: ignore[call-overload]
+            parameter.grad = new.get("grad")
+            if "lora_gate" in new:
+                change.layer.lora_gate = new["lora_gate"]
+        if optimizer is not None and state:
+            optimizer.state[parameter].update(state)
+    change.layer.set_ranks(change.way.ranks, change.way.table)
 
 
-def _gathered(change: _Change, name: str) -> torch.Tensor:
-    """Return a copy of the live rows that a factor will have, zeros for new ones."""
-    factor = change.factors[name]
-    plan = change.plans[factor.plan][: change.layer.layout.rows(change.ranks)[factor.plan]]
-    kept = [row for row, source in enumerate(plan) if source != ZERO]
-    rows = factor.old[""].new_zeros(len(plan), factor.parameter.shape[1])
-    rows[kept] = factor.old[""][[plan[row] for row in kept]]
-    return rows
+Started = list[tuple[_Factor, int, torch.Tensor]]  # rows that are new, float32 on the host, and the first one's number
 
 
-def _start(change: _Change, init: NewRows, seed: int) -> tuple[dict[str, torch.Tensor], list[Fresh]]:
-    """Return the live rows of the factors that get new ones, and which of these are to be made orthogonal.
+def _started(changes: Sequence[_Change], init: NewRows, seed: int) -> Started:
+    """Return the new rows of all factors that are not zero, as `init` says."""
+    found: Started = []
+    fresh: list[Fresh] = []
+    growing = [change for change in changes if any(unit.grow for unit in change.way.units)]
+    if init == "zero":
+        known = {c.way.number: rows_to_start(c.layer.layout, c.way.ranks, *c.way.plans) for c in growing}
+        growing = [change for change in growing if known[change.way.number]]
+        olds = on_host([change.factors["lora_A"].old[""] for change in growing])
+        sizes = [len(known[change.way.number]) * old.shape[1] for change, old in zip(growing, olds, strict=True)]
+        for change, old, values in zip(growing, olds, random_rows(sum(sizes), seed).split(sizes), strict=True):
+            new, plan, width = known[change.way.number], change.way.plans[0][: change.way.live[0]], old.shape[1]
+            rows = values.view(len(new), width)
+            if len(new) < len(plan) <= width:
+                fresh.append(Fresh(old, [source for source in plan if source != ZERO], rows, ROW_NORM))
+            else:
+                rows.div_(math.sqrt(width))
+            found += [(change.factors["lora_A"], new[i], rows[i:end]) for i, end in runs(new)]
+    else:
+        factors = [factor for change in growing for factor in change.factors.values()]
+        olds = iter(on_host([factor.old[""] for factor in factors]))
+        for change in growing:
+            plans = {name: change.way.plans[f.plan][: change.way.live[f.plan]] for name, f in change.factors.items()}
+            rows_of = {name: gathered(next(olds), plan) for name, plan in plans.items()}
+            kept = [len(unit.keep) for unit in change.way.units]
+            own = zlib.crc32(f"{seed}/{change.name}".encode())
+            fresh += start_components(rows_of, change.way.ranks, kept, init, own)
+            for name, plan in plans.items():
+                new = [row for row, source in enumerate(plan) if source == ZERO]
+                found += [(change.factors[name], new[i], rows_of[name][new[i] :][: end - i]) for i, end in runs(new)]
+    orthogonal_rows(fresh)
+    return found
 
-    With `init="zero"` lora_B's new rows stay zero, so the function does not change. Where an existing row of a shared
-    lora_B meets a new row of lora_A, that one stays zero instead and lora_B carries the gradient.
-    """
-    layout, ranks = change.layer.layout, change.ranks
-    if not any(unit.grow for unit in change.units):
-        return {}, []
-    if init != "zero":
-        rows = {name: _gathered(change, name) for name in change.factors}
-        return rows, start_components(rows, ranks, [len(u.keep) for u in change.units], init, seed)
-    live = layout.rows(ranks)[0]
-    plan_a, plan_b = change.plans[0][:live], change.plans[1]
-    fresh = [row for row, source in enumerate(plan_a) if source == ZERO]
-    if layout.gate_on_a:
-        begins = np.cumsum([0, *ranks])
-        component = {int(b) + j: j for b, rank in zip(begins, ranks, strict=False) for j in range(rank)}
-        fresh = [row for row in fresh if plan_b[component[row]] == ZERO]
-    if not fresh:
-        return {}, []
-    a = _gathered(change, "lora_A")
-    a[fresh] = initial_rows(len(fresh), layout.a_width, torch.Generator().manual_seed(seed)).to(a)
-    room = len(fresh) < live and live <= layout.a_width
-    return {"lora_A": a}, [Fresh(a, fresh, ROW_NORM)] if room else []
+
+Writes = tuple[list[torch.Tensor], list[torch.Tensor]]  # once rows have moved: where, and what
 
 
-def _plan_writes(
-    change: _Change, started: Mapping[str, torch.Tensor], given: Rows, optimizer: Optimizer | None
-) -> None:
-    """Note what is written once rows have moved: the new rows, and what the caller gives."""
-    for name, rows in started.items():
-        factor = change.factors[name]
-        plan = change.plans[factor.plan][: len(rows)]
-        begin = 0
-        for new, run in groupby(source == ZERO for source in plan):
-            place = slice(begin, begin + len(list(run)))
-            for key in ("", *factor.copies) if new else ():
-                change.writes.append((factor.new[key][place], rows[place].to(factor.new[key])))
-            begin = place.stop
-    for (name, key), value in given.items():
-        factor = change.factors[name]
-        if isinstance(value, (EightBit, Factored)):
-            factor.state |= stored(optimizer, factor.parameter, key, value)
-        else:
-            target = factor.new[key][: len(value)]
-            change.writes.append((target, value.to(target)))
+def _writes(
+    started: Started, changes: Sequence[_Change], given: Mapping[str, Rows], optimizer: Optimizer | None
+) -> Writes:
+    """Return what is written once rows have moved: the new rows, and what the caller gives."""
+    where, what = list[torch.Tensor](), list[torch.Tensor]()
+    there = from_host([rows for _, _, rows in started], [factor.old[""] for factor, _, _ in started])
+    for (factor, begin, _), rows in zip(started, there, strict=True):
+        known = () if optimizer is None else copies(optimizer, factor.parameter)
+        for key in ("", *known):
+            where.append(factor.new[key].narrow(0, begin, len(rows)))
+            what.append(rows.to(where[-1]))
+    for change in changes if given else ():
+        for (name, key), value in given[change.name].items():
+            factor = change.factors[name]
+            if isinstance(value, (EightBit, Factored)):
+                factor.state.update(stored(optimizer, factor.parameter, key, value))
+            else:
+                where.append(factor.new[key][: len(value)])
+                what.append(value.to(where[-1]))
+    return where, what
 
 
 @torch.no_grad()
@@ -322,28 +345,25 @@ def apply(
         Whatever is raised, nothing has changed then; after Ctrl-C all or nothing has.
     """
     layers = adapters(model)
+    ways: dict[Hashable, _Way] = {}
     changes: list[_Change] = []
-    fresh: list[Fresh] = []
-    started: list[dict[str, torch.Tensor]] = []
     for name, units in update.modules.items():
-        if name not in layers:
+        layer = layers.get(name)
+        if layer is None:
             raise ValueError(f"rank change: module must be an adapter of the model, got '{name}'")
-        if update.init != "zero" and (layers[name].lora_E is None or layers[name].layout.shared):
+        if update.init != "zero" and (layer.lora_E is None or layer.layout.shared):
             raise ValueError(
                 f"rank change: init='{update.init}' must meet trained gates and units with their own rows, got '{name}'"
             )
-        changes.append(_prepare(name, layers[name], tuple(units), optimizer))
-        values, unfinished = _start(changes[-1], update.init, zlib.crc32(f"{update.seed}/{name}".encode()))
-        started.append(values)
-        fresh += unfinished
-    orthogonal_rows(fresh)
-    for change, values in zip(changes, started, strict=True):
-        _plan_writes(change, values, {} if rows is None else rows[change.name], optimizer)
-    moves = _moves(changes)
+        changes.append(_prepare(name, layer, _way(name, layer, tuple(units), ways), optimizer))
+    where, what = _writes(_started(changes, update.init, update.seed), changes, rows or {}, optimizer)
+    moves = _moves(changes, ways.values())
     with unbroken():
         first()
         for move in moves:
             move()
+        if where:
+            torch._foreach_copy_(where, what)
         for change in changes:
             _commit(change, optimizer)
         if optimizer is not None and update.optimizer != "follow":

@@ -237,21 +237,29 @@ void bind_controller_passes(py::module_& m) {
       py::arg("moves"), py::arg("plans"), py::arg("threads"));
   m.def(
       "orthogonal_rows",
-      [](const IndexArray& table, const std::vector<std::vector<std::int64_t>>& fresh, const std::vector<float>& norms,
-         int threads) {  // [n, 3]: address, rows, columns
-        const auto n = static_cast<py::ssize_t>(fresh.size());
-        ARDLORA_CHECK(table.ndim() == 2 && table.shape(0) == n && table.shape(1) == 3 && norms.size() == fresh.size(),
-                      "orthogonal_rows: factors must be [", n, ", 3] with ", n, " norms");
+      [](const IndexArray& table, const std::vector<std::vector<std::int64_t>>& kept, const std::vector<float>& norms,
+         int threads) {  // [n, 5]: address of the others, their rows, columns, address of the new rows, how many
+        const auto n = static_cast<py::ssize_t>(kept.size());
+        ARDLORA_CHECK(table.ndim() == 2 && table.shape(0) == n && table.shape(1) == 5 && norms.size() == kept.size(),
+                      "orthogonal_rows: factors must be [", n, ", 5] with ", n, " norms");
         const auto r = table.unchecked<2>();
         std::vector<NewRows> factors;
         for (py::ssize_t i = 0; i < n; ++i) {
           const auto k = static_cast<std::size_t>(i);
-          factors.push_back({reinterpret_cast<float*>(r(i, 0)), r(i, 1), r(i, 2), norms[k], fresh[k]});
+          factors.push_back({reinterpret_cast<const float*>(r(i, 0)), r(i, 1), kept[k],
+                             reinterpret_cast<float*>(r(i, 3)), r(i, 4), r(i, 2), norms[k]});
         }
         py::gil_scoped_release release;
         orthogonal_rows(factors, threads);
       },
-      py::arg("factors"), py::arg("fresh"), py::arg("norms"), py::arg("threads"));
+      py::arg("factors"), py::arg("kept"), py::arg("norms"), py::arg("threads"));
+  m.def(
+      "draw_uniform",
+      [](std::uintptr_t out, std::int64_t count, std::uint64_t seed, int threads) {
+        py::gil_scoped_release release;
+        draw_uniform(reinterpret_cast<float*>(out), count, seed, threads);
+      },
+      py::arg("out"), py::arg("count"), py::arg("seed"), py::arg("threads"));
   m.def(
       "secant_slopes",
       [](const FloatArray& dots, const IndexArray& live, const DoubleArray& rho, const DoubleArray& spectrum,

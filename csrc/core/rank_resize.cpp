@@ -23,13 +23,23 @@ void check_plan(const Plan& plan, std::int64_t src_rows) {
   }
 }
 
+// Whether `next` goes on where `step` ends, from row to row.
+bool follows(RowStep step, RowStep next) {
+  const bool zeros = step.from == kZeroRow && next.from == kZeroRow;
+  return step.to >= 0 && next.to == step.to + 1 && (zeros || (step.from >= 0 && next.from == step.from + 1));
+}
+
 // `held` has room for one row.
 void run(const RowMove& move, const std::vector<RowStep>& steps, char* held) {
   const char* src = static_cast<const char*>(move.src);
   char* dst = static_cast<char*>(move.dst);
-  const auto bytes = static_cast<std::size_t>(move.row_bytes);
-  if (bytes == 0) return;
-  for (const RowStep step : steps) {
+  if (move.row_bytes == 0) return;
+  const bool apart = move.src != move.dst;  // then neighbours move as one piece
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    const RowStep step = steps[i];
+    std::int64_t rows = 1;
+    for (; apart && i + 1 < steps.size() && follows(steps[i], steps[i + 1]); ++i) ++rows;
+    const auto bytes = static_cast<std::size_t>(rows * move.row_bytes);
     char* to = step.to == kHeldRow ? held : dst + step.to * move.row_bytes;
     if (step.from == kZeroRow) {
       std::memset(to, 0, bytes);
@@ -37,6 +47,10 @@ void run(const RowMove& move, const std::vector<RowStep>& steps, char* held) {
       std::memcpy(to, step.from == kHeldRow ? held : src + step.from * move.row_bytes, bytes);
     }
   }
+}
+
+std::int64_t bytes_of(const RowMove& move, const std::vector<Plan>& plans) {
+  return move.row_bytes * static_cast<std::int64_t>(plans[static_cast<std::size_t>(move.plan)].size());
 }
 
 // Of a move: which steps, those of its plan or those of its plan in place.
@@ -86,6 +100,7 @@ std::vector<RowStep> row_steps(const std::vector<std::int64_t>& plan, bool in_pl
 }
 
 void check_moves(const std::vector<RowMove>& moves, const std::vector<Plan>& plans) {
+  std::vector<std::int64_t> fits(plans.size(), -1);  // the source rows that a plan was checked with last
   for (const RowMove& move : moves) {
     ARDLORA_CHECK(move.plan >= 0 && move.plan < static_cast<std::int64_t>(plans.size()),
                   "rank_resize: plan must be one of ", plans.size(), ", got ", move.plan);
@@ -95,7 +110,9 @@ void check_moves(const std::vector<RowMove>& moves, const std::vector<Plan>& pla
     ARDLORA_CHECK(plan.empty() || move.row_bytes == 0 || move.dst != nullptr, "rank_resize: dst must not be null");
     ARDLORA_CHECK(move.src != move.dst || static_cast<std::int64_t>(plan.size()) <= move.src_rows,
                   "rank_resize: an in-place move must not exceed its ", move.src_rows, " rows, got ", plan.size());
-    check_plan(plan, move.src_rows);
+    std::int64_t& last = fits[static_cast<std::size_t>(move.plan)];
+    if (last != move.src_rows) check_plan(plan, move.src_rows);
+    last = move.src_rows;
   }
 }
 
@@ -106,19 +123,23 @@ void rank_resize(const std::vector<RowMove>& moves, const std::vector<Plan>& pla
   std::vector<std::vector<RowStep>> steps(2 * plans.size());
   for (const RowMove& move : moves) {
     const Plan& plan = plans[static_cast<std::size_t>(move.plan)];
-    total_bytes += move.row_bytes * static_cast<std::int64_t>(plan.size());
+    total_bytes += bytes_of(move, plans);
     row_bytes = std::max(row_bytes, move.row_bytes);
     std::vector<RowStep>& way = steps[steps_of(move)];
     if (way.empty()) way = row_steps(plan, move.src == move.dst);
   }
-  const int used = cpu::useful_threads(threads, static_cast<double>(total_bytes));
+  const auto total = static_cast<double>(total_bytes);
+  const int used = cpu::useful_threads(threads, total);
   std::vector<char> held(static_cast<std::size_t>(used * row_bytes));
   // One buffer belongs to one thread: no two threads touch one address.
   cpu::parallel_region(used, [&](const cpu::Team& team) {
-    const cpu::Range part = team.share(static_cast<std::int64_t>(moves.size()), 1);
-    for (std::int64_t i = part.begin; i < part.end; ++i) {
-      const RowMove& move = moves[static_cast<std::size_t>(i)];
-      run(move, steps[steps_of(move)], held.data() + team.id * row_bytes);
+    std::int64_t before = 0;
+    for (const RowMove& move : moves) {
+      const std::int64_t bytes = bytes_of(move, plans);
+      if (bytes > 0 && team.owns(static_cast<double>(before), total)) {
+        run(move, steps[steps_of(move)], held.data() + team.id * row_bytes);
+      }
+      before += bytes;
     }
   });
 }

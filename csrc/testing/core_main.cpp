@@ -198,7 +198,7 @@ void passes_case() {
     std::vector<RowBlock> rows;
     std::vector<OrthogonalityBlock> pulls;
     std::vector<NewRows> fresh;
-    held.reserve(40);
+    held.reserve(44);
     const auto matrix = [&](Count r, Count c, DType t) -> Matrix& { return held.emplace_back(r, c, t); };
     Count dots = 0;
     for (int i = 0; i < 4; ++i) {
@@ -208,11 +208,13 @@ void passes_case() {
       blocks.push_back({weight.view().data, grad.view().data, mean.data(), spread.data(), r * c, type});
       rows.push_back({weight.view().data, grad.view().data, r, c});
       pulls.push_back({weight.view().data, matrix(r, c, type).view().data, r, c, type});
-      std::vector<Count> chosen;
+      std::vector<Count> kept;
       for (Count k = 0; k < r; ++k) {
-        if (rng() % 2 == 0) chosen.push_back(k);
+        if (rng() % 2 == 0) kept.push_back(k);
       }
-      fresh.push_back({matrix(r, c, DType::kFloat32).data(), r, c, 0.5f, chosen});
+      const float* others = matrix(r, c, DType::kFloat32).data();
+      const Count count = pick({0, 1, 3});
+      fresh.push_back({others, r, kept, matrix(count, c, DType::kFloat32).data(), count, c, 0.5f});
       dots += r;
     }
     Matrix out(1, dots, DType::kFloat32);
@@ -221,7 +223,9 @@ void passes_case() {
     const std::vector<double> strength = doubles(4, 0.0, 1.0);
     add_soft_orthogonality(pulls, strength.data(), rng() % 2 == 0, threads);
     orthogonal_rows(fresh, threads);
-    std::vector<std::vector<char>> found = {out.bytes};
+    Matrix drawn(3, 700, DType::kFloat32);
+    draw_uniform(drawn.data(), 2100, 11, threads);
+    std::vector<std::vector<char>> found = {out.bytes, drawn.bytes};
     for (const Matrix& m : held) found.push_back(m.bytes);
     if (first.empty()) first = found;
     for (std::size_t i = 0; i < found.size(); ++i) expect_same(found[i], first[i], "a pass");

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.layers.start import svd as svd_start
+from ardlora_ext.layers.start import fresh
 from ardlora_ext.native import dispatch, grouped, units
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.prepared import Prepared
@@ -158,7 +158,9 @@ def far_device() -> Iterator[None]:
         mock.patch.object(dispatch, "importance", _importance),
         mock.patch.object(resize, "rank_resize", _rank_resize),
         mock.patch.object(gates, "set_gates", _set_gates),
-        mock.patch.object(svd_start, "core", SimpleNamespace(orthogonal_rows=lambda *_: None)),
+        mock.patch.object(
+            fresh, "core", SimpleNamespace(orthogonal_rows=lambda *_: None, draw_uniform=lambda *_: None)
+        ),
         mock.patch.object(UnitLayout, "encode", _encoded),
         mock.patch.object(LoraLinear, "table", property(_table)),  # hooks of backward() run outside `_Host`
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # torch does not ask it of this device

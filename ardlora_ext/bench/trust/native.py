@@ -178,7 +178,8 @@ class Fuzz:
         (grad, *_), pulled = self.buffer(rows, cols, dtype)
         (mean, *_), sensitivity = self.buffer(rows, cols)
         (spread, *_), uncertainty = self.buffer(rows, cols)
-        (fresh, *_), started = self.buffer(rows, cols)
+        (others, *_), _ = self.buffer(rows, cols)
+        (fresh, *_), started = self.buffer(new := self.pick(0, 1, 2), cols)
         (gate, *_), gates = self.buffer(1, rows)
         threads = self.pick(1, 2)
         dots = core.row_dots(np.array([[weight, grad, rows, cols]], dtype=np.int64), dtype, threads)
@@ -186,12 +187,12 @@ class Fuzz:
         core.importance(block, 0.85, 0.9, threads)
         pull = np.array([[weight, grad, rows, cols, dtype]], dtype=np.int64)
         core.soft_orthogonality(pull, np.array([0.1]), self.rng.random() < 0.5, threads)
-        new = [i for i in range(rows) if self.rng.random() < 0.5] if rows <= cols else []
-        core.orthogonal_rows(np.array([[fresh, rows, cols]], dtype=np.int64), [new], [0.5], threads)
+        kept = [i for i in range(rows) if self.rng.random() < 0.5 and rows + new <= cols]
+        core.orthogonal_rows(np.array([[others, rows, cols, fresh, new]], dtype=np.int64), [kept], [0.5], threads)
         rho = np.array([self.rng.uniform(0.0, 9.0)])
         core.set_gates(np.array([[gate, rows]], dtype=np.int64), rho, self.rng.randrange(4), 0.05, 0.5)
         found = [(pulled, dtype), (sensitivity, 0), (uncertainty, 0), (gates, 0)]
-        if len(new) <= 1:  # of several, the later ones lean on roundings of the earlier
+        if new <= 1:  # of several, the later ones lean on roundings of the earlier
             found.append((started, 0))
         return [(dots.view(np.uint8), 0, dtype, 1), *((slot.data, code, dtype, 1) for slot, code in found)]
 

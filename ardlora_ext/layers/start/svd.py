@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.rows import HOST
-from ardlora_ext.native.compiled import core, threads
+from ardlora_ext.layers.start.fresh import Fresh
 
 # How new components start. `zero`: a row of lora_A, lora_B zero. The others fill both rows: Gram-Schmidt against the
 # live rows and norm 1 (`unit`) or their mean norm (`mean`), or one projection as in ElaLoRA's code (`projected`).
@@ -41,38 +39,6 @@ def start_svd(layer: LoraLinear, orthonormal: bool, generator: torch.Generator) 
             factor[unit] = (torch.linalg.qr(rows.T).Q.T if orthonormal else START_STD * rows).to(factor.dtype)
 
 
-@dataclass(frozen=True)
-class Fresh:
-    """Rows that have just joined a factor, with random values in them.
-
-    Attributes:
-        rows: all rows that they are to be orthogonal to, and they themselves, [count, width]; contiguous.
-        new: which ones they are.
-        norm: what they get.
-    """
-
-    rows: torch.Tensor
-    new: list[int]
-    norm: float
-
-
-@torch.no_grad()
-def orthogonal_rows(factors: Sequence[Fresh]) -> None:
-    """Make new rows orthogonal to all others of their factor, in place: Gram-Schmidt, `reference.orthogonal_rows`.
-
-    A row that is a sum of the others is drawn anew; where there are more rows than columns it stays as it is.
-    """
-    if not factors:
-        return
-    copied = [f.rows.dtype != torch.float32 or not f.rows.is_cpu for f in factors]
-    held = [f.rows.float().cpu() if copy else f.rows for f, copy in zip(factors, copied, strict=True)]
-    table = np.array([(t.data_ptr(), *t.shape) for t in held], dtype=np.int64)
-    core.orthogonal_rows(table, [f.new for f in factors], [f.norm for f in factors], threads())
-    for factor, rows, copy in zip(factors, held, copied, strict=True):
-        if copy:
-            factor.rows[factor.new] = rows[factor.new].to(factor.rows)
-
-
 def projected_row(row: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Return `row` less one projection, v = g - M^T (M g), over ||v|| + 1e-6; exact if `others` are orthonormal."""
     v = row - others.T @ (others @ row)
@@ -84,14 +50,14 @@ def _fill(rows: torch.Tensor, kept: int, init: NewRows, generator: torch.Generat
     """Give the rows [r, width] of one unit past the `kept` ones values; return what is to be made orthogonal."""
     width = rows.shape[1]
     for i in range(kept, len(rows)):
-        row = torch.randn(width, generator=generator, **HOST).to(rows.device)
-        rows[i] = (projected_row(row, rows[:i].float()) if init == "projected" else row).to(rows.dtype)
+        row = torch.randn(width, generator=generator, **HOST)
+        rows[i] = projected_row(row, rows[:i]) if init == "projected" else row
     if init == "projected":
         return []
     norm = 1.0
     if init == "mean":
-        norm = float(rows[:kept].float().norm(dim=1).mean()) if kept else START_STD * math.sqrt(width)
-    return [Fresh(rows, list(range(kept, len(rows))), norm)]
+        norm = float(rows[:kept].norm(dim=1).mean()) if kept else START_STD * math.sqrt(width)
+    return [Fresh(rows, list(range(kept)), rows[kept:], norm)]
 
 
 @torch.no_grad()
@@ -101,7 +67,8 @@ def start_components(
     """Start the components of each unit past its `kept` ones, in place.
 
     Args:
-        rows: live rows of lora_A, lora_B and lora_E at the new ranks; units own their rows of all three.
+        rows: live rows of lora_A, lora_B and lora_E at the new ranks, float32 on the host; units own their rows of
+            all three.
         ranks: of the units.
         kept: of the units.
         init: how.
