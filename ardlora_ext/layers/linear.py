@@ -109,7 +109,7 @@ class LoraLinear(nn.Module):
             return
         encoded = self.layout.encode(ranks) if encoded is None else encoded
         with unbroken():
-            self.ranks = list(ranks)
+            vars(self)["ranks"] = list(ranks)  # torch's __setattr__ takes longer than all else here
             self.prepared.clear()
             LoraLinear.changes += 1
             self.rank_table.copy_(encoded)  # in place: compiled code holds on to it

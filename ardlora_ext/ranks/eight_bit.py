@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 _BLOCKS = (256, 2048)  # of bitsandbytes, now and in versions before 0.44
 _TINY = 1e-38
@@ -48,7 +49,7 @@ class EightBit:
     def gather(self, plan: list[int]) -> EightBit:
         """Return the moment whose row i is row `plan[i]` of this one; -1 gives a row that decodes to exact zeros."""
         rows, width = self.codes.shape
-        source = torch.tensor(plan, dtype=torch.int64, device=self.codes.device)
+        source = torch.tensor(plan, dtype=torch.int64, device="cpu").to(self.codes.device, non_blocking=True)
         if width % self.block == 0:
             codes = F.pad(self.codes, (0, 0, 0, 1))[source]  # -1 is the row added last
             scale = F.pad(self.scale.view(rows, width // self.block), (0, 0, 0, 1))[source]
@@ -87,12 +88,26 @@ class EightBit:
         A second moment that is rounded to 0 beside a first one that is not would be divided by eps.
         """
         codes = torch.bucketize(values, (self.qmap[1:] + self.qmap[:-1]) / 2)
-        zero = int(torch.searchsorted(self.qmap, 0.0))
-        if zero >= len(self.qmap) or self.qmap[zero] != 0.0:
-            raise ValueError("rank change: 8-bit optimizer state must have a code for 0, got a map without")
-        if zero == 0:
+        if _zero_code(self.qmap) == 0:
             codes = torch.where((values > 0) & (codes == 0), 1, codes)
         return codes.to(torch.uint8)
+
+
+_zero_codes: Any = WeakIdKeyDictionary()  # of maps that were looked at: on a GPU a look waits, and moments share maps
+
+
+def _zero_code(qmap: torch.Tensor) -> int:
+    """Return the code of 0.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if qmap not in _zero_codes:
+        zeros = torch.nonzero(qmap == 0.0)
+        if len(zeros) == 0:
+            raise ValueError("rank change: 8-bit optimizer state must have a code for 0, got a map without")
+        _zero_codes[qmap] = int(zeros[0])
+    return int(_zero_codes[qmap])
 
 
 def find(state: Mapping[str, Any]) -> dict[str, EightBit]:
@@ -167,7 +182,7 @@ def stored(state: Mapping[str, Any], key: str, moment: EightBit) -> dict[str, An
 def empty_as(old: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Return a new tensor of this shape in the memory and dtype of `old`."""
     if not getattr(old, "is_paged", False):
-        return old.new_empty(tuple(shape))
+        return old.new_empty(shape)
     functional: Any = importlib.import_module("bitsandbytes.functional")
     device = torch.device("cuda", old.page_deviceid)  # type: ignore[attr-defined]
     made: torch.Tensor = functional.get_paged(*shape, dtype=old.dtype, device=device)

@@ -31,11 +31,11 @@ class Factored:
     def gather(self, plan: Sequence[int], live: int) -> Factored:
         """Return the moment whose row i is row `plan[i]` of this one; -1 is a new row below `live`, else none."""
         flat = self.row.reshape(-1)
-        source = torch.tensor(plan, dtype=torch.int64, device=flat.device)
+        source = torch.tensor(plan, dtype=torch.int64, device="cpu").to(flat.device, non_blocking=True)
         row = torch.where(source < 0, 0.0, flat[source.clamp(min=0)]) if len(flat) else flat.new_zeros(len(plan))
         kept = source[:live] >= 0
-        if bool(kept.any()):
-            row[:live] = torch.where(kept, row[:live], row[:live][kept].mean())
+        if any(number >= 0 for number in plan[:live]):
+            row[:live] = torch.where(kept, row[:live], row[:live].sum() / kept.sum())  # new ones are still 0
         before, after = flat.mean(), row.mean()
         ratio = torch.where((before > 0) & (after > 0), after / before, 1.0)
         return Factored(row.view(-1, *self.row.shape[1:]), self.column * ratio, self.column_key)

@@ -116,16 +116,6 @@ def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
             )
 
 
-def _own_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]:
-    """Rows of a factor that has one row per unit and component."""
-    plan: list[int] = []
-    begin = 0
-    for rank, unit in zip(ranks, units, strict=True):
-        plan += [begin + k for k in unit.keep] + [ZERO] * unit.grow
-        begin += rank
-    return plan
-
-
 def _common_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]:
     """Rows of a factor that all units share: the common order, then rows still there, then new ones."""
     longest: tuple[int, ...] = max((u.keep for u in units), key=lambda keep: len(keep))
@@ -137,7 +127,10 @@ def _common_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]
 
 def row_plans(layout: UnitLayout, ranks: Sequence[int], units: Sequence[UnitUpdate]) -> tuple[list[int], list[int]]:
     """Return where each new live row of (lora_A, lora_B) comes from; -1 for a new row."""
-    own = _own_plan(ranks, units)
+    own, begin = list[int](), 0
+    for rank, unit in zip(ranks, units, strict=True):
+        own += [begin + k for k in unit.keep] + [ZERO] * unit.grow
+        begin += rank
     if not layout.shared:
         return own, own
     common = _common_plan(ranks, units)
@@ -201,7 +194,8 @@ def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | Non
             old["grad"] = parameter.grad
         if gates is not None and on_a == gate_on_a:
             old["lora_gate"] = gates  # a new component is closed until its controller opens it
-        for key, moment in ({} if optimizer is None else moments(optimizer, parameter)).items():
+        kept = {} if optimizer is None else optimizer.state.get(parameter, {})
+        for key, moment in moments(optimizer, parameter).items() if optimizer is not None and kept else ():
             if isinstance(moment, torch.Tensor):
                 old[key] = moment
             elif isinstance(moment, EightBit):
@@ -213,10 +207,13 @@ def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | Non
             if not value.is_contiguous():
                 raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {value.stride()}")
         if parameter.shape[0] != rows:
-            kept = {} if optimizer is None else optimizer.state.get(parameter, {})  # a view knows nothing of its memory
-            new = {k: empty_as(kept.get(k, v), (rows, *v.shape[1:])) for k, v in old.items()}
-            for key in new.keys() - _OWN:
-                state |= stored(optimizer, parameter, key, new[key])
+            new = {}
+            for key, value in old.items():
+                if key in _OWN:
+                    new[key] = value.new_empty((rows, *value.shape[1:]))
+                else:
+                    new[key] = moved = empty_as(kept[key], (rows, *value.shape[1:]))  # a view knows no pages
+                    state |= stored(optimizer, parameter, key, moved)
         factors[factor] = _Factor(parameter, 0 if on_a else 1, old, new, state)
     return _Change(name, layer, way, factors)
 
@@ -228,11 +225,11 @@ def _moves(changes: Sequence[_Change], ways: Iterable[_Way]) -> list[Callable[[]
     for change in changes:
         first = change.way.number
         for parameter, plan, olds, news, _ in change.factors.values():
-            rows = parameter.shape[0]
+            rows, on_cpu, here = parameter.shape[0], parameter.is_cpu, moves.setdefault(parameter.device, [])
             for key, old in olds.items():
-                moves.setdefault(old.device, []).append(
-                    (old.data_ptr(), news[key].data_ptr(), old.nbytes // max(rows, 1), rows, first + plan)
-                )
+                there = here if old.is_cpu == on_cpu else moves.setdefault(old.device, [])  # a paged moment
+                row_bytes = old.stride(0) * old.itemsize
+                there.append((old.data_ptr(), news[key].data_ptr(), row_bytes, rows, first + plan))
     devices = sorted(moves, key=lambda device: device.type != "cpu")
     return [rank_resize(np.array(moves[device], dtype=np.int64), plans, device) for device in devices]
 
@@ -257,53 +254,61 @@ def _commit(change: _Change, optimizer: Optimizer | None) -> None:
 Started = list[tuple[_Factor, int, torch.Tensor]]  # rows that are new, float32 on the host, and the first one's number
 
 
-def _started(changes: Sequence[_Change], init: NewRows, seed: int) -> Started:
-    """Return the new rows of all factors that are not zero, as `init` says."""
-    found: Started = []
-    fresh: list[Fresh] = []
+def _started(changes: Sequence[_Change], update: RankUpdate) -> Started:
+    """Return the new rows of all factors that are not zero, as `update.init` says."""
     growing = [change for change in changes if any(unit.grow for unit in change.way.units)]
-    if init == "zero":
-        known = {c.way.number: rows_to_start(c.layer.layout, c.way.ranks, *c.way.plans) for c in growing}
-        growing = [change for change in growing if known[change.way.number]]
-        olds = on_host([change.factors["lora_A"].old[""] for change in growing])
-        sizes = [len(known[change.way.number]) * old.shape[1] for change, old in zip(growing, olds, strict=True)]
-        for change, old, values in zip(growing, olds, random_rows(sum(sizes), seed).split(sizes), strict=True):
-            new, plan, width = known[change.way.number], change.way.plans[0][: change.way.live[0]], old.shape[1]
-            rows = values.view(len(new), width)
-            if len(new) < len(plan) <= width:
-                fresh.append(Fresh(old, [source for source in plan if source != ZERO], rows, ROW_NORM))
-            else:
-                rows.div_(math.sqrt(width))
-            found += [(change.factors["lora_A"], new[i], rows[i:end]) for i, end in runs(new)]
-    else:
-        factors = [factor for change in growing for factor in change.factors.values()]
-        olds = iter(on_host([factor.old[""] for factor in factors]))
-        for change in growing:
-            plans = {name: change.way.plans[f.plan][: change.way.live[f.plan]] for name, f in change.factors.items()}
-            rows_of = {name: gathered(next(olds), plan) for name, plan in plans.items()}
-            kept = [len(unit.keep) for unit in change.way.units]
-            own = zlib.crc32(f"{seed}/{change.name}".encode())
-            fresh += start_components(rows_of, change.way.ranks, kept, init, own)
-            for name, plan in plans.items():
-                new = [row for row, source in enumerate(plan) if source == ZERO]
-                found += [(change.factors[name], new[i], rows_of[name][new[i] :][: end - i]) for i, end in runs(new)]
+    found, fresh = (_rows_of_A if update.init == "zero" else _components)(growing, update)
     orthogonal_rows(fresh)
     return found
 
 
-Writes = tuple[list[torch.Tensor], list[torch.Tensor]]  # once rows have moved: where, and what
+def _rows_of_A(growing: Sequence[_Change], update: RankUpdate) -> tuple[Started, list[Fresh]]:  # noqa: N802
+    """Draw the rows of lora_A that `rows_to_start` names."""
+    found, fresh = Started(), list[Fresh]()
+    known = {c.way.number: rows_to_start(c.layer.layout, c.way.ranks, *c.way.plans) for c in growing}
+    growing = [change for change in growing if known[change.way.number]]
+    olds = on_host([change.factors["lora_A"].old[""] for change in growing])
+    sizes = [len(known[change.way.number]) * old.shape[1] for change, old in zip(growing, olds, strict=True)]
+    drawn = torch.split(random_rows(sum(sizes), update.seed), sizes)
+    for change, old, values in zip(growing, olds, drawn, strict=True):
+        new, plan, width = known[change.way.number], change.way.plans[0][: change.way.live[0]], old.shape[1]
+        rows = values.view(len(new), width)
+        if len(new) < len(plan) <= width:
+            fresh.append(Fresh(old, [source for source in plan if source != ZERO], rows, ROW_NORM))
+        else:
+            rows.div_(math.sqrt(width))
+        found += [(change.factors["lora_A"], new[i], rows[i:end]) for i, end in runs(new)]
+    return found, fresh
+
+
+def _components(growing: Sequence[_Change], update: RankUpdate) -> tuple[Started, list[Fresh]]:
+    """Start new components of the P Lambda Q form, rows of all three factors."""
+    found, fresh = Started(), list[Fresh]()
+    olds = iter(on_host([factor.old[""] for change in growing for factor in change.factors.values()]))
+    for change in growing:
+        way, rows, new = change.way, dict[str, torch.Tensor](), dict[str, list[int]]()
+        for name, factor in change.factors.items():
+            plan = way.plans[factor.plan][: way.live[factor.plan]]
+            rows[name] = gathered(next(olds), plan)
+            new[name] = [row for row, source in enumerate(plan) if source == ZERO]
+        own, kept = zlib.crc32(f"{update.seed}/{change.name}".encode()), [len(unit.keep) for unit in way.units]
+        fresh += start_components(rows, way.ranks, kept, update.init, own)
+        for name, factor in change.factors.items():
+            places = new[name]
+            found += [(factor, places[i], rows[name][places[i] :][: end - i]) for i, end in runs(places)]
+    return found, fresh
 
 
 def _writes(
     started: Started, changes: Sequence[_Change], given: Mapping[str, Rows], optimizer: Optimizer | None
-) -> Writes:
-    """Return what is written once rows have moved: the new rows, and what the caller gives."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return what is written once rows have moved, where and what: the new rows, and what the caller gives."""
     where, what = list[torch.Tensor](), list[torch.Tensor]()
     there = from_host([rows for _, _, rows in started], [factor.old[""] for factor, _, _ in started])
     for (factor, begin, _), rows in zip(started, there, strict=True):
         known = () if optimizer is None else copies(optimizer, factor.parameter)
         for key in ("", *known):
-            where.append(factor.new[key].narrow(0, begin, len(rows)))
+            where.append(factor.new[key][begin : begin + rows.shape[0]])
             what.append(rows.to(where[-1]))
     for change in changes if given else ():
         for (name, key), value in given[change.name].items():
@@ -356,7 +361,7 @@ def apply(
                 f"rank change: init='{update.init}' must meet trained gates and units with their own rows, got '{name}'"
             )
         changes.append(_prepare(name, layer, _way(name, layer, tuple(units), ways), optimizer))
-    where, what = _writes(_started(changes, update.init, update.seed), changes, rows or {}, optimizer)
+    where, what = _writes(_started(changes, update), changes, rows or {}, optimizer)
     moves = _moves(changes, ways.values())
     with unbroken():
         first()

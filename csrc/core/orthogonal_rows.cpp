@@ -54,12 +54,15 @@ class Basis {
   std::vector<float> part_;  // of a row along each of the others
 };
 
-// Number `place` of a sequence (SplitMix64).
-std::uint64_t random_bits(std::uint64_t seed, std::uint64_t place) {
-  std::uint64_t z = seed + (place + 1) * 0x9e3779b97f4a7c15u;
+std::uint64_t mixed(std::uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
+}
+
+// Number `place` of a seed's sequence (SplitMix64).
+std::uint64_t random_bits(std::uint64_t seed, std::uint64_t place) {
+  return mixed(mixed(seed) + (place + 1) * 0x9e3779b97f4a7c15u);
 }
 
 // Its first 24 bits as a number, in steps of 2^-23.

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ardlora_ext as ard
 from ardlora_ext import RankUpdate, UnitUpdate
@@ -274,6 +275,52 @@ unit_updates = st.builds(
 def test_json_round_trip(modules: dict[str, tuple[UnitUpdate, ...]], seed: int) -> None:
     update = RankUpdate(modules, seed)
     assert RankUpdate.from_json(json.loads(json.dumps(update.to_json()))) == update
+
+
+class _Copies(TorchDispatchMode):
+    """Counts conversions to another dtype or device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("init", ["zero", "unit"])
+def test_growth_fetches_and_sends_once_however_many_layers_grow(init: Any) -> None:
+    counts = []
+    for layers in (1, 6):
+        layout, gate = UnitLayout("matrix", "shared", 1, 24, 24), "none" if init == "zero" else "trained"
+        parts = [LoraLinear(nn.Linear(24, 24), layout, 2, 1.0, max_rank=6, gate=gate) for _ in range(layers)]  # type: ignore[arg-type]
+        model = nn.Sequential(*parts)
+        for layer in parts:
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.data = factor.data.to(torch.bfloat16)
+        update = RankUpdate({name: (UnitUpdate((1, 0), 1),) for name in ard.adapters(model)}, init=init)
+        with _Copies() as copies:
+            resize.apply(model, update)
+        counts.append(copies.count)
+        for layer in parts:
+            rows = layer.lora_A.detach().double()
+            assert float((rows[:2] @ rows[2]).abs().max()) < 0.02 * float(rows[2].norm())
+            assert 0.5 < float(rows[2].norm()) < 1.1
+    assert counts[0] == counts[1] > 0
+
+
+@every_optimizer
+def test_matrices_that_change_alike_and_not_alike(make_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> None:
+    model = nn.Sequential(*(nn.Linear(n, 8) for n in (8, 8, 12, 8)))
+    ard.wrap(model, ard.LoraConfig(r=4))
+    optimizer = make_optimizer(trainable(model))
+    step(model, optimizer, 0)
+    names = list(ard.adapters(model))
+    turned, cut = (UnitUpdate((2, 0, 1), 1),), (UnitUpdate((3,)),)
+    update = RankUpdate(dict(zip(names, (turned, turned, turned, cut), strict=True)))
+    before = {name: components(layer, optimizer) for name, layer in ard.adapters(model).items()}
+    resize.apply(model, update, optimizer)
+    for name, layer in ard.adapters(model).items():
+        assert_followed(before[name], layer, optimizer, update.modules[name])
 
 
 def test_the_same_update_gives_the_same_model() -> None:

@@ -101,7 +101,7 @@ def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     found = list(tensors)
     for numbers in _by_place(tensors).values():
         flat = torch.cat([tensors[i].reshape(-1) for i in numbers]).to(**HOST)
-        for i, part in zip(numbers, flat.split([tensors[i].numel() for i in numbers]), strict=True):
+        for i, part in zip(numbers, torch.split(flat, [tensors[i].numel() for i in numbers]), strict=True):
             found[i] = part.view(tensors[i].shape)
     return found
 
@@ -111,6 +111,6 @@ def from_host(rows: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> lis
     found = list(rows)
     for (device, dtype), numbers in _by_place(like).items():
         flat = torch.cat([rows[i].reshape(-1) for i in numbers]).to(device, dtype)
-        for i, part in zip(numbers, flat.split([rows[i].numel() for i in numbers]), strict=True):
+        for i, part in zip(numbers, torch.split(flat, [rows[i].numel() for i in numbers]), strict=True):
             found[i] = part.view(rows[i].shape)
     return found
