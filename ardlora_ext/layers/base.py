@@ -22,12 +22,16 @@ except ImportError:  # pragma: no cover - transformers is a dependency, its layo
 __all__ = ["Conv1D", "dense_base", "fused_dtype", "is_dense", "is_plain"]
 
 
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
+_BASES = (nn.Linear, Conv1D)
+
+
 def is_plain(weight: torch.Tensor) -> bool:
     """Tell whether a weight is its own data, not a subclass that stands for quantised data (torchao, bitsandbytes).
 
     Fake tensors, by which costs are planned, stand for the plain ones.
     """
-    return type(weight) in (torch.Tensor, nn.Parameter, FakeTensor)
+    return type(weight) in _PLAIN
 
 
 def fused_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
@@ -52,10 +56,12 @@ def dense_base(base: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     Also where the weight is a quantised subclass that can be decoded (torchao's): the node then decodes it for the
     length of its own backward, while the base's would keep decoded weights of all layers or give no gradient.
     """
-    own = vars(base)
-    if type(base) not in (nn.Linear, Conv1D) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+    if type(base) not in _BASES:
         return None
-    if "forward" in own or own["_backward_hooks"] or own["_backward_pre_hooks"]:  # "forward": accelerate's hooks
+    own = base.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    if "forward" in own:  # accelerate's hooks
         return None
     held = own["_parameters"]
     weight: torch.Tensor | None = held.get("weight")
@@ -63,7 +69,7 @@ def dense_base(base: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     if weight is None:  # FSDP1 keeps it as an attribute
         weight, bias = base.weight, base.bias
     assert weight is not None
-    if not is_plain(weight) and (torch.compiler.is_compiling() or not can_decode(weight)):
+    if type(weight) not in _PLAIN and (torch.compiler.is_compiling() or not can_decode(weight)):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ __all__ = [
 
 
 Dropout = tuple[float, int | torch.Tensor | None]  # probability, seed: an integer, or an int64 scalar
+_FLOAT32: Any = {"dtype": torch.float32}
 _CHUNK = 8  # columns: rows of H are whole pieces of 16 bytes on a CUDA device, in each of its types
 _segments, _row_tables, _gate_tables = DeviceTables(1 << 12), DeviceTables(64), DeviceTables(64)
 
@@ -132,12 +133,12 @@ def native_adapter(
 
 
 def _device_call(
-    native: NativeAdapter, x: torch.Tensor, dropout: Dropout
+    native: NativeAdapter, x: torch.Tensor, rows: int, dropout: Dropout
 ) -> tuple[tuple[core.LoraPlans, int, int, int, int, int, int], torch.Tensor, tuple[float, int]]:
-    """Return the last argument of a CUDA call for x [M, K], its workspace, to be held until the launch, and dropout."""
+    """Return the last argument of a CUDA call, its workspace, to be held until the launch, and dropout."""
     device, (p, seed) = x.device, dropout
     index, handle = _stream(device)
-    plans = _plans(native.table, x.shape[0], DTYPE_CODES[x.dtype], seed is not None and p > 0.0, index)
+    plans = _plans(native.table, rows, DTYPE_CODES[x.dtype], seed is not None and p > 0.0, index)
     size, table = plans.workspace, native.table
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     segments = _segments.get("lora_linear", table, lambda: core.cuda_segment_table(table), device, handle)
@@ -151,18 +152,24 @@ def _device_call(
 
 
 def lora_forward(
-    native: NativeAdapter, x: torch.Tensor, y: torch.Tensor, shape: tuple[int, int, int], dropout: Dropout
+    native: NativeAdapter, x: torch.Tensor, y: torch.Tensor, rows: int, p: float, seed: int | torch.Tensor | None
 ) -> torch.Tensor:
-    """Add the adapter's output to y [M, N], contiguous, for x [M, K] and shape (M, K, N); return H [M, hidden]."""
-    m, k, n = shape
-    dtype = x.dtype
-    h = x.new_empty((m, native.hidden), dtype=dtype if native.on_cuda else torch.float32)
-    rows = (x.data_ptr(), k, x.stride(0)), h.data_ptr(), native.hidden, (y.data_ptr(), n, n)
-    if native.on_cuda:
-        call, _workspace, mask = _device_call(native, x, dropout)
-        core.cuda_lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, *mask, call)
+    """Add the adapter's output to y [..., N], contiguous, for x of `rows` rows of K columns; return H [rows, hidden].
+
+    x is contiguous, or [rows, K] with contiguous rows.
+    """
+    adapter, _, hidden, _, on_cuda = native
+    dtype, k, n = x.dtype, x.shape[-1], y.shape[-1]
+    h = x.new_empty((rows, hidden)) if on_cuda or dtype is torch.float32 else x.new_empty((rows, hidden), **_FLOAT32)
+    of_x = x.data_ptr(), k, k if x.is_contiguous() else x.stride(0)
+    of_y = y.data_ptr(), n, n
+    if on_cuda:
+        call, _workspace, mask = _device_call(native, x, rows, (p, seed))
+        core.cuda_lora_forward(adapter, rows, DTYPE_CODES[dtype], of_x, h.data_ptr(), hidden, of_y, *mask, call)
+    elif seed is None:
+        core.lora_forward(adapter, rows, DTYPE_CODES[dtype], of_x, h.data_ptr(), hidden, of_y, threads(), 0.0, 0)
     else:
-        core.lora_forward(native.adapter, m, DTYPE_CODES[dtype], *rows, threads(), *_mask(dropout))
+        core.lora_forward(adapter, rows, DTYPE_CODES[dtype], of_x, h.data_ptr(), hidden, of_y, threads(), p, int(seed))
     return h
 
 
@@ -183,18 +190,25 @@ def lora_backward(
     d_gate: torch.Tensor | None,
     dropout: Dropout,
 ) -> None:
-    """Write the gradients of factors, gates and H, float32, and add to dx [M, K], for dy [M, N]; None is not wanted."""
-    m, k = x.shape
-    code, of_x, of_dy = DTYPE_CODES[x.dtype], (x.data_ptr(), k, x.stride(0)), (dy.data_ptr(), dy.shape[1], dy.stride(0))
-    of_dx = (0, k, k) if dx is None else (dx.data_ptr(), k, k)
+    """Write the gradients of factors, gates and H, float32, and add to dx [..., K], contiguous; None is not wanted.
+
+    x and dy, of as many rows as H, are contiguous, or matrices with contiguous rows.
+    """
+    adapter, _, hidden, _, on_cuda = native
+    m, k, n, code = h.shape[0], x.shape[-1], dy.shape[-1], DTYPE_CODES[x.dtype]
+    of_x = x.data_ptr(), k, k if x.is_contiguous() else x.stride(0)
+    of_dy = dy.data_ptr(), n, n if dy.is_contiguous() else dy.stride(0)
+    of_dx = (0 if dx is None else dx.data_ptr()), k, k
     out = d_a.data_ptr(), d_b.data_ptr(), 0 if d_gate is None else d_gate.data_ptr()
-    first = native.adapter, m, code, of_x, h.data_ptr(), native.hidden, of_dy
-    if native.on_cuda:
+    if on_cuda:
         d_h = torch.empty_like(h) if d_h is None else d_h
-        call, _workspace, mask = _device_call(native, x, dropout)
+        call, _workspace, mask = _device_call(native, x, m, dropout)
+        first = adapter, m, code, of_x, h.data_ptr(), hidden, of_dy
         core.cuda_lora_backward(*first, d_h.data_ptr(), of_dx, *out, *mask, call)
     else:
-        core.lora_backward(*first, 0 if d_h is None else d_h.data_ptr(), of_dx, *out, threads(), *_mask(dropout))
+        at = 0 if d_h is None else d_h.data_ptr()
+        mask = _mask(dropout)
+        core.lora_backward(adapter, m, code, of_x, h.data_ptr(), hidden, of_dy, at, of_dx, *out, threads(), *mask)
 
 
 class Sorted(NamedTuple):
@@ -225,7 +239,7 @@ def lora_grouped_forward(
     offsets, places = by_expert.at()
     rows = m, code, (x.data_ptr(), k, x.stride(0)), h.data_ptr(), hidden, (y.data_ptr(), n, n)
     if native.on_cuda:
-        call, _workspace, mask = _device_call(native, x, dropout)
+        call, _workspace, mask = _device_call(native, x, m, dropout)
         core.cuda_lora_grouped_forward(native.adapter, offsets, places, *rows, *mask, call)
     else:
         core.lora_grouped_forward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *_mask(dropout))
@@ -253,7 +267,7 @@ def lora_grouped_backward(
     rows = m, DTYPE_CODES[x.dtype], of_x, *of_h, of_dy, *out
     offsets, places = by_expert.at()
     if native.on_cuda:
-        call, _workspace, mask = _device_call(native, x, dropout)
+        call, _workspace, mask = _device_call(native, x, m, dropout)
         core.cuda_lora_grouped_backward(native.adapter, offsets, places, *rows, *mask, call)
     else:
         core.lora_grouped_backward(native.adapter, by_expert.offsets.numpy(), places, *rows, threads(), *_mask(dropout))

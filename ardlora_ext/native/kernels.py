@@ -29,12 +29,13 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
 
 def _check(op: str, native: NativeAdapter, x: torch.Tensor, other: torch.Tensor, name: str) -> None:
     """Check that x and what it is multiplied with, or added to, fit each other and the adapter."""
+    dtype = x.dtype
     if not (x.is_cpu and other.is_cpu and not native.on_cuda) and not x.device == other.device == native.device:
         check_device(op, x.device, other.device, native.device)
-    if x.dtype not in DTYPE_CODES:
-        raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.dtype != other.dtype:
-        raise ValueError(f"{op}: x must have the dtype of {name} ({other.dtype}), got {x.dtype}")
+    if dtype not in DTYPE_CODES:
+        raise ValueError(f"{op}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if dtype is not other.dtype:
+        raise ValueError(f"{op}: x must have the dtype of {name} ({other.dtype}), got {dtype}")
 
 
 def linear(
@@ -56,9 +57,12 @@ def linear(
     shape, (n, k) = x.shape, weight.shape
     if shape[-1] != k:
         raise ValueError(f"lora_linear: x must be [..., K] = [..., {k}], got {list(shape)}")
+    if len(shape) == 2 and x.is_contiguous():
+        y = F.linear(x, weight, bias)
+        return y, lora_forward(native, x, y, shape[0], p, seed)
     x2 = as_rows(x)
     y = F.linear(x2, weight, bias)
-    h = lora_forward(native, x2, y, (len(x2), k, n), (p, seed))
+    h = lora_forward(native, x2, y, x2.shape[0], p, seed)
     # In the shape of x, as no view: what follows may change it in place (ReLU(inplace=True)). The same memory.
     return y if len(shape) == 2 else y.resize_(*shape[:-1], n), h
 
@@ -82,9 +86,8 @@ def accumulate(
         raise ValueError(f"lora_accumulate: x must have the rows of y ({list(y.shape)}), got {list(x.shape)}")
     # A copy: the base, its hooks or its backward may still need what it returned.
     out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
-    x2, n = as_rows(x), out.shape[-1]
-    h = lora_forward(native, x2, out, (*x2.shape, n), (p, seed))
-    return out, h
+    x2 = as_rows(x)
+    return out, lora_forward(native, x2, out, x2.shape[0], p, seed)
 
 
 def gradients(
@@ -108,21 +111,24 @@ def gradients(
     dx starts as dy W (zeros without a weight), or that is added to the dx `so_far` of other layers; the adapter's
     part is accumulated into it in place.
     """
-    dy2, x2 = as_rows(dy), as_rows(x)
-    dx = None
+    shape, single, dx = x.shape, lora_A.dtype is torch.float32, None
+    x = x if x.is_contiguous() else as_rows(x)
+    dy = dy if dy.is_contiguous() else as_rows(dy)
     if need_dx and weight is None:
-        dx = dy2.new_zeros(x2.shape)
+        dx = dy.new_zeros(shape)
     elif need_dx and weight is not None:
-        dx = dy2 @ plain(weight) if so_far is None else so_far.view(x2.shape).addmm_(dy2, plain(weight))
-    d_a, d_b = torch.empty_like(lora_A, dtype=torch.float32), torch.empty_like(lora_B, dtype=torch.float32)
+        weight = weight if type(weight) is torch.Tensor else plain(weight)
+        dx = dy @ weight if so_far is None else so_far.view(-1, shape[-1]).addmm_(as_rows(dy), weight)
+    d_a = torch.empty_like(lora_A) if single else torch.empty_like(lora_A, dtype=torch.float32)
+    d_b = torch.empty_like(lora_B) if single else torch.empty_like(lora_B, dtype=torch.float32)
     d_gate = torch.zeros_like(gate) if need_dgate and gate is not None else None
     d_h = torch.empty_like(h) if observers.watched else None
-    lora_backward(native, x2, h, dy2, d_h, dx, d_a, d_b, d_gate, (p, seed))
+    lora_backward(native, x, h, dy, d_h, dx, d_a, d_b, d_gate, (p, seed))
     if d_h is not None:
-        observers.tell(rank_table, x2, h, dy2, d_h)
-    if lora_A.dtype != torch.float32:
+        observers.tell(rank_table, as_rows(x), h, as_rows(dy), d_h)
+    if not single:
         d_a, d_b = d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
-    return (dx if dx is None or x2 is x else dx.view(x.shape)), d_a, d_b, d_gate
+    return (dx if dx is None or dx.shape == shape else dx.view(shape)), d_a, d_b, d_gate
 
 
 def backward(

@@ -146,7 +146,7 @@ class Fuzz:
         kept = h[0], table.hidden
         core.lora_forward(native, m, dtype, of_x, *kept, of_y, threads, dropout, seed)
         core.lora_backward(native, m, dtype, of_x, *kept, of_dy, dh, of_dx, da[0], db[0], last, threads, dropout, seed)
-        found = [(out_y, dtype, 1), (out_dx, dtype, 1), (out_a, 0, 1), (out_b, 0, 1)]
+        found = [(out_y, dtype, 1), (out_dx, dtype, 1), (out_a, 0, m), (out_b, 0, m)]  # factors' add up the rows
         width = table.a_width if table.gate_on_a else table.b_width  # a gate's gradient adds up a row of a factor's
         found += [(out_gate, 0, width)] if with_gate else []
         return [(slot.data, code, dtype, terms) for slot, code, terms in found]

@@ -5,7 +5,9 @@ In the shim device memory is the host's; table, workspace, bindings, launchers a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,16 +69,24 @@ LAYOUTS = [
 Results = Sequence[torch.Tensor]
 
 
-def results(layout: UnitLayout, dtype: torch.dtype, p: float, accumulate: bool, device: torch.device) -> Results:
+def results(
+    layout: UnitLayout,
+    dtype: torch.dtype,
+    p: float,
+    accumulate: bool,
+    device: torch.device,
+    ranks: Sequence[int] = (),
+    rows: int = 7,
+) -> Results:
     """y, and the gradients of x, the factors and the gates, from the same numbers each time."""
     generator = torch.Generator().manual_seed(5)
-    ranks = [5] if layout.units == 1 else [3, 0, 8, 5]
+    ranks = ranks or ([5] if layout.units == 1 else [3, 0, 8, 5])
     a_rows, b_rows = layout.rows(ranks)
 
     def randn(*shape: int, to: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, to).requires_grad_()
 
-    x, weight = randn(3, 7, layout.in_features, to=dtype), randn(layout.out_features, layout.in_features, to=dtype)
+    x, weight = randn(3, rows, layout.in_features, to=dtype), randn(layout.out_features, layout.in_features, to=dtype)
     a, b = randn(a_rows + 3, layout.a_width), randn(b_rows + 2, layout.b_width)
     gate = randn(len(a) if layout.gate_on_a else len(b))
     dropout = (p, torch.tensor(11)) if p > 0 else ops.NO_DROPOUT
@@ -112,6 +122,65 @@ def test_ops_equal_the_cpu(
         assert ours.dtype == theirs.dtype
         error = (ours.float() - theirs.float()).abs().max()
         assert error <= tolerance * theirs.float().abs().max()
+
+
+# Sizes at which the kernels divide a sum over blocks, go round their loops, and need a second tile of ranks.
+SIZES = [
+    (UnitLayout("matrix", "shared", 1, 1032, 136), [70], 100, torch.bfloat16),
+    (UnitLayout("matrix", "shared", 1, 136, 1032), [9], 300, torch.bfloat16),
+    (UnitLayout("matrix", "shared", 1, 520, 264), [16], 171, torch.float32),
+    (UnitLayout("matrix", "shared", 1, 264, 264), [130], 64, torch.float16),
+    (UnitLayout("out_heads", "independent", 4, 264, 512), [16, 3, 0, 9], 171, torch.bfloat16),
+    (UnitLayout("in_heads", "shared", 4, 512, 136), [16, 3, 0, 9], 171, torch.float32),
+]
+MANY = [  # the same on a GPU, which has many more multiprocessors
+    (UnitLayout("matrix", "shared", 1, 4104, 4104), [70], 1400, torch.bfloat16),
+    (UnitLayout("matrix", "shared", 1, 4096, 4096), [9], 1400, torch.bfloat16),
+    (UnitLayout("matrix", "shared", 1, 4096, 2056), [16], 700, torch.float32),
+]
+PLANNED = re.compile(r"(\w+): blocks (\d+) x .*rank tile (\d+), shares (\d+) of (\d+)")
+
+
+@pytest.mark.parametrize(("layout", "ranks", "rows", "dtype"), SIZES + MANY, ids=lambda value: str(value)[:40])
+def test_sizes_that_divide_work_equal_the_cpu(
+    device: torch.device,
+    layout: UnitLayout,
+    ranks: list[int],
+    rows: int,
+    dtype: torch.dtype,
+    request: pytest.FixtureRequest,
+) -> None:
+    if device.type == "cpu" and rows > 400:
+        pytest.skip("takes minutes in the shim")
+    expected = results(layout, dtype, 0.3, False, torch.device("cpu"), ranks, rows)
+    cuda_from_now_on(device, request)
+    first = results(layout, dtype, 0.3, False, device, ranks, rows)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for ours, theirs in zip(first, expected, strict=True):
+        assert (ours.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max()
+    if device.type == "cuda":  # sums are added in one order
+        for ours, again in zip(first, results(layout, dtype, 0.3, False, device, ranks, rows), strict=True):
+            assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sizes"), [((8, 164 * 1024), SIZES), ((132, 227 * 1024), SIZES + MANY)], ids=["shim", "H200"]
+)
+def test_the_sizes_divide_loop_and_split(facts: tuple[int, int], sizes: Any) -> None:
+    divided, second_tile, looped = set[str](), set[str](), set[str]()
+    for layout, ranks, rows, dtype in sizes:
+        code = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+        kinds = ["shrink", "expand", "outer", *(["outer_shrink"] if max(ranks) <= 16 and code else [])]
+        for is_a, kind in product((True, False), kinds):
+            found = PLANNED.match(core.cuda_gemm_plan(layout.table(ranks), is_a, kind, 3 * rows, code, False, facts))
+            assert found is not None
+            _, _, tile, shares, share = found.groups()
+            divided |= {kind} if int(shares) > 1 else set()
+            second_tile |= {kind} if int(tile) < max(ranks) else set()
+            looped |= {kind} if int(share) >= (128 if "outer" in kind else 2) else set()
+    assert divided == {"shrink", "outer", "outer_shrink"}
+    assert second_tile >= {"shrink", "expand", "outer"}
+    assert looped >= {"shrink", "outer", "outer_shrink"}
 
 
 def grouped_results(dtype: torch.dtype, p: float, counts: Sequence[int], device: torch.device) -> Results:
