@@ -98,14 +98,14 @@ class RankUpdate:
 def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
     if len(units) != layer.layout.units:
         raise ValueError(f"rank change: '{name}' must have {layer.layout.units} unit updates, got {len(units)}")
-    order: tuple[int, ...] = max((u.keep for u in units), key=lambda keep: len(keep))
+    order = max((u.keep for u in units), key=len)
     for u, (unit, rank) in enumerate(zip(units, layer.ranks, strict=True)):
         kept = set(unit.keep)
         if len(kept) != len(unit.keep) or not kept.issubset(range(rank)):
             raise ValueError(
                 f"rank change: keep of '{name}' unit {u} must be distinct components of {rank}, got {unit.keep}"
             )
-        if unit.grow < 0 or unit.rank > layer.max_rank:
+        if unit.grow < 0 or len(kept) + unit.grow > layer.max_rank:
             raise ValueError(
                 f"rank change: '{name}' unit {u} must stay between rank 0 and {layer.max_rank}, got {unit.rank}"
             )
@@ -118,7 +118,7 @@ def _check(name: str, layer: LoraLinear, units: Sequence[UnitUpdate]) -> None:
 
 def _common_plan(ranks: Sequence[int], units: Sequence[UnitUpdate]) -> list[int]:
     """Rows of a factor that all units share: the common order, then rows still there, then new ones."""
-    longest: tuple[int, ...] = max((u.keep for u in units), key=lambda keep: len(keep))
+    longest: tuple[int, ...] = max((u.keep for u in units), key=len)
     order = list(longest)
     order += [row for row in range(max(ranks)) if row not in order]
     wanted = max(u.rank for u in units)
@@ -137,15 +137,14 @@ def row_plans(layout: UnitLayout, ranks: Sequence[int], units: Sequence[UnitUpda
     return (own, common) if layout.gate_on_a else (common, own)
 
 
-@dataclass(frozen=True)
-class _Way:
+class _Way(NamedTuple):
     """What a change of units means for a matrix of their layout and ranks; matrices that agree share it."""
 
     units: tuple[UnitUpdate, ...]
     ranks: list[int]
     live: tuple[int, int]  # rows of lora_A and lora_B
     plans: tuple[list[int], list[int]]  # of both, padded to their capacity; lora_E moves with its factor
-    table: torch.Tensor  # `layer.rank_table` of the new ranks
+    table: torch.Tensor | None  # `layer.rank_table` of the new ranks, where they are others
     number: int  # of the first of its plans, in the native call
 
 
@@ -158,8 +157,9 @@ def _way(name: str, layer: LoraLinear, units: tuple[UnitUpdate, ...], known: dic
         live = len(plan_a), len(plan_b)
         caps = layer.capacities(*live)
         plans = plan_a + [ZERO] * (caps[0] - live[0]), plan_b + [ZERO] * (caps[1] - live[1])
-        ranks = [unit.rank for unit in units]
-        found = known[key] = _Way(units, ranks, live, plans, layer.layout.encode(ranks), 2 * len(known))
+        ranks = [len(unit.keep) + unit.grow for unit in units]
+        table = None if ranks == layer.ranks else layer.layout.encode(ranks)
+        found = known[key] = _Way(units, ranks, live, plans, table, 2 * len(known))
     return found
 
 

@@ -227,6 +227,11 @@ def test_exponent_of_growth() -> None:
             "bert float32 autocast: ours-lora has",
         ),
         (
+            "step --models bert --impl ours-lora peft-lora --dtypes float32 --tokens 32 --repeats 1 --recipe trainer",
+            STEP_KEYS,
+            "bert float32 trainer: ours-lora has",
+        ),
+        (
             "host --recipes dropout gates --repeats 2",
             {"recipe", "impl", "forward_us", "backward_us", "above_us", "share"},
             "of what PEFT adds to a layer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 Batch = dict[str, torch.Tensor]
 Prepare = Callable[[nn.Module], nn.Module]
 DROPOUT = 0.1
-RECIPES = ("plain", "autocast")
+RECIPES = ("plain", "autocast", "trainer")
 COMPILED = "-compiled"  # ends the name of what runs under torch.compile
 STEPS = 10_000  # length of run that schedules are told: every timed step is in the middle of it
 
@@ -194,7 +195,8 @@ class Runner:
     """One implementation on one model; `step` is what a training step costs without the optimizer's arithmetic.
 
     Attributes:
-        recipe: one of `RECIPES`: "autocast" runs the forward pass in bfloat16, as Trainer(bf16=True) does.
+        recipe: one of `RECIPES`: "autocast" runs the forward pass in bfloat16, as Trainer(bf16=True) does; "trainer" is
+            Trainer's own step with that option, clipping included.
         allocate: what the method does about ranks after backward, or None.
         control: seconds of `allocate` in each step.
     """
@@ -205,6 +207,7 @@ class Runner:
     allocate: Callable[[], object] | None
     recipe: str = "plain"
     control: list[float] = field(default_factory=list)
+    trained: Callable[[], torch.Tensor] | None = None  # forward, backward and clipping of the recipe "trainer"
 
     def forward(self) -> torch.Tensor:
         """Return the loss."""
@@ -214,7 +217,10 @@ class Runner:
 
     def step(self) -> None:
         """Run forward and backward, and what the method does about ranks."""
-        self.forward().backward()  # type: ignore[no-untyped-call]
+        if self.trained is not None:
+            self.trained()
+        else:
+            self.forward().backward()  # type: ignore[no-untyped-call]
         if self.allocate is not None:
             began = time.perf_counter()
             self.allocate()
@@ -232,7 +238,27 @@ def make_runner(name: str, base: nn.Module, batch: Batch, r: int, recipe: str = 
     # So that the frozen base has a backward pass, too.
     enable: Any = getattr(model, "enable_input_require_grads")  # noqa: B009
     enable()
-    return Runner(name, model, batch, _allocation(name, model), recipe)
+    trained = _trained(model, batch) if recipe == "trainer" else None
+    return Runner(name, model, batch, _allocation(name, model), recipe, trained=trained)
+
+
+def _trained(model: nn.Module, batch: Batch) -> Callable[[], torch.Tensor]:
+    """Return the step of transformers' Trainer in bfloat16, without its optimizer's."""
+    from transformers import Trainer, TrainingArguments
+
+    on_cpu = batch["labels"].device.type == "cpu"
+    options: Any = {"bf16": True, "use_cpu": on_cpu, "report_to": [], "disable_tqdm": True}
+    trainer: Any = Trainer(model, TrainingArguments(tempfile.gettempdir(), **options))
+    trainer.current_gradient_accumulation_steps = 1  # its loop sets it
+    prepared = trainer.accelerator.prepare_model(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> torch.Tensor:
+        loss: torch.Tensor = trainer.training_step(prepared, dict(batch))
+        trainer.accelerator.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
+        return loss
+
+    return step
 
 
 def _decide(controller: Controller[Any]) -> None:

@@ -53,6 +53,7 @@ _AIMS = {  # times less overhead than PEFT in the same recipe, without and with 
     "plain": {"ours-lora": ("peft-lora", 5), "ours-lora-dropout": ("peft-lora-dropout", 6)},
     "autocast": {"ours-lora": ("peft-lora", 3), "ours-lora-dropout": ("peft-lora-dropout", 5)},
 }
+_AIMS["trainer"] = _AIMS["autocast"]
 _CONTROL_AIM = 0.02  # of the step, for scores and controller
 _COLUMNS = (
     Column("model", "model"),
