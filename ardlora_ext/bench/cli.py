@@ -24,6 +24,7 @@ COMMANDS = (
     Command("resize", "ardlora_ext.bench.speed.resize", "time a change of ranks against memcpy of the same bytes"),
     Command("scaling", "ardlora_ext.bench.speed.scaling", "time rank control over units, ranks and tokens"),
     Command("quality", "ardlora_ext.bench.quality.command", "compare rank-allocation methods at equal parameters"),
+    Command("pictures", "ardlora_ext.bench.quality.pictures", "draw what saved comparisons of quality show"),
     Command("prune", "ardlora_ext.bench.quality.prune", "compare dropping components with recompressing them"),
     Command("trust", "ardlora_ext.bench.trust.command", "hunt for kills, faults and broken files that do harm"),
     Command("zoo", "ardlora_ext.bench.zoo.command", "take every architecture of transformers from wrap to merge"),

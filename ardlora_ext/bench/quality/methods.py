@@ -1,9 +1,9 @@
 """The methods that are compared: how each is configured for a bed, and what it does before and after training.
 
 A method is named on the command line, with fields of its config to change after a colon: `ard`, `ard:tv=0`,
-`elalora:k=4,b=2`; `rank=R` gives it the budget of LoRA at rank R instead of the bed's, and `ard:l1=P` a fixed price
-or `ard:budget=auto` a tolerance instead of a budget. A method whose class or function
-this build does not have is reported by name; the others run.
+`elalora:k=4,b=2`; `rank=R` gives it the budget of LoRA at rank R instead of the bed's, `ard:l1=P` a fixed price or
+`ard:budget=auto` a tolerance instead of a budget, and `holdout=True` the bed's validation data to judge by. A method
+whose class or function this build does not have is reported by name; the others run.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Plan:
 
 
 Prepare = Callable[[nn.Module, Plan], None]
+_OURS = ("rank", "holdout")  # what may be changed and is no field of a config
 
 
 def _nothing(_model: nn.Module, _plan: Plan) -> None:
@@ -79,6 +80,7 @@ class Recipe:
         about: one line for tables.
         config: builds its config.
         before: acts on the wrapped model before the optimizer is made.
+        attached: acts on the model and its controller before the first step.
         after: acts on the trained model.
         counts: what its budget is counted in. One that counts ranks ends above the parameters of the others where it
             prefers wide matrices; tables show both.
@@ -87,6 +89,7 @@ class Recipe:
     about: str
     config: Callable[[Plan], AdapterConfig]
     before: Prepare = _nothing
+    attached: Callable[[nn.Module, Any], None] = lambda _model, _controller: None
     after: Prepare = _nothing
     counts: Literal["parameters", "ranks"] = "parameters"
 
@@ -113,6 +116,11 @@ class Method:
         """Return the rank whose LoRA parameters are this method's budget."""
         return int(self.changes.get("rank", default))
 
+    @property
+    def holdout(self) -> bool:
+        """Whether its controller sees the validation data."""
+        return bool(self.changes.get("holdout", False))
+
     def config(self, plan: Plan) -> AdapterConfig:
         """Build the config.
 
@@ -121,13 +129,13 @@ class Method:
             InputError: a changed field does not exist or has a bad value.
         """
         config = self.recipe.config(plan)
-        changes = {key: value for key, value in self.changes.items() if key != "rank"}
+        changes = {key: value for key, value in self.changes.items() if key not in _OURS}
         if changes.get("l1") is not None:
             changes["budget"] = None
         known = sorted(entry.name for entry in dataclasses.fields(config))
         unknown = [key for key in changes if key not in known]
         if unknown:
-            raise InputError(f"{self.label}: {unknown[0]} must be rank or one of {', '.join(known)}")
+            raise InputError(f"{self.label}: {unknown[0]} must be one of {', '.join((*_OURS, *known))}")
         try:
             return dataclasses.replace(config, **changes)
         except (TypeError, ValueError) as error:
@@ -245,6 +253,26 @@ def _compress_uniform(model: nn.Module, plan: Plan) -> None:
     _needs("svd_prune")(model, {n: [min(plan.rank, r) for r in layer.ranks] for n, layer in layers.items()})
 
 
+def largest(layer: Any, count: int) -> tuple[int, ...]:
+    """Return the components of a matrix with the largest ||a_i|| ||b_i||, in their order."""
+    size = layer.lora_A.detach().norm(dim=1) * layer.lora_B.detach().norm(dim=1)
+    return tuple(sorted(size[: layer.ranks[0]].topk(count).indices.tolist()))
+
+
+def _dropping(model: nn.Module, controller: Any) -> None:
+    """Let components be dropped where the controller would recompress updates."""
+    layers, decide = ard.adapters(model), controller.propose
+
+    def propose() -> resize.RankUpdate | None:
+        update = decide()
+        if update is None:
+            return None
+        modules = {n: (resize.UnitUpdate(largest(layers[n], u.rank)),) for n, (u,) in update.modules.items()}
+        return dataclasses.replace(update, modules=modules, leave="drop")
+
+    controller.propose = propose
+
+
 def _oracle_lora(plan: Plan) -> AdapterConfig:
     if plan.oracle is None:
         raise MethodUnavailable("the best ranks are not known on this bed")
@@ -287,6 +315,7 @@ def random_ranks(units: Units, budget: float, seed: int) -> dict[str, list[int]]
 RECIPES: dict[str, Recipe] = {
     "lora": Recipe("one rank for all", _lora),
     "ard": Recipe("ARD-LoRA, from a fat start down to the budget", _ard),
+    "ard_drop": Recipe("the same, smallest components dropped instead of recompressing", _ard, attached=_dropping),
     "paper": Recipe("ARD-LoRA as published, ranks from gradients under a budget", _paper),
     "elalora": Recipe("ElaLoRA, prune and expand", _ela, counts="ranks"),
     "adalora": Recipe("AdaLoRA, prune from 1.5 times the rank", _ada, counts="ranks"),

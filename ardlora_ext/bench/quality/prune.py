@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import ardlora_ext as ard
+from ardlora_ext.bench.quality.methods import largest
 from ardlora_ext.ranks import resize
 
 WIDTH, LAYERS, HIGH, LOW, BEFORE, AFTER = 48, 4, 16, 4, 150, 50
@@ -43,9 +44,7 @@ def _drop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Keep the components with the largest ||a_i|| ||b_i||."""
     updates = {}
     for name, layer in ard.adapters(model).items():
-        size = layer.lora_A.detach().norm(dim=1) * layer.lora_B.detach().norm(dim=1)
-        keep = sorted(size[: layer.ranks[0]].topk(LOW).indices.tolist())
-        updates[name] = (ard.UnitUpdate(tuple(keep)),)
+        updates[name] = (ard.UnitUpdate(largest(layer, LOW)),)
     resize.apply(model, ard.RankUpdate(updates), optimizer)
 
 

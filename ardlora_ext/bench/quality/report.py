@@ -16,31 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ardlora_ext.bench.quality.compare import Comparison, mean_interval
-from ardlora_ext.bench.quality.trial import SCORE_QUANTILES, Row
+from ardlora_ext.bench.quality.pictures import sweep
+from ardlora_ext.bench.quality.trial import SCORE_QUANTILES
 from ardlora_ext.bench.stats import paired
 from ardlora_ext.report.console import make_console
-from ardlora_ext.report.plots import FAINT, GRID, INK, KIND_COLOURS
+from ardlora_ext.report.plots import FAINT, KIND_COLOURS, STYLE
 
 _WIDTH = 200  # columns a table may have where the output is not a terminal
 _VERDICT_STYLE = {"better": "green", "worse": "red", "no difference": "dim", "": ""}
-_STYLE = {
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "axes.edgecolor": "#cbd5e1",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "legend.frameon": False,
-}
 
 
 def print_table(found: Comparison, console: Console | None = None) -> None:
@@ -109,16 +92,11 @@ def draw(found: Comparison, path: Path) -> None:
     ]
     if adaptive and "planted" in found.reported(adaptive[0])[0]:
         panels.append(_draw_ranks)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4 * len(panels), 0.9 + 0.32 * max(8, len(labels))), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
             panel(axes, found, adaptive if panel is _draw_ranks else labels, colours)
         figure.savefig(path, dpi=110, format="png")
-
-
-def _differ(row: Row) -> bool:
-    """Tell whether a run ended with unequal ranks."""
-    return len({rank for ranks in row["ranks"].values() for rank in ranks}) > 1
 
 
 def _draw_measure(axes: Axes, found: Comparison, labels: Sequence[str], colours: dict[str, str]) -> None:
@@ -138,18 +116,7 @@ def _draw_measure(axes: Axes, found: Comparison, labels: Sequence[str], colours:
 
 
 def _draw_sweep(axes: Axes, found: Comparison, labels: Sequence[str], colours: dict[str, str]) -> None:
-    for label in labels:
-        losses: dict[float, list[float]] = {}
-        for row in found.rows:
-            if row["method"] == label and row["split"] == "tune" and math.isfinite(row["valid"]):
-                losses.setdefault(row["lr"], []).append(row["valid"])
-        rates = sorted(losses)
-        axes.plot(rates, [statistics.fmean(losses[r]) for r in rates], "o-", color=colours[label], ms=3, label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_title("validation loss while tuning")
-    if any(row["split"] == "tune" for row in found.rows):
-        axes.legend(fontsize=7)
+    sweep(axes, found.rows, {label: colours[label] for label in labels})
 
 
 def _draw_ranks(axes: Axes, found: Comparison, labels: Sequence[str], colours: dict[str, str]) -> None:

@@ -181,7 +181,9 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int, tuning: bool = Fal
         ard.wrap(task.model, config)
         method.recipe.before(task.model, plan)
         optimizer = torch.optim.AdamW(task.groups(lr), lr=lr, weight_decay=0.0, foreach=True)
-        controller = ard.attach(task.model, optimizer, total_steps=bed.steps)
+        holdout = (lambda: torch.tensor(task.valid())) if method.holdout else None
+        controller = ard.attach(task.model, optimizer, total_steps=bed.steps, holdout=holdout)
+        method.recipe.attached(task.model, controller)
     except ValueError as error:
         raise InputError(f"{method.label}: {error}") from error
     track = RankTrack(task.model, controller)
@@ -191,7 +193,8 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int, tuning: bool = Fal
     method.recipe.after(task.model, plan)
     seconds = time.process_time() - started
     check_budget(task.model, method, plan)
-    row = {"bed": bed.name, "method": method.label, "seed": seed, "lr": lr}
+    measure = {"measure": bed.measure.key, "better": bed.measure.better}
+    row = {"bed": bed.name, **measure, "method": method.label, "seed": seed, "lr": lr}
     result = _scores(task, bed.measure.key, tuning) if half is not None else _diverged(bed.measure.key)
     sizes = {"params": ard.parameters_report(task.model).live, "budget": plan.budget, "peak_params": track.peak}
     sizes["mean_params"] = round(track.mean)
@@ -206,6 +209,7 @@ def run_trial(bed: Bed, method: Method, lr: float, seed: int, tuning: bool = Fal
         "flips": track.flips,
         "seconds": seconds,
         "scores": score_quantiles(controller),
+        "cuts": cuts(controller),
         "ranks": {name: list(layer.ranks) for name, layer in ard.adapters(task.model).items()},
         "config": config_to_dict(config),
     }
@@ -217,6 +221,17 @@ def score_quantiles(controller: Any) -> list[float] | None:
         return None
     scores = [score for module in controller.scores().values() for score in module]
     return [float(q) for q in np.quantile(scores, SCORE_QUANTILES)]
+
+
+def cuts(controller: Any) -> list[Row]:
+    """Return what each cut of a run cost, made or held, where that was predicted and measured."""
+    found = {}
+    for record in getattr(controller, "records", []):
+        if record.get("measured") is not None:
+            found[record["step"], record["event"]] = {
+                key: record[key] for key in ("step", "event", "predicted", "measured")
+            }
+    return list(found.values())
 
 
 def _train(task: Task, optimizer: torch.optim.Optimizer, steps: int, track: RankTrack, tuning: bool) -> float | None:
