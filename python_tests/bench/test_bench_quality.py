@@ -300,7 +300,9 @@ def test_missing_tools_and_tasks_are_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DatasetUnavailable, match=r"kindof needs wordnet-base=.*, fetched with apt-get"):
         tasks.load("kindof")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(InputError, match="--task must be one of trec6, trec50, movies, tweets, kindof, got sums"):
+    with pytest.raises(
+        InputError, match="--task must be one of trec6, trec50, movies, tweets, newsgroups, kindof, got sums"
+    ):
         tasks.load("sums")
 
 
@@ -363,6 +365,7 @@ def test_quick_run_prints_a_table_and_writes_json_and_plot(tmp_path: Path) -> No
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--lrs", "0.1", "-1"], "--lrs must be positive"),
         (["--pairs", "9"], "--pairs must come with --bed phonebook, got planted"),
+        (["--examples", "9"], "--examples must come with --bed real, got planted"),
         (["--quick", "--bed", "tiny"], "--quick must come with --bed planted, got tiny"),
         (["--json", "nowhere/x.json"], "--json must be a file in an existing, writable folder, got nowhere/x.json"),
         (["--methods", "ard:r0=100000", "--seeds", "1", "--lrs", "0.1"], "ard:r0=100000: ArdConfig: r_max must be"),

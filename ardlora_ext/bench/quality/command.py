@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=VARIANTS, default="ranks", help="planted bed: what differs between units")
     parser.add_argument("--pairs", type=int, help="phonebook bed: how many pairs are stored (default: 200)")
     parser.add_argument("--task", default="trec6", help="real bed: data set")
+    parser.add_argument("--examples", type=int, help="real bed: how many examples are trained on (default: 1000)")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -81,15 +82,17 @@ def _bed(arguments: argparse.Namespace) -> tuple[Bed, Effort]:
     quick = arguments.quick
     if quick and arguments.bed != "planted":
         raise InputError(f"bench: --quick must come with --bed planted, got {arguments.bed}")
-    for name in ("seeds", "tune_seeds", "steps", "rank", "pairs"):
+    for name in ("seeds", "tune_seeds", "steps", "rank", "pairs", "examples"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"bench: --{name.replace('_', '-')} must be at least 1, got {value}")
     if arguments.lrs is not None and not all(0 < lr < math.inf for lr in arguments.lrs):
         raise InputError(f"bench: --lrs must be positive, got {' '.join(map(str, arguments.lrs))}")
-    if arguments.pairs is not None and arguments.bed != "phonebook":
-        raise InputError(f"bench: --pairs must come with --bed phonebook, got {arguments.bed}")
-    chosen = {name: getattr(arguments, name) for name in ("steps", "rank") if getattr(arguments, name) is not None}
+    for name, bed in {"pairs": "phonebook", "examples": "real"}.items():
+        if getattr(arguments, name) is not None and arguments.bed != bed:
+            raise InputError(f"bench: --{name} must come with --bed {bed}, got {arguments.bed}")
+    sizes = ("steps", "rank", "pairs", "examples")
+    chosen = {name: getattr(arguments, name) for name in sizes if getattr(arguments, name) is not None}
     bed = _BEDS[arguments.bed](arguments, chosen)
     default = {"tiny": (5, 1), "real": (3, 1)}.get(arguments.bed, (10, 2))
     seeds, tune_seeds = (3, 1) if quick else default
@@ -113,7 +116,7 @@ def _tiny(_arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
 def _phonebook(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
     from ardlora_ext.bench.quality.beds.phonebook import PhonebookBed
 
-    return PhonebookBed(**chosen, **({} if arguments.pairs is None else {"pairs": arguments.pairs}))
+    return PhonebookBed(**chosen)
 
 
 def _real(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:

