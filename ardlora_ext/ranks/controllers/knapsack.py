@@ -141,24 +141,27 @@ def spend(menus: Sequence[Menu], budget: int) -> tuple[list[int], float]:
 def _at_one_price(steps: Sequence[Ints], worths: Sequence[Floats], room: int) -> tuple[float, list[int]]:
     """Return the lowest price at which the entries of most worth - price * cost fit, and those entries."""
 
-    def at(price: float) -> list[int]:
-        return [int(np.argmax(worth - price * step)) for step, worth in zip(steps, worths, strict=True)]
+    entries_of = np.array([len(step) for step in steps])
+    there = np.arange(entries_of.max()) < entries_of[:, None]  # all menus in one table [menus, most entries]
+    cost, worth = np.zeros(there.shape, dtype=np.int64), np.full(there.shape, -np.inf)
+    cost[there], worth[there] = np.concatenate(steps), np.concatenate(worths)
+    menu = np.arange(len(steps))
 
-    def fits(entries: list[int]) -> bool:
-        return sum(int(step[i]) for step, i in zip(steps, entries, strict=True)) <= room
+    def at(price: float) -> Ints:
+        return np.argmax(worth - price * cost, axis=1)
 
-    high = 1.0 + max(float(np.ptp(worth)) for worth in worths)  # nothing but the cheapest entries
+    high = 1.0 + max(float(np.ptp(values)) for values in worths)  # nothing but the cheapest entries
     low, entries = -high, at(high)
     for _ in range(100):
         middle = 0.5 * (low + high)
         found = at(middle)
-        if fits(found):
+        if int(cost[menu, found].sum()) <= room:
             high, entries = middle, found
         else:
             low = middle
         if high - low <= 1e-12 * abs(high):
             break
-    return high, entries
+    return high, entries.tolist()
 
 
 def _around(
