@@ -120,7 +120,7 @@ def test_learned_ranks_are_the_planted_ones_and_pay() -> None:
         "ard": 0.005,
         "paper": 0.005,
         "elalora": 0.02,
-    }  # as a sweep on other seeds chose them: docs/quality.md
+    }  # as a sweep on other seeds chose them: docs/claims.md
     rows = {name: [run_trial(PlantedBed(), parse(name), lr, seed) for seed in range(5)] for name, lr in rates.items()}
     for name in ("ard", "paper", "elalora"):
         assert stats.bootstrap([row["spearman"] for row in rows[name]]).low > 0.8
@@ -219,7 +219,7 @@ def test_config_fields_can_be_changed_by_name() -> None:
     }.items():
         with pytest.raises(InputError, match=message):
             parse(label)
-    with pytest.raises(InputError, match="ard:speed=1: speed must be rank or one of"):
+    with pytest.raises(InputError, match="ard:speed=1: speed must be one of rank, holdout, "):
         parse("ard:speed=1").config(plan)
     with pytest.raises(InputError, match="tv must be >= 0, got -1"):
         parse("paper:tv=-1").config(plan)

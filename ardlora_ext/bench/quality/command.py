@@ -88,9 +88,9 @@ def _bed(arguments: argparse.Namespace) -> tuple[Bed, Effort]:
             raise InputError(f"bench: --{name.replace('_', '-')} must be at least 1, got {value}")
     if arguments.lrs is not None and not all(0 < lr < math.inf for lr in arguments.lrs):
         raise InputError(f"bench: --lrs must be positive, got {' '.join(map(str, arguments.lrs))}")
-    for name, bed in {"pairs": "phonebook", "examples": "real"}.items():
-        if getattr(arguments, name) is not None and arguments.bed != bed:
-            raise InputError(f"bench: --{name} must come with --bed {bed}, got {arguments.bed}")
+    for name, owner in {"pairs": "phonebook", "examples": "real"}.items():
+        if getattr(arguments, name) is not None and arguments.bed != owner:
+            raise InputError(f"bench: --{name} must come with --bed {owner}, got {arguments.bed}")
     sizes = ("steps", "rank", "pairs", "examples")
     chosen = {name: getattr(arguments, name) for name in sizes if getattr(arguments, name) is not None}
     bed = _BEDS[arguments.bed](arguments, chosen)

@@ -261,7 +261,8 @@ def largest(layer: Any, count: int) -> tuple[int, ...]:
 
 def _dropping(model: nn.Module, controller: Any) -> None:
     """Let components be dropped where the controller would recompress updates."""
-    layers, decide = ard.adapters(model), controller.propose
+    layers = ard.adapters(model)
+    decide: Callable[[], resize.RankUpdate | None] = controller.propose
 
     def propose() -> resize.RankUpdate | None:
         update = decide()

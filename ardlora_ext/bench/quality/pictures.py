@@ -22,6 +22,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ardlora_ext.bench.quality.trial import Row
 from ardlora_ext.bench.stats import paired, spearman
@@ -169,7 +170,9 @@ def ranks(rows: Sequence[Row], arms: Sequence[str]) -> Figure | None:
         axes.set_ylabel("seed")
         axes.grid(visible=False)
     panels[-1].set_xticks(range(units), _columns(names, units), rotation=90, fontsize=6.5)
-    figure.colorbar(image, ax=list(panels), label="final rank", fraction=0.03, pad=0.02)
+    figure.colorbar(
+        image, ax=list(panels), label="final rank", fraction=0.03, pad=0.02, ticks=MaxNLocator(integer=True)
+    )
     return figure
 
 

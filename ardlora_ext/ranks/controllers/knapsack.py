@@ -148,7 +148,7 @@ def _at_one_price(steps: Sequence[Ints], worths: Sequence[Floats], room: int) ->
     menu = np.arange(len(steps))
 
     def at(price: float) -> Ints:
-        return np.argmax(worth - price * cost, axis=1)
+        return np.asarray(np.argmax(worth - price * cost, axis=1), dtype=np.int64)
 
     high = 1.0 + max(float(np.ptp(values)) for values in worths)  # nothing but the cheapest entries
     low, entries = -high, at(high)

@@ -99,6 +99,13 @@ def test_cutting_ends_at_the_planted_ranks(metric: str, held: bool) -> None:
         assert all(predicted == pytest.approx(measured, abs=0.01) for predicted, measured in cuts.values())
 
 
+@pytest.mark.parametrize(("interval", "looks"), [(10, 2), (8, 2), (7, 5), (3, 5)])
+def test_the_loss_is_looked_at_twice_to_a_decision_or_more(interval: int, looks: int) -> None:
+    metric = Run(config(update_interval=interval)).go(end=11).controller.metric  # B is 0 in step 0
+    assert metric is not None
+    assert metric.samples == looks
+
+
 def test_a_higher_tolerance_cuts_deeper() -> None:
     sizes = [Run(config(tolerance=t)).go().sizes[-1] for t in (0.001, 0.02, 0.3, 0.9)]
     assert all(a >= b for a, b in itertools.pairwise(sizes))

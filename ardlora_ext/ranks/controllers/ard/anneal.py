@@ -36,7 +36,8 @@ from ardlora_ext.ranks.loss_metric import LossMetric
 from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate
 
 _MOST_CUTS = 20
-_LOOK = 2  # the loss is looked at every so many steps
+# The loss is looked at every fourth step, where that leaves two looks to each decision; else every second.
+_SELDOM, _OFTEN = 4, 2
 
 
 def budget_at(progress: float, first: float, last: float, shape: str) -> float:
@@ -130,16 +131,22 @@ class AnnealController(Controller[ArdConfig]):
 
     # Facts.
 
+    @property
+    def _looks_now(self) -> bool:
+        """Whether the backward passes of the coming step are looked at."""
+        every = _SELDOM if self.config.update_interval >= 2 * _SELDOM else _OFTEN
+        return self.metric is not None and not self.finished and self.step % every == 0
+
     def _look(self) -> None:
         """Look at the backward passes of the coming step, or not."""
         if self.metric is not None:
             self.metric.watch(not self.finished)
-            self.metric.looking = not self.finished and self.step % _LOOK == 0
+            self.metric.looking = self._looks_now
 
     def observe(self) -> None:
         if self.holdout is not None and self.holdout.first is None and not self.finished:
             self.holdout.first = self._held_out_loss()
-        if self.metric is not None and not self.finished and self.step % _LOOK == 0:
+        if self.metric is not None and self._looks_now:
             self.metric.take(self.processes)
 
     @property
