@@ -13,7 +13,7 @@ DESCRIPTION = "Benches of ardlora_ext."
 COMMANDS = (
     Command("kernels", "ardlora_ext.bench.speed.kernels", "time the native kernels against the machine's roofline"),
     Command(
-        "layer", "ardlora_ext.bench.speed.layer", "time adapted linear layers against PEFT and compositions of torch"
+        "layer", "ardlora_ext.bench.speed.layers.command", "time adapted layers against PEFT and compositions of torch"
     ),
     Command(
         "descent", "ardlora_ext.bench.quality.descent", "test ARD-LoRA's step bounds where the smoothness is known"

@@ -4,6 +4,7 @@ of them alike and cancels in differences and ratios taken round by round.
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from ardlora_ext.bench.stats import median_spread
 
 Floats = NDArray[np.float64]
 _SAMPLE_SECONDS = 2e-3  # a sample repeats a short call until it is this long
+CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}  # by which function of `time`
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,29 @@ class Times:
         return float(np.median(self.seconds[name] - self.seconds[to]))
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, label: str) -> Times:
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Declare `--clock`."""
+    words = "wall time, or this process's own of all its threads: for one thread on a machine that others use, too"
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help=f"{words} (default: wall)")
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, label: str, clock: str = "wall") -> Times:
     """Time every call `rounds` times after one warm-up each; a bar named `label` shows the progress."""
     repeats = max(_repeats(call) for call in calls.values())
     names = list(calls)
     seconds = {name: np.zeros(rounds) for name in names}
     for i in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):  # None: only on a terminal
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name][i] = _time(calls[name], repeats)
+            seconds[name][i] = _time(calls[name], repeats, clock)
     return Times(seconds)
 
 
-def _time(call: Callable[[], object], repeats: int) -> float:
-    began = time.perf_counter()
+def _time(call: Callable[[], object], repeats: int, clock: str = "wall") -> float:
+    now: Callable[[], float] = getattr(time, CLOCKS[clock])
+    began = now()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - began) / repeats
+    return (now() - began) / repeats
 
 
 def _repeats(call: Callable[[], object]) -> int:

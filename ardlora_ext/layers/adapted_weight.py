@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ardlora_ext.layers.routing import Routing
 from ardlora_ext.native import ops
 from ardlora_ext.native.compiled import as_rows
-from ardlora_ext.native.grouped import Base, lora_grouped
+from ardlora_ext.native.grouped import Base, Member, lora_grouped
 from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout
 
@@ -38,6 +38,7 @@ class Stack(Protocol):
     parameter: str
     transposed: bool
     tokens: torch.Tensor
+    rank_table: torch.Tensor
     prepared: Prepared
 
     @property
@@ -88,7 +89,8 @@ class Call:
             if places is None:
                 places = torch.arange(self._rows, self._rows + len(x), device=x.device)
             self._rows += len(x)
-        return lora_grouped(x, base, torch.tensor([0, len(x)], device=x.device), *adapter, places)
+        member = Member(self.stack.rank_table, expert, layout.units)
+        return lora_grouped(x, base, torch.tensor([0, len(x)], device=x.device), *adapter, places, member=member)
 
     def count_single(self, expert: int, rows: int) -> None:
         """Add rows to what one expert has seen in training."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ardlora_ext.native import observers
 from ardlora_ext.native.compiled import DTYPE_CODES, as_rows
 from ardlora_ext.native.dispatch import (
     NativeAdapter,
@@ -35,6 +36,25 @@ class Base(NamedTuple):
 
     product: Product
     stack: torch.Tensor
+
+
+class Member(NamedTuple):
+    """Which expert of which stack an adapter of one expert alone is.
+
+    Attributes:
+        rank_table: of the stack, by which it is observed.
+        expert: its number there.
+        experts: of the stack.
+    """
+
+    rank_table: torch.Tensor
+    expert: int
+    experts: int
+
+    def offsets(self, rows: int) -> torch.Tensor:
+        """Return the offsets [experts + 1] in the stack, where the others have no rows."""
+        begins = [0] * (self.expert + 1) + [rows] * (self.experts - self.expert)
+        return torch.tensor(begins, device="cpu")
 
 
 def _check(native: NativeAdapter, x: torch.Tensor, by_expert: Sorted) -> None:
@@ -72,6 +92,7 @@ class _LoraGrouped(torch.autograd.Function):
         p: float,
         seed: int | torch.Tensor | None,
         prepared: Prepared,
+        member: Member | None,
     ) -> torch.Tensor:
         native = prepared.get("lora_grouped", lora_A, lora_B, gate, rank_table, scaling)
         by_expert = Sorted(offsets, None if places is None else places.contiguous())
@@ -79,7 +100,7 @@ class _LoraGrouped(torch.autograd.Function):
         y = x.new_zeros(len(x), lora_B.shape[1]) if base is None else base.product(x, base.stack).contiguous()
         x = as_rows(x)
         ctx.base, ctx.native = base, (prepared, scaling)
-        ctx.dropout = p, seed
+        ctx.dropout, ctx.member = (p, seed), member
         h = lora_grouped_forward(native, x, y, by_expert, ctx.dropout)
         ctx.save_for_backward(x, *by_expert, lora_A, lora_B, gate, rank_table, h)
         return y
@@ -96,11 +117,14 @@ class _LoraGrouped(torch.autograd.Function):
         d_a, d_b = (torch.empty_like(f, dtype=torch.float32) for f in (lora_A, lora_B))
         d_gate = torch.zeros_like(gate) if gate is not None and ctx.needs_input_grad[6] else None
         native = prepared.get("lora_grouped", lora_A, lora_B, gate, rank_table, scaling)
-        lora_grouped_backward(
-            native, x, h, dy, torch.empty_like(h), dx, d_a, d_b, d_gate, Sorted(offsets, places), ctx.dropout
-        )
+        d_h = torch.empty_like(h)
+        lora_grouped_backward(native, x, h, dy, d_h, dx, d_a, d_b, d_gate, Sorted(offsets, places), ctx.dropout)
+        if observers.watched:
+            member = ctx.member
+            ends = offsets if member is None else member.offsets(len(x))
+            observers.tell(rank_table if member is None else member.rank_table, x, h, dy, d_h, ends)
         out = dx, None, None, None, d_a.to(lora_A.dtype), d_b.to(lora_B.dtype), d_gate
-        return *out, None, None, None, None, None
+        return *out, None, None, None, None, None, None
 
 
 def lora_grouped(
@@ -115,6 +139,7 @@ def lora_grouped(
     dropout: Dropout = NO_DROPOUT,
     places: torch.Tensor | None = None,
     prepared: Prepared | None = None,
+    member: Member | None = None,
 ) -> torch.Tensor:
     """Compute y_m = x_m W_e + scaling * (g o (x_m A_e^T)) B_e for rows sorted by expert, in one autograd node.
 
@@ -127,6 +152,7 @@ def lora_grouped(
         dropout: as there.
         places: [M] int64 below 2^32 on the device of x, what stands for each row in the counter of dropout
             (`reference.dropout_factors`): the mask then follows the token, however rows are sorted. None: the order.
+        member: of which stack the one expert of this adapter is, for who observes it.
 
     Returns:
         y [M, N] in the dtype of x.
@@ -148,5 +174,6 @@ def lora_grouped(
         scaling,
         *dropout,
         prepared or Prepared(),
+        member,
     )
     return out

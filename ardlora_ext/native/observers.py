@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-# Called with its owner and x [M, K], H [M, hidden], dy [M, N], dH [M, hidden] of one pass; to be read now, not kept.
-Note = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# Called with its owner and x [M, K], H [M, hidden], dy [M, N], dH [M, hidden] of one pass, and of experts the offsets
+# [experts + 1] of their rows; to be read now, not kept.
+Note = Callable[..., None]
 
 watched: dict[int, list[tuple[weakref.ref[Any], Note]]] = {}  # by address of the rank table
 _held: dict[int, torch.Tensor] = {}  # those tables, so that no address is given to another tensor
@@ -42,7 +43,7 @@ def watch(rank_table: torch.Tensor, owner: object, note: Note) -> Callable[[], N
 
 
 def tell(rank_table: torch.Tensor, *tensors: torch.Tensor) -> None:
-    """Show (x, h, dy, d_h) to the observers of an adapter."""
+    """Show (x, h, dy, d_h) or (x, h, dy, d_h, offsets) to the observers of an adapter."""
     for mine, note in tuple(watched.get(rank_table.data_ptr(), ())):
         owner = mine()
         if owner is not None:

@@ -8,6 +8,9 @@ are all that is needed of the Kronecker-factored curvature (K-FAC) of the loss i
 a change O_u^T X C of it costs ||Q_u^1/2 X P^1/2||^2 to second order. Both are rank-sized, and h and dH exist in the
 backward pass anyway. Q is divided by its trace over the model at each step, so that neither a loss scale nor the fall
 of gradients during training weighs steps differently; what is compared are units.
+
+An expert has P and Q of its own rows alone: P is a mean over them, Q a sum, so that one that few tokens meet is worth
+little; while none meets it, P stays.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from torch import nn
 from ardlora_ext import processes
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.native import observers, reference
-from ardlora_ext.ranks.recompress import Metric, Recompressed, factor_names
+from ardlora_ext.ranks.recompress import Metric, Recompressed, factor_names, groups
 
-DECAY = 0.8  # of the means, per step that is looked at
+DECAY = 0.2  # of the means, per step that is looked at
 DAMPING = 0.1  # share of the plain metric, at equal traces
 
 Batch = Any
@@ -35,12 +38,18 @@ LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 @dataclass
-class _Sums:
-    """Sums over the rows of the passes since the last step, of all groups of one layer."""
+class _Moments:
+    """Second moments of all groups of one layer."""
 
     common: list[torch.Tensor]
     own: list[torch.Tensor]  # by unit
-    rows: int = 0
+
+
+@dataclass
+class _Sums(_Moments):
+    """Sums over the rows of the passes since the last step."""
+
+    rows: torch.Tensor  # [groups] how many there were
 
 
 def _members(layer: LoraLinear) -> list[list[int]]:
@@ -75,6 +84,41 @@ def _own_grams(layer: LoraLinear, side: torch.Tensor) -> list[torch.Tensor]:
     return [gram[:r, :r] for gram, r in zip(k.mT @ k, layer.ranks, strict=True)]
 
 
+def _by_expert(layer: LoraLinear, h: torch.Tensor, d_h: torch.Tensor, offsets: torch.Tensor) -> _Sums:
+    """Return the sums of a pass whose rows are sorted by expert; columns of H past an expert's rank mean nothing."""
+    counts = offsets.diff()
+    common, own = (_grams(side, counts, layer.ranks) for side in (h, d_h))
+    if layer.gate is not None:  # dH has the gates in it
+        gates = torch.split(layer.gate.detach()[: sum(layer.ranks)].float(), layer.ranks)
+        inverse = [torch.where(g == 0, 0.0, 1.0 / g) for g in gates]
+        own = [gram * g * g[:, None] for gram, g in zip(own, inverse, strict=True)]
+    return _Sums(common, [gram / layer.scaling**2 for gram in own], counts.double().to(h.device))
+
+
+def _grams(side: torch.Tensor, counts: torch.Tensor, ranks: Sequence[int]) -> list[torch.Tensor]:
+    """Return sum h h^T [r, r] over the rows of each expert."""
+    parts = torch.split(side[: int(counts.sum())].float(), counts.tolist())
+    return [part[:, :r].T @ part[:, :r] for part, r in zip(parts, ranks, strict=True)]
+
+
+def _filled(layer: LoraLinear, known: Sequence[Metric | None]) -> list[Metric | None]:
+    """Return metrics in which units that no row met count as the least of those that some met."""
+    sure = [m for m in known if m is not None]
+    common = float(np.mean([float(m.common.trace()) for m in sure]))
+    own = min(float(gram.trace()) for m in sure for gram in m.own if gram.any())
+
+    def plain(rows: torch.Tensor, trace: float) -> torch.Tensor:
+        gram = rows @ rows.T
+        return gram * (trace / max(float(gram.trace()), 1e-300))
+
+    return [
+        metric
+        if metric or not len(group.common)
+        else Metric(plain(group.common, common), [plain(rows, own) for rows in group.own], DAMPING)
+        for metric, group in zip(known, groups(layer), strict=True)
+    ]
+
+
 class LossMetric:
     """Running means of P and Q for all adapters of a model; see the module.
 
@@ -88,7 +132,7 @@ class LossMetric:
         self.layers = dict(layers)
         self.decay = decay
         self.samples = 0
-        self.means: dict[str, _Sums] = {}
+        self.means: dict[str, _Moments] = {}
         self._sums: dict[str, _Sums] = {}
         self._ends: list[Callable[[], None]] = []
         self.looking = False
@@ -109,15 +153,24 @@ class LossMetric:
         self.looking = on
 
     @torch.no_grad()
-    def note(self, name: str, x: torch.Tensor, h: torch.Tensor, dy: torch.Tensor, d_h: torch.Tensor) -> None:
+    def note(
+        self,
+        name: str,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        dy: torch.Tensor,
+        d_h: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+    ) -> None:
         """Take in a backward pass of a layer."""
-        if not self.looking:
-            return
         layer = self.layers[name]
+        if not self.looking or not any(layer.ranks):
+            return
+        if offsets is not None:
+            self._add(name, _by_expert(layer, h, d_h, offsets))
+            return
         layout = layer.layout
         hidden = max(layer.ranks) if layout.shared else sum(layer.ranks)
-        if not hidden:
-            return
         forward, backward = h[:, :hidden].float(), d_h[:, :hidden].float()
         if layout.gate_on_a:
             common, own = [backward.T @ backward / layer.scaling**2], _own_grams(layer, x)
@@ -129,13 +182,15 @@ class LossMetric:
                 own = _blocks(backward.T @ backward / layer.scaling**2, layer.ranks)
             else:  # dH has the gates in it
                 own = _own_grams(layer, dy)
+        self._add(name, _Sums(common, own, h.new_full((len(common),), float(len(h)), dtype=torch.float64)))
+
+    def _add(self, name: str, new: _Sums) -> None:
         found = self._sums.get(name)
-        if found is None:
-            self._sums[name] = _Sums(common, own, len(h))
-            return
-        found.common = [a + b for a, b in zip(found.common, common, strict=True)]
-        found.own = [a + b for a, b in zip(found.own, own, strict=True)]
-        found.rows += len(h)
+        if found is not None:
+            new.common = [a + b for a, b in zip(found.common, new.common, strict=True)]
+            new.own = [a + b for a, b in zip(found.own, new.own, strict=True)]
+            new.rows = found.rows + new.rows
+        self._sums[name] = new
 
     # Means.
 
@@ -149,28 +204,40 @@ class LossMetric:
         for name, layer in self.layers.items():
             sums.setdefault(name, _zeros(layer))
         tensors = [t for s in sums.values() for t in (*s.common, *s.own)]
-        rows = torch.tensor([float(s.rows) for s in sums.values()], device=tensors[0].device)
-        processes.average([rows, *tensors], group)
+        rows = [s.rows.to(tensors[0].device, torch.float32) for s in sums.values()]
+        processes.average([*rows, *tensors], group)
         on_a = {name: layer.layout.gate_on_a for name, layer in self.layers.items()}
         back = [t for n, s in sums.items() for t in (s.common if on_a[n] else s.own)]
         total = sum(float(t.diagonal().double().sum()) for t in back)
         if not all(bool(torch.isfinite(t).all()) for t in tensors) or not total > 0.0:
             return False
-        means = {}
-        for (name, found), count in zip(sums.items(), rows.tolist(), strict=True):
-            by = (total, max(count, 1.0)) if on_a[name] else (max(count, 1.0), total)
-            new = _Sums([t.double() / by[0] for t in found.common], [t.double() / by[1] for t in found.own])
-            old = self.means.get(name)
-            means[name] = new if old is None else self._mixed(old, new)
-        self.means, self.samples = means, self.samples + 1
+        self.means = {
+            name: self._mixed(name, found, counts.tolist(), total)
+            for (name, found), counts in zip(sums.items(), rows, strict=True)
+        }
+        self.samples += 1
         return True
 
-    def _mixed(self, old: _Sums, new: _Sums) -> _Sums:
-        def means(before: list[torch.Tensor], now: list[torch.Tensor]) -> list[torch.Tensor]:
-            pairs = zip(before, now, strict=True)  # what somebody else has resized begins anew
-            return [torch.lerp(b, a, self.decay) if a.shape == b.shape else b for a, b in pairs]
+    def _mixed(self, name: str, new: _Sums, counts: list[float], total: float) -> _Moments:
+        """Return the means of a layer with the sums of a step taken in."""
+        layer, old = self.layers[name], self.means.get(name)
+        by_unit = [count for count, units in zip(counts, _members(layer), strict=True) for _ in units]
+        sizes = [total] * len(new.common), by_unit  # what sums are divided by
+        if not layer.layout.gate_on_a:
+            sizes = counts, [total] * len(new.own)
 
-        return _Sums(means(old.common, new.common), means(old.own, new.own))
+        def means(before: list[torch.Tensor], sums: list[torch.Tensor], by: list[float]) -> list[torch.Tensor]:
+            found = []
+            for b, s, size in zip(before, sums, by, strict=True):
+                now = s.double() / max(size, 1e-300)
+                if b.shape != s.shape:  # somebody else has resized it
+                    found.append(now)
+                else:
+                    found.append(torch.lerp(now, b, self.decay) if size > 0.0 else b)
+            return found
+
+        before = _Moments([t[:0] for t in new.common], [t[:0] for t in new.own]) if old is None else old
+        return _Moments(means(before.common, new.common, sizes[0]), means(before.own, new.own, sizes[1]))
 
     def of(self, name: str) -> list[Metric | None]:
         """Return the metric of each group of a layer, None where nothing is known of it."""
@@ -183,9 +250,9 @@ class LossMetric:
         for gram, units in zip(means.common, members, strict=True):
             known = bool(gram.any()) and any(bool(means.own[u].any()) for u in units)
             found.append(Metric(gram, [means.own[u] for u in units], DAMPING) if known else None)
-        return found
+        return _filled(layer, found) if any(found) and not all(found) else found
 
-    def turned(self, results: Mapping[str, Sequence[Recompressed]]) -> dict[str, _Sums]:
+    def turned(self, results: Mapping[str, Sequence[Recompressed]]) -> dict[str, _Moments]:
         """Return the means after recompressions, exactly: by module, one result for each group."""
         means = dict(self.means)
         for name, found in results.items():
@@ -197,7 +264,7 @@ class LossMetric:
                 for u, turn in zip(units, result.own_map, strict=True):
                     own[u] = turn @ own[u] @ turn.T
             common = [r.common_map @ g @ r.common_map.T for g, r in zip(before.common, found, strict=True)]
-            means[name] = _Sums(common, own)
+            means[name] = _Moments(common, own)
         return means
 
     # State.
@@ -221,7 +288,7 @@ class LossMetric:
             common, own = _sizes(layer)
             device = layer.lora_A.device
             loaded = [_unpack(v, size, device) for v, size in zip(values, common + own, strict=True)]
-            means[name] = _Sums(loaded[: len(common)], loaded[len(common) :])
+            means[name] = _Moments(loaded[: len(common)], loaded[len(common) :])
         self.means, self.samples = means, int(state["samples"])
 
 
@@ -232,7 +299,7 @@ def _note(name: str, metric: LossMetric, *seen: torch.Tensor) -> None:
 def _zeros(layer: LoraLinear) -> _Sums:
     common, own = _sizes(layer)
     make = layer.lora_A.detach().float().new_zeros
-    return _Sums([make(r, r) for r in common], [make(r, r) for r in own])
+    return _Sums([make(r, r) for r in common], [make(r, r) for r in own], make(len(common)).double())
 
 
 def _pack(values: torch.Tensor) -> str:

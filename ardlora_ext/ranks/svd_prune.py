@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.model.record import adapters, injection
 from ardlora_ext.native import reference
@@ -217,8 +216,6 @@ def known_metric(
         if batches is not None:
             raise ValueError(f"{caller}: batches must come with metric='loss', got metric='update'")
         return None
-    if any(isinstance(layer, ExpertStack) for layer in adapters(model).values()):
-        raise ValueError(f"{caller}: metric must be 'update' where experts are adapted, got 'loss'")
     if batches is not None:
         return measured(model, adapters(model), batches, loss_fn)
     found: LossMetric | None = getattr(injection(model).controller, "metric", None)

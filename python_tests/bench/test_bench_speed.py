@@ -14,8 +14,10 @@ from torch import nn
 
 from ardlora_ext.bench import turns
 from ardlora_ext.bench.cli import main
-from ardlora_ext.bench.speed import compositions, kernels, memory, models, patterns, resize, scaling, step
-from ardlora_ext.bench.speed.compositions import COMPOSITIONS, Composition, TorchLoop, applies
+from ardlora_ext.bench.speed import kernels, memory, models, resize, scaling, step
+from ardlora_ext.bench.speed.layers import compositions, experts, patterns
+from ardlora_ext.bench.speed.layers.compositions import TorchLoop
+from ardlora_ext.bench.speed.layers.register import COMPOSITIONS, compose, fitting
 from ardlora_ext.errors import InputError
 from ardlora_ext.model.record import adapters
 from ardlora_ext.native.compiled import core
@@ -71,13 +73,40 @@ def test_ragged_heads_cost_what_uniform_ranks_cost(factoring: patterns.Factoring
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", ["uniform-8", "heads-shared", "heads-independent"])
 def test_all_compositions_compute_the_same(pattern: str, dtype: torch.dtype) -> None:
-    (site,) = patterns.sites(pattern, 128, dtype)
+    (site,) = patterns.sites(pattern, 128, dtype, 19)
     x, dy = torch.randn(19, 128).to(dtype), torch.randn(19, 128).to(dtype)
-    names = [name for name in COMPOSITIONS if name != "base" and applies(name, site)]
+    names = fitting([name for name in COMPOSITIONS if name != "base"], site, 0.0)
     assert {"ours", "peft", "torch-padded"} <= set(names)
     assert ("torch-bmm" in names) == (pattern != "uniform-8")
     for name in names:
-        assert 0.0 < compositions.check(name, COMPOSITIONS[name](site, 0.0), x, dy) < 4e-2
+        assert 0.0 < compositions.check(name, compose(name, site, 0.0), x, dy) < 4e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["experts", "experts-ragged-skewed"])
+def test_all_compositions_of_experts_compute_the_same(pattern: str, dtype: torch.dtype) -> None:
+    (site,) = patterns.sites(pattern, 64, dtype, 40)
+    assert sum(site.ranks) == 8 * len(site.ranks)
+    assert sum(site.counts) == 40
+    assert (max(site.counts) >= 20) == pattern.endswith("skewed")
+    assert 0 in site.counts
+    x, dy = torch.randn(40, 64).to(dtype), torch.randn(40, 64).to(dtype)
+    names = fitting([name for name in COMPOSITIONS if name != "base"], site, 0.0)
+    assert set(names) == {"ours", "peft", "torch-grouped_mm", "torch-loop"}
+    assert "peft" not in fitting(names, site, 0.1)
+    for name in names:
+        assert 0.0 < compositions.check(name, compose(name, site, 0.0), x, dy) < 4e-2
+
+
+def test_check_finds_an_expert_that_is_wrong() -> None:
+    class Wrong(experts.TorchLoop):
+        def folded_gradients(self) -> compositions.Gradients:
+            a, b = super().folded_gradients()
+            return a.index_copy(0, torch.tensor([3]), 1.01 * a[3:4]), b
+
+    (site,) = patterns.sites("experts", 64, torch.float32, 200)
+    with pytest.raises(InputError, match="wrong must agree with float64"):
+        compositions.check("wrong", Wrong(site, 0.0), torch.randn(200, 64), torch.randn(200, 64))
 
 
 def test_check_finds_a_wrong_gradient() -> None:
@@ -86,18 +115,19 @@ def test_check_finds_a_wrong_gradient() -> None:
             a, b = super().folded_gradients()
             return a, 1.01 * b
 
-    (site,) = patterns.sites("heads-shared", 128, torch.float32)
+    (site,) = patterns.sites("heads-shared", 128, torch.float32, 19)
     x, dy = torch.randn(19, 128), torch.randn(19, 128)
     with pytest.raises(InputError, match=r"wrong must agree with float64 to 0\.0001, got a relative error of 0\.01"):
         compositions.check("wrong", Wrong(site, 0.0), x, dy)
 
 
-@pytest.mark.parametrize("name", list(COMPOSITIONS))
-def test_dropout_is_at_work_in_training_alone(name: str) -> None:
-    (site,) = patterns.sites("heads-independent", 128, torch.float32)
-    made: Composition = COMPOSITIONS[name](site, 0.5)
-    if not applies(name, site):
-        pytest.skip("this torch lacks it")
+@pytest.mark.parametrize("pattern", ["heads-independent", "experts"])
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_dropout_is_at_work_in_training_alone(name: str, pattern: str) -> None:
+    (site,) = patterns.sites(pattern, 128, torch.float32, 4)
+    if not fitting([name], site, 0.5):
+        pytest.skip("not there, or not in this torch")
+    made = compose(name, site, 0.5)
     x = torch.randn(4, 128)
     torch.manual_seed(0)
     assert torch.equal(made.train()(x), made(x)) == (name == "base")
@@ -238,6 +268,11 @@ def test_exponent_of_growth() -> None:
         ),
         (
             "layer --check --patterns uniform-8 heads-independent --dtypes float32 --dropouts 0.1 --rows 8 --rounds 2",
+            {"pattern", "dtype", "dropout", "impl", "median_s", "adapter_s", "overhead"},
+            "x uniform rank 8",
+        ),
+        (
+            "layer --patterns experts experts-ragged --dtypes float32 --dropouts 0 --rows 32 --rounds 2 --clock cpu",
             {"pattern", "dtype", "dropout", "impl", "median_s", "adapter_s", "overhead"},
             "x uniform rank 8",
         ),

@@ -28,7 +28,7 @@ from ardlora_ext.bench.output import (
     publish,
 )
 from ardlora_ext.bench.speed import kernels_cuda
-from ardlora_ext.bench.speed.patterns import ragged
+from ardlora_ext.bench.speed.layers.patterns import ragged
 from ardlora_ext.bench.stats import geometric_mean
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.compiled import DTYPE_CODES, core, matrix

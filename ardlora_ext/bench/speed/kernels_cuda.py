@@ -15,12 +15,21 @@ import torch
 
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.output import Column, Panel, Result, bars_of, groups, publish
-from ardlora_ext.bench.speed.compositions import COMPOSITIONS, Composition, applies
-from ardlora_ext.bench.speed.patterns import Site, sites
+from ardlora_ext.bench.speed.layers.compositions import Composition
+from ardlora_ext.bench.speed.layers.patterns import Site, sites
+from ardlora_ext.bench.speed.layers.register import compose, fitting
 from ardlora_ext.errors import InputError
 
-IMPLEMENTATIONS = ("base", "ours", "peft", "torch-padded", "torch-loop")
-_PATTERNS = ("uniform-8", "uniform-64", "heads-shared", "heads-independent")
+IMPLEMENTATIONS = ("base", "ours", "peft", "torch-padded", "torch-loop", "torch-grouped_mm")
+_PATTERNS = (
+    "uniform-8",
+    "uniform-64",
+    "heads-shared",
+    "heads-independent",
+    "experts",
+    "experts-ragged",
+    "experts-skewed",
+)
 _FLUSH_BYTES = 256 << 20  # more than any L2 cache holds
 _QUEUE_SECONDS = 2e-3  # more than the host needs for a layer forward and backward
 _CYCLES = 2e9  # of a GPU in a second, at most about
@@ -73,9 +82,9 @@ def measure(
     pattern: str, dtype: str, rows: int, features: int, rounds: int, device: torch.device, clock: Clock
 ) -> list[Json]:
     """Time every implementation on one matrix of a pattern; one row for each of them and each pass."""
-    site = on_device(sites(pattern, features, getattr(torch, dtype))[0], device)
-    names = [name for name in IMPLEMENTATIONS if applies(name, site)]
-    modules = {name: COMPOSITIONS[name](site, 0.0).to(device).train() for name in names}
+    site = on_device(sites(pattern, features, getattr(torch, dtype), rows)[0], device)
+    names = fitting(IMPLEMENTATIONS, site, 0.0)
+    modules = {name: compose(name, site, 0.0).to(device).train() for name in names}
     x = torch.randn(rows, features, device=device).to(site.weight.dtype)
     dy = torch.randn_like(x)
     found = []

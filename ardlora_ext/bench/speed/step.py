@@ -41,7 +41,7 @@ from ardlora_ext.bench.speed.models import (
     make_model,
     make_runner,
 )
-from ardlora_ext.bench.turns import in_turns
+from ardlora_ext.bench.turns import add_clock, in_turns
 from ardlora_ext.errors import InputError
 from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import LoraLinear
@@ -71,12 +71,22 @@ _COLUMNS = (
 
 
 def measure(
-    model: str, dtype: str, recipe: str, names: list[str], tokens: int, r: int, rounds: int, small: bool
+    model: str,
+    dtype: str,
+    recipe: str,
+    names: list[str],
+    tokens: int,
+    r: int,
+    rounds: int,
+    small: bool,
+    clock: str = "wall",
 ) -> list[Json]:
     """Time the implementations in turns and return one row each."""
     base, batch = make_model(model, getattr(torch, dtype), tokens, small)
     runners = {name: make_runner(name, base, batch, r, recipe) for name in fitting(model, names)}
-    times = in_turns({name: runner.step for name, runner in runners.items()}, rounds, f"{model} {dtype} {recipe}")
+    times = in_turns(
+        {name: runner.step for name, runner in runners.items()}, rounds, f"{model} {dtype} {recipe}", clock
+    )
     rows = []
     for name, runner in runners.items():
         median, low, high = times.spread(name)
@@ -191,6 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="rows of activations per step")
     parser.add_argument("--r", type=int, default=8, help="rank of every adapter")
     parser.add_argument("--repeats", type=int, default=20, help="rounds of all implementations")
+    add_clock(parser)
     add_output_arguments(parser, "first compare loss and gradients of ours with the reference, in float32")
 
 
@@ -210,7 +221,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
             if arguments.check:
                 said.append(check(model, min(arguments.tokens, 64), arguments.r, small))
             for dtype, recipe in product(arguments.dtypes, arguments.recipe):
-                rows += measure(model, dtype, recipe, names, arguments.tokens, arguments.r, rounds, small)
+                rows += measure(
+                    model, dtype, recipe, names, arguments.tokens, arguments.r, rounds, small, arguments.clock
+                )
     panels = [
         Panel(f"{model}, {dtype}, {recipe}", [_bar(row, group) for row in group if row["impl"] != "frozen"])
         for (model, dtype, recipe), group in groups(rows, "model", "dtype", "recipe").items()

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.model.parameters import SERVED_RANKS, served_rank
 from ardlora_ext.ranks.controllers.ard.regularizer import layer_key
 from ardlora_ext.ranks.controllers.ard.tolerance import DEEPEST, PARTS, Cut, Holdout
@@ -75,8 +74,7 @@ class AnnealController(Controller[ArdConfig]):
         self.price = 0.0
         self.finished = False
         self.holdout = None if holdout is None else Holdout(lambda: scored(model, lambda: float(holdout())))
-        # Experts have passes of their own, which nobody watches; worths in two metrics cannot be compared.
-        if config.metric == "loss" and not any(isinstance(layer, ExpertStack) for layer in units.layers):
+        if config.metric == "loss":
             self.metric = LossMetric(dict(zip(units.names, units.layers, strict=True)))
 
     # The schedule.

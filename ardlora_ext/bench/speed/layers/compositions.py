@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ardlora_ext.bench.speed.patterns import Site
+from ardlora_ext.bench.speed.layers.patterns import Site
 from ardlora_ext.errors import InputError
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.native.reference import unit_slices
@@ -33,6 +33,14 @@ class Composition(nn.Module):
     def folded_gradients(self) -> Gradients:
         """Return the gradients as those of zero-padded factors; entries that a unit does not own are arbitrary."""
         raise NotImplementedError
+
+    def folded(self, a: torch.Tensor, b: torch.Tensor) -> Gradients:
+        """Return what belongs to the site's factors in the form that all can be compared in."""
+        return fold(self.site, a, b)
+
+    def equation(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return y of folded factors in the dtype of x, by plain products."""
+        return x @ self.site.weight.to(x.dtype).T + (x @ a.T) @ b
 
 
 class Base(Composition):
@@ -254,7 +262,7 @@ def ours_layer(site: Site, dropout: float = 0.0) -> LoraLinear:
     return layer
 
 
-COMPOSITIONS: Mapping[str, Callable[[Site, float], Composition]] = {
+LINEARS: Mapping[str, Callable[[Site, float], Composition]] = {
     "base": Base,
     "ours": Ours,
     "peft": Peft,
@@ -265,18 +273,11 @@ COMPOSITIONS: Mapping[str, Callable[[Site, float], Composition]] = {
 }
 
 
-def applies(name: str, site: Site) -> bool:
-    """Tell whether a composition is a different program on this site, and this torch has what it needs."""
-    if name == "torch-grouped_mm":
-        return site.layout.kind == "out_heads" and not site.layout.shared and hasattr(F, "grouped_mm")
-    return name not in ("torch-loop", "torch-bmm") or site.layout.units > 1
-
-
-def reference_gradients(site: Site, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return (y, dx, dA, dB) of a site in float64, the gradients folded."""
-    a, b = (t.double().requires_grad_() for t in fold(site, site.lora_A, site.lora_B))
-    wide, weight = x.double().requires_grad_(), site.weight.double()
-    y = wide @ weight.T + (wide @ a.T) @ b
+def _reference(made: Composition, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return (y, dx, dA, dB) in float64, the gradients folded."""
+    a, b = (t.double().requires_grad_() for t in made.folded(made.site.lora_A, made.site.lora_B))
+    wide = x.double().requires_grad_()
+    y = made.equation(wide, a, b)
     return (y.detach(), *torch.autograd.grad(y, (wide, a, b), dy.double()))
 
 
@@ -291,11 +292,11 @@ def check(name: str, composition: Composition, x: torch.Tensor, dy: torch.Tensor
     y = composition(leaf)
     y.backward(dy)
     own = [torch.ones_like(site.lora_A), torch.ones_like(site.lora_B)]
-    masks = [torch.ones(()), torch.ones(()), *fold(site, *own)]
+    masks = [torch.ones(()), torch.ones(()), *composition.folded(*own)]
     results = [y.detach(), leaf.grad, *composition.folded_gradients()]
     bound = {torch.float32: 1e-4, torch.bfloat16: 4e-2}[x.dtype]
     worst = 0.0
-    for got, wanted, mask in zip(results, reference_gradients(site, x, dy), masks, strict=True):
+    for got, wanted, mask in zip(results, _reference(composition, x, dy), masks, strict=True):
         assert got is not None
         error = ((got.double() - wanted) * mask).abs().max() / (wanted * mask).abs().max()
         worst = max(worst, float(error))

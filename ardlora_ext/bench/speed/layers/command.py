@@ -25,12 +25,14 @@ from ardlora_ext.bench.output import (
     publish,
     selected,
 )
-from ardlora_ext.bench.speed.compositions import COMPOSITIONS, Composition, applies, check
-from ardlora_ext.bench.speed.patterns import HEAD_DIM, PATTERNS, sites
-from ardlora_ext.bench.turns import in_turns
+from ardlora_ext.bench.speed.layers.compositions import Composition, check
+from ardlora_ext.bench.speed.layers.patterns import HEAD_DIM, PATTERNS, sites
+from ardlora_ext.bench.speed.layers.register import COMPOSITIONS, compose, fitting
+from ardlora_ext.bench.turns import add_clock, in_turns
 from ardlora_ext.errors import InputError
 
 _DTYPES = ("float32", "bfloat16")
+_CHECKED = 67  # rows
 _COLUMNS = (
     Column("pattern", "pattern"),
     Column("dtype", "dtype"),
@@ -45,18 +47,25 @@ _COLUMNS = (
 
 
 def measure(
-    pattern: str, dtype: str, dropout: float, names: list[str], rows: int, features: int, rounds: int
+    pattern: str,
+    dtype: str,
+    dropout: float,
+    names: list[str],
+    rows: int,
+    features: int,
+    rounds: int,
+    clock: str = "wall",
 ) -> list[Json]:
     """Time the compositions of one pattern in turns."""
     kind: torch.dtype = getattr(torch, dtype)
-    places = sites(pattern, features, kind)
-    names = [name for name in names if applies(name, places[0])]
+    places = sites(pattern, features, kind, rows)
+    names = fitting(names, places[0], dropout)
     generator = torch.Generator().manual_seed(0)
     xs = [torch.randn(rows, features, generator=generator).to(kind) for _ in places]
     dy = torch.randn(rows, features, generator=generator).to(kind)
-    modules = {name: [COMPOSITIONS[name](site, dropout).train() for site in places] for name in names}
+    modules = {name: [compose(name, site, dropout).train() for site in places] for name in names}
     calls = {name: _call(parts, xs, dy) for name, parts in modules.items()}
-    times = in_turns(calls, rounds, f"{pattern} {dtype} dropout {dropout:g}")
+    times = in_turns(calls, rounds, f"{pattern} {dtype} dropout {dropout:g}", clock)
     found = []
     for name in names:
         median, low, high = times.spread(name)
@@ -86,11 +95,11 @@ def run_checks(patterns: list[str], dtypes: list[str], names: list[str], feature
     for pattern in patterns:
         for dtype in dtypes:
             kind: torch.dtype = getattr(torch, dtype)
-            site = next(site for site in sites(pattern, features, kind) if sum(site.ranks))
-            x, dy = (torch.randn(17, features).to(kind) for _ in range(2))
-            for name in names:
-                if name != "base" and applies(name, site):
-                    worst = max(worst, check(f"{name} on {pattern}", COMPOSITIONS[name](site, 0.0), x, dy))
+            site = next(site for site in sites(pattern, features, kind, _CHECKED) if sum(site.ranks))
+            x, dy = (torch.randn(_CHECKED, features).to(kind) for _ in range(2))
+            for name in fitting(names, site, 0.0):
+                if name != "base":
+                    worst = max(worst, check(f"{name} on {pattern}", compose(name, site, 0.0), x, dy))
                     count += 1
     return f"{count} compositions agree with float64; largest relative error {worst:.1g}"
 
@@ -109,10 +118,14 @@ def notes(rows: list[Json]) -> list[str]:
         said[-1] += f", layer {best['median_s'] / ours['median_s']:.2f} x"
         for row in selected(group, impl="peft"):
             said[-1] += f"; adapter at {ours['adapter_s'] / row['adapter_s']:.2f} of PEFT's time"
-        for row in selected(rows, pattern="uniform-8", dtype=dtype, dropout=dropout, impl="ours"):
-            if pattern.startswith("heads"):
-                said[-1] += f"; {ours['adapter_s'] / row['adapter_s']:.2f} x uniform rank 8 (aim: at most 1.3)"
+        for row in selected(rows, pattern=_uniform(pattern), dtype=dtype, dropout=dropout, impl="ours"):
+            said[-1] += f"; {ours['adapter_s'] / row['adapter_s']:.2f} x uniform rank 8 (aim: at most 1.3)"
     return said
+
+
+def _uniform(pattern: str) -> str:
+    """Return the pattern of uniform ranks that one of ragged ranks has the parameters and the rows of."""
+    return "uniform-8" if pattern.startswith("heads") else pattern.replace("-ragged", "") if "ragged" in pattern else ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,10 +133,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="ranks to run")
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="of activations and base")
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1], help="of the adapter's input")
-    parser.add_argument("--impl", nargs="+", choices=list(COMPOSITIONS), default=list(COMPOSITIONS))
+    parser.add_argument("--impl", nargs="+", choices=COMPOSITIONS, default=COMPOSITIONS)
     parser.add_argument("--rows", type=int, default=512, help="rows of activations, M")
     parser.add_argument("--features", type=int, default=1024, help="in and out features, K = N")
     parser.add_argument("--rounds", type=int, default=20, help="samples of every implementation")
+    add_clock(parser)
     add_output_arguments(parser, "first compare y and all gradients with float64, without dropout")
 
 
@@ -143,7 +157,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     for pattern in arguments.patterns:
         for dtype in arguments.dtypes:
             for dropout in arguments.dropouts:
-                rows += measure(pattern, dtype, dropout, names, m, features, rounds)
+                rows += measure(pattern, dtype, dropout, names, m, features, rounds, arguments.clock)
     panels = [
         Panel(
             f"{pattern}, {dtype}" + (f", dropout {dropout:g}" if dropout else ""),
