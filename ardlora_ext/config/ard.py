@@ -58,8 +58,7 @@ class ArdConfig(AdapterConfig):
         start: `anneal`: every unit starts at the rank start * r0. At least 1.
         shape: `anneal`: how the budget falls, `geometric`, `linear`, or `cubic` (AdaLoRA's).
         metric: `anneal`: what a component is worth and a cut keeps: the `loss` to second order, from rank-sized
-            statistics of the backward pass, or the size of the `update`, which also stands for it where experts are
-            adapted: nobody watches their grouped passes.
+            statistics of the backward pass, or the size of the `update`.
         allocation: `anneal`: `learned`, or a control: `uniform` (one rank for all), `random`.
         l1: lambda, a fixed price instead of a budget, in units of the typical (RMS) gradient of alpha.
         tv: beta, strength of the total variation within the regulariser.

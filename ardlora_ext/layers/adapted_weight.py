@@ -67,9 +67,10 @@ class Call:
         self._parts: list[tuple[torch.Tensor, ...]] | None = None
         self._rows = 0  # that came expert by expert
 
-    def grouped(self, x: torch.Tensor, base: Base | None, offsets: torch.Tensor, places: Places) -> torch.Tensor:
-        """Return the product of rows of all experts; `places` are asked for where there is a mask."""
-        self._count(offsets.diff())
+    def grouped(self, x: torch.Tensor, base: Base | None, ends: torch.Tensor, places: Places) -> torch.Tensor:
+        """Return the product of rows of all experts, each up to its end; `places` are asked for if there is a mask."""
+        offsets, counts = self.routing.offsets(ends)
+        self._count(counts)
         at = None if self.dropout[1] is None else places()
         return lora_grouped(x, base, offsets, *self.stack._adapter(x.dtype, self.dropout), at, self.stack.prepared)
 
@@ -100,7 +101,8 @@ class Call:
     def _count(self, rows: torch.Tensor) -> None:
         """Add [experts] rows to what the experts have seen in training, where the rows are: nothing waits for them."""
         if self.stack.training and torch.is_grad_enabled():
-            self.stack.tokens = self.stack.tokens.to(rows.device)
+            if self.stack.tokens.device != rows.device:
+                self.stack.tokens = self.stack.tokens.to(rows.device)
             self.stack.tokens += rows  # in place: a captured graph adds to the same numbers in each replay
 
 
@@ -266,15 +268,15 @@ class AdaptedWeight:
         """Multiply rows sorted by expert, `offs` [experts] where each expert's end."""
         self._check_axes(in_first=True)
         base = Base(lambda rows, stack: func(rows, stack, offs=offs), self.tensor)
-        return self.call.grouped(x, base, F.pad(offs.long(), (1, 0)), lambda: self.call.routing.order(len(x)))
+        return self.call.grouped(x, base, offs, lambda: self.call.routing.order(len(x)))
 
     def _dealt(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [experts, T, in]: each expert has as many rows."""
         self._check_axes(in_first=True)
         experts, each, _ = x.shape
-        offsets = torch.arange(experts + 1, device=x.device) * each
+        ends = torch.arange(1, experts + 1, device=x.device) * each
         base = Base(lambda rows, stack: torch.bmm(rows.view(experts, each, -1), stack).flatten(0, 1), self.tensor)
-        return self.call.grouped(x.flatten(0, 1), base, offsets, lambda: None).view(experts, each, -1)
+        return self.call.grouped(x.flatten(0, 1), base, ends, lambda: None).view(experts, each, -1)
 
     def _gathered(self, x: torch.Tensor, first: bool) -> torch.Tensor:
         """Multiply each of x [S, 1, in], or as columns [S, in, 1], by the matrix of its own expert."""
@@ -282,8 +284,9 @@ class AdaptedWeight:
         assert isinstance(self.pick, torch.Tensor)
         rows = x[..., 0] if first else x[:, 0]
         experts, order = torch.sort(self.pick, stable=True)
-        offsets = torch.searchsorted(experts, torch.arange(self.stack.layout.units + 1, device=x.device))
+        last = torch.arange(self.stack.layout.units, device=x.device)
+        ends = torch.searchsorted(experts, last, right=True)
         y = torch.bmm(self.tensor, x)[..., 0] if first else torch.bmm(x, self.tensor)[:, 0]
-        update = self.call.grouped(rows[order], None, offsets, lambda: order)
+        update = self.call.grouped(rows[order], None, ends, lambda: order)
         y = y + update[torch.argsort(order)]
         return y[..., None] if first else y[:, None]

@@ -20,6 +20,20 @@ class Routing:
         found = (v for v in tensors if v.dim() == 2 and v.dtype in (torch.int64, torch.int32))
         self.index = next(found, None)
         self._order: torch.Tensor | None = None
+        self._ends: torch.Tensor | None = None
+        self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def offsets(self, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where each expert's rows begin, int64 [experts + 1], and how many it has [experts].
+
+        Args:
+            ends: where they end; all stacks of a module that are given the same tensor share the work.
+        """
+        if self._sorted is None or self._ends is not ends:
+            begins = ends.new_zeros(len(ends) + 1, dtype=torch.int64)
+            begins[1:] = ends
+            self._ends, self._sorted = ends, (begins, begins[1:] - begins[:-1])
+        return self._sorted
 
     def order(self, rows: int) -> torch.Tensor | None:
         """Return the places [rows] of tokens sorted by expert, as transformers does; None where that is not known."""

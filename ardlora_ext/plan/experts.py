@@ -35,10 +35,10 @@ class _PlannedCall(Call):
         super().__init__(stack, routing)
         self._name, self._seen, self._dense = names[id(stack)], rows, dense
 
-    def grouped(self, x: torch.Tensor, base: Base | None, offsets: torch.Tensor, places: Places) -> torch.Tensor:
+    def grouped(self, x: torch.Tensor, base: Base | None, ends: torch.Tensor, places: Places) -> torch.Tensor:
         """Keep x and offsets, and, as PEFT does, the stack with its update added."""
         self._seen[self._name] = self._seen.get(self._name, 0) + len(x)
-        kept = [x, offsets]
+        kept = [x, self.routing.offsets(ends)[0]]
         if self._dense:
             kept.append(torch.empty_like(self.stack.weight))
         y: torch.Tensor = _Kept.apply(  # type: ignore[no-untyped-call]

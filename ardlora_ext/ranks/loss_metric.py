@@ -236,7 +236,9 @@ class LossMetric:
                     found.append(torch.lerp(now, b, self.decay) if size > 0.0 else b)
             return found
 
-        before = _Moments([t[:0] for t in new.common], [t[:0] for t in new.own]) if old is None else old
+        before = (
+            _Moments([t[:0].double() for t in new.common], [t[:0].double() for t in new.own]) if old is None else old
+        )
         return _Moments(means(before.common, new.common, sizes[0]), means(before.own, new.own, sizes[1]))
 
     def of(self, name: str) -> list[Metric | None]:

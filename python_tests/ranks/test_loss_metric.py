@@ -194,6 +194,25 @@ def test_bad_input_is_refused_before_anything_changes() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_batches_are_averaged_and_what_was_resized_begins_anew() -> None:
+    torch.manual_seed(0)
+    layer = adapter(LAYOUTS[0], r=3)
+    batches = [(torch.randn(6, 24), torch.randn(6, 32)) for _ in range(4)]
+    single = [looked_at(layer, batch).means["x"].common[0] for batch in batches]
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return (model(batch[0]) * batch[1]).sum()
+
+    metric = loss_metric.measured(layer, {"x": layer}, batches, loss)
+    torch.testing.assert_close(metric.means["x"].common[0], torch.stack(single).mean(0))
+    layer.set_ranks([2])
+    assert metric.of("x") == [None]
+    metric.watch(True)
+    layer(batches[0][0]).backward(batches[0][1])
+    assert metric.take()
+    assert metric.of("x") != [None]
+
+
 def test_gradients_that_are_not_finite_are_left_out() -> None:
     layer = adapter(LAYOUTS[0])
     metric = looked_at(layer, (torch.randn(8, 24), torch.randn(8, 32)))

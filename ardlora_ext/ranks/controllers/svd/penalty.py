@@ -54,7 +54,7 @@ class PenaltyHooks:
             end()
         self._ends = []
 
-    def _see(self, _x: torch.Tensor, _h: torch.Tensor, dy: torch.Tensor, _d_h: torch.Tensor) -> None:
+    def _see(self, _x: torch.Tensor, _h: torch.Tensor, dy: torch.Tensor, *_others: torch.Tensor) -> None:
         self._scaled = dy.dtype == torch.float16
 
     def _before(self, factor: nn.Parameter) -> None:
