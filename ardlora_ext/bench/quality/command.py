@@ -18,7 +18,7 @@ from ardlora_ext.bench.quality.methods import RECIPES, parse
 from ardlora_ext.bench.quality.trial import Bed
 from ardlora_ext.errors import InputError
 
-BEDS = ("planted", "tiny", "phonebook", "real")
+BEDS = ("planted", "tiny", "phonebook", "experts", "real")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="methods (default: all), each with config fields to change after a colon: ard:tv=0,lr_alpha=0.05",
     )
     parser.add_argument("--reference", help="method that differences are taken to (default: the first)")
-    parser.add_argument("--seeds", type=int, help="report seeds (default: 10; 5 tiny, 3 real)")
+    parser.add_argument("--seeds", type=int, help="report seeds (default: 10; 5 tiny and experts, 3 real)")
     parser.add_argument(
-        "--tune-seeds", type=int, help="seeds to choose the learning rate on (default: 2; 1 tiny, 1 real)"
+        "--tune-seeds", type=int, help="seeds to choose the learning rate on (default: 2; 1 tiny, experts and real)"
     )
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates to try (default: 7 values by bed)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run (default: by bed)")
@@ -94,7 +94,7 @@ def _bed(arguments: argparse.Namespace) -> tuple[Bed, Effort]:
     sizes = ("steps", "rank", "pairs", "examples")
     chosen = {name: getattr(arguments, name) for name in sizes if getattr(arguments, name) is not None}
     bed = _BEDS[arguments.bed](arguments, chosen)
-    default = {"tiny": (5, 1), "real": (3, 1)}.get(arguments.bed, (10, 2))
+    default = {"tiny": (5, 1), "experts": (5, 1), "real": (3, 1)}.get(arguments.bed, (10, 2))
     seeds, tune_seeds = (3, 1) if quick else default
     lrs = arguments.lrs or (bed.lrs[3:6] if quick else bed.lrs)
     return bed, Effort(arguments.seeds or seeds, arguments.tune_seeds or tune_seeds, tuple(lrs))
@@ -119,6 +119,12 @@ def _phonebook(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
     return PhonebookBed(**chosen)
 
 
+def _experts(_arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
+    from ardlora_ext.bench.quality.beds.experts import ExpertsBed
+
+    return ExpertsBed(**chosen)
+
+
 def _real(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
     from ardlora_ext.bench.quality.beds.real import RealBed
 
@@ -129,5 +135,6 @@ _BEDS: dict[str, Callable[[argparse.Namespace, Mapping[str, Any]], Bed]] = {
     "planted": _planted,
     "tiny": _tiny,
     "phonebook": _phonebook,
+    "experts": _experts,
     "real": _real,
 }
