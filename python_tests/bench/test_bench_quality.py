@@ -19,7 +19,7 @@ import ardlora_ext as ard
 from ardlora_ext.bench import stats
 from ardlora_ext.bench.cli import main
 from ardlora_ext.bench.quality import report
-from ardlora_ext.bench.quality.beds import experts, phonebook, tasks, tiny
+from ardlora_ext.bench.quality.beds import phonebook, tasks, tiny
 from ardlora_ext.bench.quality.beds.planted import PlantedBed, nested_oracle, oracle_loss, oracle_ranks, plant
 from ardlora_ext.bench.quality.compare import Comparison, Effort, compare
 from ardlora_ext.bench.quality.methods import RECIPES, MethodUnavailable, Plan, parse, random_ranks, set_ranks
@@ -268,21 +268,6 @@ def test_phonebook_stores_what_it_has_room_for(tmp_path: Path, monkeypatch: pyte
     assert 0.0 <= large["bits"] < small["bits"]
     assert 0.0 <= small["recall"] < large["recall"] <= 1.0
     assert small["params"] == 2 * 16 * 6
-
-
-def test_rank_goes_to_experts_that_see_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ARDLORA_CACHE", str(tmp_path))
-    bed = experts.ExpertsBed(tasks=4, experts=4, width=16, steps=60, batch=16, pretrain_steps=120, eval_rows=32)
-    rows = experts.sequences(bed, 2, 5, torch.Generator().manual_seed(0))
-    assert torch.equal(rows[:, :6].flip(1), rows[:, 7:])
-    assert set((rows[:, :6] // 8).flatten().tolist()) == {2}
-    seen = experts.tokens_seen(bed.task(0).model, rows)
-    assert seen.sum(1).tolist() == [2.0 * 5 * 12] * 2
-    monkeypatch.setattr(experts, "learn", None)  # from the cache now
-    row = run_trial(bed, parse("ard"), 1e-2, seed=0)
-    assert row["spearman"] > 0.0
-    assert 0.25 < row["tokens"] < row["seeing"] + 0.5 <= 1.5
-    assert row["params"] <= row["budget"]
 
 
 NOUNS = """\
