@@ -24,13 +24,21 @@ class Clock:
         return 1e-5 * self.calls
 
 
-@pytest.mark.parametrize(("pattern", "names"), [("uniform-8", 4), ("heads-shared", 5)])
-def test_rows_hold_times_above_the_base(pattern: str, names: int) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "impl"),
+    [
+        ("uniform-8", IMPLEMENTATIONS[:4]),
+        ("heads-shared", IMPLEMENTATIONS[:5]),
+        ("experts-skewed", ("base", "ours", "peft", "torch-loop", "torch-grouped_mm")),
+    ],
+)
+def test_rows_hold_times_above_the_base(pattern: str, impl: tuple[str, ...]) -> None:
+    names = len(impl)
     clock = Clock()
     rows = measure(pattern, "float32", 4, 128, 1, torch.device("cpu"), clock)
     assert clock.calls == 2 * names  # one round of each pass
     forward = [row for row in rows if row["pass"] == "forward"]
-    assert [row["impl"] for row in forward] == list(IMPLEMENTATIONS[:names])
+    assert [row["impl"] for row in forward] == list(impl)
     assert [row["us"] for row in forward] == pytest.approx([10.0 * (i + 1) for i in range(names)])
     assert [row["adapter_us"] for row in forward] == pytest.approx([10.0 * i for i in range(names)])
     assert forward[1]["overhead"] == pytest.approx(1.0)

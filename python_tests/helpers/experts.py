@@ -38,6 +38,7 @@ _DEEPSEEK = {
     "n_shared_experts": 1,
     "num_key_value_heads": 4,
 }
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 _JAMBA = {"attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0}
 FAMILIES: dict[str, dict[str, Any]] = {  # model_type: what it needs beside TINY
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -63,6 +64,10 @@ FAMILIES: dict[str, dict[str, Any]] = {  # model_type: what it needs beside TINY
         "layer_types": ["full_attention"] * 2,
     },
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2},
+    **dict.fromkeys(
+        ("granitemoeshared", "granitemoe_swa", "minimax_m2", "solar_open", "cohere2_moe", "mellum"), _LOCAL
+    ),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "axk1"), _DEEPSEEK),
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 40, "head_dim": 8},
 }
 

@@ -104,10 +104,11 @@ def kernels(context: Context) -> Iterator[Json]:
     """`bench kernels --device cuda` at rows that models train at."""
     if context.dry:
         clock: kernels_cuda.Clock = _wall
-        sizes, rounds = [("uniform-8", "bfloat16", 16, 128)], 1
+        sizes, rounds = [(pattern, "bfloat16", 16, 128) for pattern in ("uniform-8", "experts-ragged")], 1
     else:
         clock, rounds = kernels_cuda.EventClock(context.device), 20
         sizes = list(product(("uniform-8", "uniform-64", "heads-shared"), ("bfloat16",), (2048, 8192), (4096,)))
+        sizes += product(("experts", "experts-ragged", "experts-skewed"), ("bfloat16",), (8192,), (2048,))
     for pattern, dtype, rows, features in sizes:
         with context.kernels():
             for row in kernels_cuda.measure(pattern, dtype, rows, features, rounds, context.device, clock):
