@@ -30,7 +30,7 @@ from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.native import observers, reference
 from ardlora_ext.ranks.recompress import Metric, Recompressed, factor_names, groups
 
-DECAY = 0.2  # of the means, per step that is looked at
+DECAY = 0.8  # of the means, per step that is looked at
 DAMPING = 0.1  # share of the plain metric, at equal traces
 
 Batch = Any

@@ -213,6 +213,21 @@ def test_batches_are_averaged_and_what_was_resized_begins_anew() -> None:
     assert metric.of("x") != [None]
 
 
+def test_a_step_takes_little_of_what_was_known() -> None:
+    torch.manual_seed(0)
+    layer = adapter(LAYOUTS[0], r=3)
+    batches = [(torch.randn(6, 24), torch.randn(6, 32)) for _ in range(2)]
+    first, second = (looked_at(layer, batch).means["x"] for batch in batches)
+    metric = LossMetric({"x": layer})
+    metric.watch(True)
+    for x, dy in batches:
+        layer(x).backward(dy)
+        assert metric.take()
+    metric.watch(False)
+    for found, old, new in zip(metric.means["x"].common, first.common, second.common, strict=True):
+        torch.testing.assert_close(found, 0.8 * old + 0.2 * new)
+
+
 def test_gradients_that_are_not_finite_are_left_out() -> None:
     layer = adapter(LAYOUTS[0])
     metric = looked_at(layer, (torch.randn(8, 24), torch.randn(8, 32)))
