@@ -87,7 +87,8 @@ def _own_grams(layer: LoraLinear, side: torch.Tensor) -> list[torch.Tensor]:
 def _by_expert(layer: LoraLinear, h: torch.Tensor, d_h: torch.Tensor, offsets: torch.Tensor) -> _Sums:
     """Return the sums of a pass whose rows are sorted by expert; columns of H past an expert's rank mean nothing."""
     counts = offsets.diff()
-    common, own = (_grams(side, counts, layer.ranks) for side in (h, d_h))
+    rows = counts.tolist()  # on a GPU this waits, once
+    common, own = (_grams(side, rows, layer.ranks) for side in (h, d_h))
     if layer.gate is not None:  # dH has the gates in it
         gates = torch.split(layer.gate.detach()[: sum(layer.ranks)].float(), layer.ranks)
         inverse = [torch.where(g == 0, 0.0, 1.0 / g) for g in gates]
@@ -95,9 +96,9 @@ def _by_expert(layer: LoraLinear, h: torch.Tensor, d_h: torch.Tensor, offsets: t
     return _Sums(common, [gram / layer.scaling**2 for gram in own], counts.double().to(h.device))
 
 
-def _grams(side: torch.Tensor, counts: torch.Tensor, ranks: Sequence[int]) -> list[torch.Tensor]:
+def _grams(side: torch.Tensor, counts: list[int], ranks: Sequence[int]) -> list[torch.Tensor]:
     """Return sum h h^T [r, r] over the rows of each expert."""
-    parts = torch.split(side[: int(counts.sum())].float(), counts.tolist())
+    parts = torch.split(side[: sum(counts)].float(), counts)
     return [part[:, :r].T @ part[:, :r] for part, r in zip(parts, ranks, strict=True)]
 
 

