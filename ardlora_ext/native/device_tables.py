@@ -1,7 +1,7 @@
 """Small tables of integers that kernels read: copied to a device once, and kept there by content.
 
-A copy is complete before it is handed out, so every stream may read it. It is given back only where no kernel and no
-captured graph can still read it.
+A copy is made in its stream's turn, and another stream waits for it once; the host never does. It is given back only
+where no kernel and no captured graph can still read it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from ardlora_ext.native.transfers import sent
 
 __all__ = ["DeviceTables", "is_capturing"]
 
@@ -22,15 +23,17 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
-def _copied(words: NDArray[Any], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(words)).to(device)
+def _copied(words: NDArray[Any], device: torch.device) -> tuple[torch.Tensor, Any]:
+    """Return a copy and the event after which other streams may read it."""
+    copy = sent(words, device)
+    return copy, torch.cuda.current_stream(device).record_event() if copy.is_cuda else None
 
 
 class _Copy:
-    __slots__ = ("streams", "words")
+    __slots__ = ("complete", "streams", "words")
 
-    def __init__(self, words: torch.Tensor, stream: int) -> None:
-        self.words, self.streams = words, {stream}
+    def __init__(self, words: torch.Tensor, complete: Any, stream: int) -> None:
+        self.words, self.complete, self.streams = words, complete, {stream}
 
 
 class DeviceTables:
@@ -57,14 +60,17 @@ class DeviceTables:
                     f"{op}: a graph must be captured after a warm-up with these ranks (torch.cuda.graph's own recipe); "
                     "capture again after a rank change"
                 )
-            copy = self._kept[place] = _Copy(_copied(words(), device), stream)
+            copy = self._kept[place] = _Copy(*_copied(words(), device), stream)
             while len(self._kept) > self._limit:
                 self._kept.popitem(last=False)
         elif place in self._kept:
             self._kept.move_to_end(place)
         if stream not in copy.streams:  # torch's allocator waits for this stream, too, before it gives the memory away
             copy.streams.add(stream)
-            copy.words.record_stream(torch.cuda.current_stream(device))
+            here = torch.cuda.current_stream(device)
+            copy.words.record_stream(here)
+            if copy.complete is not None and not capturing:  # torch.cuda.graph has waited for the device
+                here.wait_event(copy.complete)
         if capturing:
             self._captured[place] = copy
         return copy.words

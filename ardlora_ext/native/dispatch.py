@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ardlora_ext.native.compiled import DTYPE_CODES, core, matrix, threads
 from ardlora_ext.native.device_tables import DeviceTables
+from ardlora_ext.native.transfers import sent
 
 __all__ = [
     "best_device",
@@ -289,7 +290,7 @@ def rank_resize(moves: NDArray[np.int64], plans: Sequence[Sequence[int]], device
     if not _on_cuda(device):
         return partial(core.rank_resize, moves, plans, threads())
     words, jobs, blocks = core.cuda_resize_table(moves, plans)
-    table = torch.from_numpy(words).to(device)
+    table = sent(words, device)
     return lambda: core.cuda_rank_resize(table.data_ptr(), jobs, blocks, *_stream(device))
 
 
@@ -299,14 +300,8 @@ def _row_table(op: str, factors: NDArray[np.int64], device: torch.device) -> tup
     return _row_tables.get(op, words.tobytes(), lambda: words, device, _stream(device)[1]), jobs, rows
 
 
-def _in_turn(values: NDArray[np.float64], device: torch.device) -> torch.Tensor:
-    """Return a copy on the device that is made when the current stream gets there; nothing waits for it."""
-    held = torch.from_numpy(np.ascontiguousarray(values))
-    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
-
-
-def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> NDArray[np.float32]:
-    """Return <weight_i, grad_i> of the rows of all blocks, block after block.
+def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return <weight_i, grad_i> of the rows of all blocks, block after block, float32 on the device.
 
     Args:
         blocks: [n, 4] int64: addresses of weight and gradient [rows, columns], rows, columns.
@@ -315,17 +310,16 @@ def row_dots(blocks: NDArray[np.int64], dtype: torch.dtype, device: torch.device
     """
     code = DTYPE_CODES[dtype]
     if not _on_cuda(device):
-        return core.row_dots(blocks, code, threads())
+        return torch.from_numpy(core.row_dots(blocks, code, threads()))
     factors = np.zeros((len(blocks), 7), dtype=np.int64)
     factors[:, [0, 1, 4, 5]], factors[:, 6] = blocks, code
     table, jobs, rows = _row_table("row_dots", factors, device)
     out = torch.empty(rows, dtype=torch.float32, device=device)
     core.cuda_row_dots(table.data_ptr(), jobs, rows, out.data_ptr(), *_stream(device))
-    result: NDArray[np.float32] = out.cpu().numpy()
-    return result
+    return out
 
 
-def importance(blocks: NDArray[np.int64], beta1: float, beta2: float, device: torch.device) -> bool:
+def importance(blocks: NDArray[np.int64], beta1: float, beta2: float, device: torch.device) -> torch.Tensor:
     """Move the running means of every entry's importance on by one step: `reference.importance_step` for all blocks.
 
     Args:
@@ -336,15 +330,15 @@ def importance(blocks: NDArray[np.int64], beta1: float, beta2: float, device: to
         device: where they are.
 
     Returns:
-        False if an entry of weight * gradient is not finite: nothing has changed then.
+        A scalar on the device: 1, or 0 where an entry of weight * gradient is not finite; nothing has changed then.
     """
     if not _on_cuda(device):
-        return core.importance(blocks, beta1, beta2, threads())
+        return torch.tensor(float(core.importance(blocks, beta1, beta2, threads())), device="cpu")
     table, jobs, rows = _row_table("importance", blocks, device)
     workspace = torch.empty(2 * rows + 1, dtype=torch.float32, device=device)  # row sums and their verdict, then scores
     score = workspace.data_ptr() + 4 * (rows + 1)
     core.cuda_importance(table.data_ptr(), jobs, rows, beta1, beta2, workspace.data_ptr(), score, *_stream(device))
-    return bool(workspace[rows].item() == 1.0)
+    return workspace[rows]
 
 
 def set_gates(
@@ -365,5 +359,5 @@ def set_gates(
         return
     stream = _stream(device)
     table = _gate_tables.get("set_gates", blocks.tobytes(), lambda: blocks, device, stream[1])
-    soft = _in_turn(rho, device)
+    soft = sent(rho, device)
     core.cuda_set_gates(table.data_ptr(), len(blocks), soft.data_ptr(), kind, floor, width, *stream)

@@ -23,12 +23,16 @@ Adapter = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, f
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B, Tensor? gate, Tensor rank_table, float scaling, float p, Tensor? seed"
 _library: Any = torch.library.Library("ardlora_ext", "DEF")  # type: ignore[no-untyped-call]
-_library.define(f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}) -> (Tensor y, Tensor h)")
-_library.define(f"lora_accumulate(Tensor y, Tensor x, {_ADAPTER}) -> (Tensor y, Tensor h)")
-_library.define(
+# Ranks and the seed of dropout are data, which a CUDA graph would keep as they were: torch.compile captures around
+# these operators. A torch without the tag captures nothing of a graph that has tensors of the CPU.
+_TAGS: Any = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
+for _schema in (
+    f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}) -> (Tensor y, Tensor h)",
+    f"lora_accumulate(Tensor y, Tensor x, {_ADAPTER}) -> (Tensor y, Tensor h)",
     f"lora_backward(Tensor dy, Tensor x, Tensor h, {_ADAPTER}, Tensor? weight, bool need_dx, bool need_dgate)"
-    " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)"
-)
+    " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)",
+):
+    _library.define(_schema, tags=_TAGS)
 _ops: Any = torch.ops.ardlora_ext
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

@@ -28,6 +28,7 @@ from torch import nn
 from ardlora_ext import processes
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.native import observers, reference
+from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.ranks.recompress import Metric, Recompressed, factor_names, groups
 
 DECAY = 0.8  # of the means, per step that is looked at
@@ -125,15 +126,15 @@ class LossMetric:
 
     Attributes:
         layers: by module name.
-        samples: steps taken in.
         looking: whether passes are taken in while watched.
     """
 
     def __init__(self, layers: Mapping[str, LoraLinear], decay: float = DECAY) -> None:
         self.layers = dict(layers)
         self.decay = decay
-        self.samples = 0
-        self.means: dict[str, _Moments] = {}
+        self._samples = 0
+        self._means: dict[str, _Moments] = {}
+        self._taken: tuple[dict[str, _Sums], Fetched] | None = None  # sums that are not in the means yet
         self._sums: dict[str, _Sums] = {}
         self._ends: list[Callable[[], None]] = []
         self.looking = False
@@ -196,11 +197,12 @@ class LossMetric:
     # Means.
 
     @torch.no_grad()
-    def take(self, group: processes.Group = None) -> bool:
-        """Take the passes since the last step into the means, on all processes alike; return whether there were any.
+    def take(self, group: processes.Group = None) -> None:
+        """Take the passes since the last step into the means, on all processes alike; what is not finite is left out.
 
-        What is not finite is left out.
+        Nothing waits for a GPU: the means follow when they are next looked at.
         """
+        self._settle()
         sums, self._sums = self._sums, {}
         for name, layer in self.layers.items():
             sums.setdefault(name, _zeros(layer))
@@ -208,20 +210,49 @@ class LossMetric:
         rows = [s.rows.to(tensors[0].device, torch.float32) for s in sums.values()]
         processes.average([*rows, *tensors], group)
         on_a = {name: layer.layout.gate_on_a for name, layer in self.layers.items()}
-        back = [t for n, s in sums.items() for t in (s.common if on_a[n] else s.own)]
-        total = sum(float(t.diagonal().double().sum()) for t in back)
-        if not all(bool(torch.isfinite(t).all()) for t in tensors) or not total > 0.0:
-            return False
-        self.means = {
-            name: self._mixed(name, found, counts.tolist(), total)
-            for (name, found), counts in zip(sums.items(), rows, strict=True)
+        back = [t.diagonal().double().sum() for n, s in sums.items() for t in (s.common if on_a[n] else s.own)]
+        finite = [torch.isfinite(t).all() for t in tensors]
+        self._taken = sums, Fetched([*rows, *finite, *back])
+        if self._taken[1].there:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Bring the means up to date with what was taken."""
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        sums, fetched = taken
+        found, middle = fetched.values(), len(sums)
+        end = middle + sum(len(s.common) + len(s.own) for s in sums.values())
+        rows, finite, total = found[:middle], found[middle:end], sum(float(trace) for trace in found[end:])
+        if not all(map(bool, finite)) or not total > 0.0:
+            return
+        self._means = {
+            name: self._mixed(name, new, counts.tolist(), total)
+            for (name, new), counts in zip(sums.items(), rows, strict=True)
         }
-        self.samples += 1
-        return True
+        self._samples += 1
+
+    @property
+    def means(self) -> dict[str, _Moments]:
+        """The means of each layer."""
+        self._settle()
+        return self._means
+
+    @means.setter
+    def means(self, means: dict[str, _Moments]) -> None:
+        self._settle()
+        self._means = means
+
+    @property
+    def samples(self) -> int:
+        """Steps taken in."""
+        self._settle()
+        return self._samples
 
     def _mixed(self, name: str, new: _Sums, counts: list[float], total: float) -> _Moments:
         """Return the means of a layer with the sums of a step taken in."""
-        layer, old = self.layers[name], self.means.get(name)
+        layer, old = self.layers[name], self._means.get(name)
         by_unit = [count for count, units in zip(counts, _members(layer), strict=True) for _ in units]
         sizes = [total] * len(new.common), by_unit  # what sums are divided by
         if not layer.layout.gate_on_a:
@@ -292,7 +323,7 @@ class LossMetric:
             device = layer.lora_A.device
             loaded = [_unpack(v, size, device) for v, size in zip(values, common + own, strict=True)]
             means[name] = _Moments(loaded[: len(common)], loaded[len(common) :])
-        self.means, self.samples = means, int(state["samples"])
+        self._means, self._samples, self._taken = means, int(state["samples"]), None
 
 
 def _note(name: str, metric: LossMetric, *seen: torch.Tensor) -> None:

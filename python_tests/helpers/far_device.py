@@ -22,7 +22,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.start import fresh
-from ardlora_ext.native import dispatch, grouped, units
+from ardlora_ext.native import dispatch, grouped, transfers, units
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout
@@ -59,13 +59,66 @@ _HOST: dict[Any, Callable[..., Any]] = {
 }
 
 
+class Waits:
+    """Where the host would wait for a GPU: [the step, what it did], reads of what was asked for earlier left out.
+
+    A test counts the steps on.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.seen, self._quiet = 0, list[tuple[int, str]](), False
+
+    def note(self, what: str) -> None:
+        if not self._quiet:
+            self.seen.append((self.step, what))
+
+    def queued(self, flat: Tensor) -> tuple[Tensor, Any]:
+        """Stand for `transfers._queued`: a copy and its event."""
+        self._quiet = True
+        try:
+            copy = flat.cpu()
+        finally:
+            self._quiet = False
+        asked = self.step
+        read = lambda: self.note("an answer in the step that asks") if self.step == asked else None  # noqa: E731
+        return copy, SimpleNamespace(synchronize=read)
+
+
+class _Fakes(FakeTensorMode):
+    """Fake tensors; notes copies that are waited for, and results whose size only the device knows."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.waits = waits
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = func.overloadpacket.__name__, kwargs or {}
+        if name == "_to_copy" and FAR in (args[0].device, options.get("device")):
+            if args[0].device != (options.get("device") or args[0].device) and not options.get("non_blocking"):
+                self.waits.note("a copy")
+        elif name == "copy_" and args[0].device != args[1].device and not (args[2:] and args[2]):
+            self.waits.note("a copy")
+        elif name in ("nonzero", "masked_select", "repeat_interleave") and args[0].device == FAR:
+            self.waits.note(name)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+_READS = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__, torch.equal)
+
+
 class _Host(TorchFunctionMode):
     """Gives what is read on the host."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _HOST:
             return func(*args, **(kwargs or {}))
         if isinstance(args[0], FakeTensor):
+            if func in _READS and args[0].device == FAR:
+                self.waits.note(func.__name__)
             return _HOST[func](*args)
         with no_dispatch():
             return func(*args, **(kwargs or {}))
@@ -88,14 +141,14 @@ def _there(addresses: NDArray[np.int64], device: torch.device) -> None:
     assert (addresses >= _FIRST).all(), "a native call on the device was given memory of the host"
 
 
-def _row_dots(blocks: NDArray[np.int64], _dtype: torch.dtype, device: torch.device) -> NDArray[np.float32]:
+def _row_dots(blocks: NDArray[np.int64], _dtype: torch.dtype, device: torch.device) -> Tensor:
     _there(blocks[:, :2], device)
-    return np.ones(blocks[:, 2].sum(), dtype=np.float32)
+    return torch.ones(int(blocks[:, 2].sum()), device=FAR)
 
 
-def _importance(blocks: NDArray[np.int64], _beta1: float, _beta2: float, device: torch.device) -> bool:
+def _importance(blocks: NDArray[np.int64], _beta1: float, _beta2: float, device: torch.device) -> Tensor:
     _there(blocks[:, :4], device)
-    return True
+    return torch.ones((), device=FAR)
 
 
 def _rank_resize(moves: NDArray[np.int64], _plans: Any, device: torch.device) -> Callable[[], None]:
@@ -146,8 +199,12 @@ def _encoded(layout: UnitLayout, ranks: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def far_device() -> Iterator[None]:
-    """Let tensors be made on, and moved to, `FAR`, and let our kernels run there without a result."""
+def far_device() -> Iterator[Waits]:
+    """Let tensors be made on, and moved to, `FAR`, and let our kernels run there without a result.
+
+    Yields where the host would have waited for it.
+    """
+    waits = Waits()
     with (
         mock.patch.object(dispatch, "_on_cuda", lambda device: device == FAR),
         mock.patch.object(dispatch, "core", SimpleNamespace(cuda_built=lambda: True, cuda_problem=lambda _device: "")),
@@ -165,7 +222,8 @@ def far_device() -> Iterator[None]:
         mock.patch.object(LoraLinear, "table", property(_table)),  # hooks of backward() run outside `_Host`
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # torch does not ask it of this device
         mock.patch.object(nn.Module, "_apply", _apply),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _Host(),
+        mock.patch.object(transfers, "_queued", waits.queued),
+        _Fakes(waits),
+        _Host(waits),
     ):
-        yield
+        yield waits

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import ardlora_ext as ard
@@ -51,6 +52,25 @@ def test_opcheck(kind: UnitKind, ranks: list[int], dtype: torch.dtype, p: float)
         torch.library.opcheck(
             names.lora_backward.default, [torch.randn_like(y), x, h, *adapter, weight if need else None, need, need]
         )
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch does not split compiled graphs")
+def test_compiled_cuda_graphs_leave_the_ops_out() -> None:
+    """A replay would use the ranks of the capture, and its dropout, without a word."""
+    from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+
+    linear, accumulate = arguments("matrix", [5], torch.float32, 0.25)
+
+    def step(given: list[Any], others: list[Any]) -> torch.Tensor:
+        y, _ = torch.ops.ardlora_ext.lora_linear.default(*given)
+        z, _ = torch.ops.ardlora_ext.lora_accumulate.default(*others)
+        loss = y.sum() + z.sum()
+        return torch.autograd.grad(loss, given[3])[0]
+
+    nodes = make_fx(step, pre_dispatch=False)(linear, accumulate).graph.nodes
+    ours = [node for node in nodes if "ardlora_ext" in str(node.target)]
+    assert {str(node.target).split(".")[1] for node in ours} >= {"lora_linear", "lora_accumulate", "lora_backward"}
+    assert all(map(is_cudagraph_unsafe_fx_node, ours))
 
 
 def test_ops_know_their_shapes_without_data() -> None:

@@ -18,6 +18,7 @@ import ardlora_ext as ard
 from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build
 from ardlora_ext.bench.trust.changes import Bed, Change, Lines
 from ardlora_ext.model.record import injection
+from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.ranks.controllers.ard.slopes import row_dots
 from ardlora_ext.ranks.controllers.base import Units
 from ardlora_ext.ranks.controllers.svd.importance import Importance
@@ -78,7 +79,7 @@ def test_a_rank_change_that_fails_leaves_controller_and_model(name: str, monkeyp
     controller = injection(model).controller
     failed = 0
     if name != "ard":  # averages take a step in, in place, in one native call
-        controller.importance.update = lambda: True
+        controller.importance.update = lambda: Fetched([])
 
     def broken(*_: Any, **__: Any) -> None:
         raise MemoryError
@@ -174,8 +175,8 @@ def test_gradients_of_another_dtype_than_their_weights_are_read_as_they_are(dtyp
 
     def passes() -> list[Any]:
         units, means = Units(layers), Importance(list(layers.values()), 0.85, 0.9)
-        dots = row_dots(units, [p.grad for p in units.gated], [p.grad for p in units.ungated])
-        assert means.update()
+        dots = row_dots(units, [p.grad for p in units.gated], [p.grad for p in units.ungated])()
+        assert all(means.update().values())
         layer = layers["up"]
         assert layer.lora_A.grad is not None
         add_penalty_gradients([Rows(layer.lora_A, layer.lora_A.grad, 0, 3, 0.1)], "squared")

@@ -22,6 +22,7 @@ from ardlora_ext import unbroken
 from ardlora_ext.bench.trust.beds import CONFIGS, Block, Tally, build, observed, save_all
 from ardlora_ext.bench.trust.faults import Injected, Operations
 from ardlora_ext.model.record import injection
+from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.ranks import resize
 
 _PACKAGE = str(Path(ard.__file__).parent)
@@ -78,7 +79,7 @@ def _decision(rng: random.Random) -> Bed:
     _backward(model)
     controller.observe()
     if name != "ard":  # its averages take in a step in place, in one native call
-        controller.importance.update = lambda: True
+        controller.importance.update = lambda: Fetched([])
     return Bed(model, optimizer, lambda: controller.carry_out(controller.propose))
 
 

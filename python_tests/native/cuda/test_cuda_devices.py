@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,13 +81,13 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Tables that were copied to a device."""
     found: list[Any] = []
 
-    def copied(words: Any, device: torch.device) -> torch.Tensor:
+    def copied(words: Any, device: torch.device) -> tuple[torch.Tensor, object]:
         found.append(words)
-        return torch.from_numpy(words)
+        return torch.from_numpy(words), "made"
 
     monkeypatch.setattr(device_tables, "_copied", copied)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(wait_event=lambda _event: None))
     return found
 
 
@@ -112,13 +113,18 @@ def test_a_graph_finds_the_tables_of_its_warm_up(copies: list[Any], monkeypatch:
 
 
 def test_a_table_waits_for_every_stream_that_reads_it(copies: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    recorded, waited = list[Any](), list[Any]()
+    stream = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _self, stream: recorded.append(stream))
     tables = DeviceTables(2)
-    for stream in (1, 2, 2, 1):
-        tables.get("op", "a", lambda: np.arange(4), CPU, stream)
-    assert recorded == [("stream of", CPU)]  # once; the one that it was made on, the allocator knows
+    for handle in (1, 2, 2, 1):
+        tables.get("op", "a", lambda: np.arange(4), CPU, handle)
+    assert recorded == [stream]  # once; the one that it was made on, the allocator knows
+    assert waited == ["made"]  # on the device; the host goes on
+    capture(monkeypatch, True)
+    tables.get("op", "a", lambda: np.arange(4), CPU, 3)
+    assert waited == ["made"]  # an event of before is no part of a graph
 
 
 def layer_with_dropout(kind: str) -> LoraLinear:

@@ -202,3 +202,32 @@ def test_mixing_and_host_memory_are_noticed() -> None:
         loss(model).backward()
         with pytest.raises(AssertionError, match="was given memory of the host"):
             controller.importance.update()
+
+
+STEADY: dict[str, tuple[AdapterConfig, int]] = {  # a config that decides nothing for long, and waits of its steps
+    "lora": (ard.LoraConfig(r=4, lora_dropout=0.1), 0),
+    "dora": (ard.DoraConfig(r=4), 0),
+    "anneal": (ard.ArdConfig(r0=4, head_dim=8, update_interval=8), 0),
+    "anneal heads": (ard.ArdConfig(r0=4, granularity="head", head_dim=8, update_interval=8), 0),
+    "ard": (ard.ArdConfig(mode="paper", granularity="head", r0=3, head_dim=8, update_interval=100), 1),
+    "ard tangent": (ard.ArdConfig(mode="paper", r0=3, slope="tangent", update_interval=100), 1),
+    "elalora": (ard.ElaConfig(r=4, b=2, deltaT=500, tinit=2, tfinal=4), 0),  # type: ignore[arg-type]
+    "adalora": (ard.AdaConfig(init_r=6, target_r=4, tinit=2, tfinal=4, deltaT=500), 0),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_a_step_without_a_decision_waits_for_nothing(name: str) -> None:
+    config, most = STEADY[name]
+    with far_device() as waits:
+        model = wrapped(config)
+        optimizer = AdamW(trainable(model), lr=1e-2)
+        controller = ard.attach(model, optimizer, total_steps=1000)
+        waits.seen.clear()
+        for waits.step in range(1, 8):
+            loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        late = [what for step, what in waits.seen if step > 1]
+        assert late == ["an answer in the step that asks"] * (6 * most)
+        assert controller.step == 7

@@ -108,8 +108,8 @@ def test_tokens_are_counted_weighed_and_forgotten() -> None:
     with torch.no_grad():
         bed.loss()
     assert stack.tokens.tolist() == [2, 4, 6, 20]
-    np.testing.assert_allclose(token_weights(controller.units), [2 / 8, 4 / 8, 6 / 8, 1])
+    np.testing.assert_allclose(token_weights(controller.units)(), [2 / 8, 4 / 8, 6 / 8, 1])
     assert not stack.tokens.any()
-    assert (token_weights(controller.units) == 1).all()
+    assert (token_weights(controller.units)() == 1).all()
     bed.eval().loss()
     assert not stack.tokens.any()

@@ -8,7 +8,7 @@ component, the look-ahead, is trained behind a nearly closed gate, so ranks can 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from ardlora_ext.config import ArdConfig
-from ardlora_ext.processes import average
 from ardlora_ext.ranks.controllers.ard.gates import Gates
 from ardlora_ext.ranks.controllers.ard.order import component_orders
 from ardlora_ext.ranks.controllers.ard.regularizer import alpha_step, layer_chains, layer_key
-from ardlora_ext.ranks.controllers.ard.slopes import EMA, Gradients, SlopeEstimator, row_dots
+from ardlora_ext.ranks.controllers.ard.slopes import EMA, Dots, SlopeEstimator, held_out_gradients, row_dots
 from ardlora_ext.ranks.controllers.ard.state import check_state
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
@@ -72,9 +71,9 @@ class ArdController(Controller[ArdConfig]):
         self.harden_at = 0
         self.budget = self._budget()
         self.reported = self._rounded()
+        self._asked: Callable[[], None] | None = None  # takes in the gradients of this step
         self._pending: Floats | None = None
-        self._unwritten = False  # gates are to be written
-        self.skip = False  # this step's gradients hold NaN or Inf
+        self._unwritten = self.skip = False  # gates are to be written; this step's gradients hold NaN or Inf
         self.unit_price: Floats = np.full(groups, self.price)
         self._bounded_by: Ints | None = None  # live ranks that _bounds belong to
         self._bounds = self.alpha, self.alpha
@@ -143,25 +142,36 @@ class ArdController(Controller[ArdConfig]):
         return np.maximum(1, np.floor(self._unit_rho() + 0.5)).astype(np.int64)
 
     def observe(self) -> None:
+        self._take_in()  # where an optimizer asks for several gradients in a step
         self._pending, self.skip = None, False
         if self.phase not in ("warmup", "adapt"):
             return
         gated = [p.grad for p in self.units.gated]
-        # Alpha follows the gated factors alone; a decision is not made on a step that is broken elsewhere either.
+        # Alpha follows these alone; a decision is not made on a step that is broken elsewhere either.
         ungated = [p.grad for p in self.units.ungated] if self._due() else ()
         if self.holdout is None and all(g is None for g in gated):
             return
-        dots, others = row_dots(self.units, gated, ungated)
-        finite = np.isfinite(dots).all() and np.isfinite(others).all()
+        dots = [row_dots(self.units, gated, ungated)]
         if self.holdout is not None:
-            dots, _ = row_dots(self.units, self._holdout_gradients())
-            finite = finite and np.isfinite(dots).all()
-        if not finite:
+            dots.append(row_dots(self.units, held_out_gradients(self.units, self.holdout, self.processes)))
+        slope = self.slope.asked(self.processes)
+        self._asked = lambda: self._take(dots, slope)
+        if self.slope.looks(self.step):
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Take this step's gradients in; once the optimizer's step is queued, a GPU has work while it is waited for."""
+        asked, self._asked = self._asked, None
+        if asked:
+            asked()
+
+    def _take(self, asked: Sequence[Callable[[], tuple[Dots, Dots]]], slope: Callable[..., Floats]) -> None:
+        found = [dots() for dots in asked]
+        if not all(np.isfinite(part).all() for dots in found for part in dots):
             self.records.append({"step": self.step, "event": "skip", "reason": "gradients hold NaN or Inf, ranks stay"})
             self.skip = True
             return
-        slope = self.slope(dots, self._unit_rho(), self.step, self.processes)
-        gradient = self._by_group(slope)
+        gradient = self._by_group(slope(found[-1][0], self._unit_rho(), self.step))
         if self.config.normalize:
             correction = 1.0 - EMA ** (self.step + 1)
             self.grad_square = EMA * self.grad_square + (1.0 - EMA) * float(gradient @ gradient) / len(gradient)
@@ -174,20 +184,13 @@ class ArdController(Controller[ArdConfig]):
             self.lipschitz = max(self.lipschitz, float(np.linalg.norm(gain - self.gain)) / travelled)
         self.gain, self._pending = gain, gradient
 
-    def _holdout_gradients(self) -> Gradients:
-        """Return the gradients of a held-out batch (first-order bilevel); those of training stay where they are."""
-        assert self.holdout is not None
-        with torch.enable_grad():
-            found = torch.autograd.grad(self.holdout(), self.units.gated, allow_unused=True, materialize_grads=True)
-        average(found, self.processes)
-        return found
-
     # Decisions.
 
     def start(self) -> RankUpdate | None:
         return self._allocate() if self.target is None and self.step == 0 else None  # a resumed run has its ranks
 
     def propose(self) -> RankUpdate | None:
+        self._take_in()
         phase, due = self.phase, self._due()
         self.step += 1
         update = None
@@ -392,7 +395,7 @@ class ArdController(Controller[ArdConfig]):
             setattr(self, key, None if state[key] is None else np.array(state[key], dtype=np.int64))
         for key in ("grad_square", "price", "dual", "lipschitz"):
             setattr(self, key, float(state[key]))
-        self.harden_at = int(state["harden_at"])
+        self._asked, self.harden_at = None, int(state["harden_at"])
         self._unwritten = self.phase != "frozen"
         self.slope.fisher = np.array(state["fisher"], dtype=np.float64)
         self.slope.spectrum = None if state["spectrum"] is None else np.array(state["spectrum"], dtype=np.float64)

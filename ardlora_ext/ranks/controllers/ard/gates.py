@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ardlora_ext.config import ArdConfig
 from ardlora_ext.native.dispatch import set_gates
+from ardlora_ext.native.transfers import sent
 from ardlora_ext.ranks.controllers.base import Chosen, Units, kinds
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
 
@@ -47,9 +48,12 @@ class Gates:
         """Move the gates of the first `opened` [units] components of each unit towards 1, the others towards 0."""
         units, live = self.units, self.units.live()
         component = np.arange(live.sum()) - np.repeat(units.first_rows(), live)
-        goals = torch.from_numpy((component < np.repeat(opened, live)).astype(np.float32))
-        for gate, goal in zip(units.gates(), torch.split(goals, units.module_rows().tolist()), strict=True):
-            gate[: len(goal)].lerp_(goal.to(gate.device), progress)
+        goals = (component < np.repeat(opened, live)).astype(np.float32)
+        there = {device: sent(goals, device) for device in {gate.device for gate in units.gates()}}
+        end = 0
+        for gate, rows in zip(units.gates(), units.module_rows().tolist(), strict=True):
+            begin, end = end, end + rows
+            gate[:rows].lerp_(there[gate.device][begin:end], progress)
 
     def _find(self, address: list[int]) -> None:
         units = self.units

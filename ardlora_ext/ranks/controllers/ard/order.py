@@ -26,7 +26,7 @@ def component_orders(units: Units, rho: Floats) -> dict[int, list[int]]:
     column = np.arange(int(still.max()))
     if not len(column):
         return {}
-    with_themselves = row_dots(units, [p.detach() for p in units.gated], [p.detach() for p in units.ungated])
+    with_themselves = row_dots(units, [p.detach() for p in units.gated], [p.detach() for p in units.ungated])()
     own, common = (np.sqrt(dots.astype(np.float64)) for dots in with_themselves)
     module = np.repeat(units.module_of, live)
     rows = units.rows()

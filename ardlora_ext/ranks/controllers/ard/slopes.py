@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.spectra import singular_values
 from ardlora_ext.native import dispatch
 from ardlora_ext.native.compiled import core
+from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.processes import Group
 from ardlora_ext.ranks.controllers.ard.gates import Gates
 from ardlora_ext.ranks.controllers.base import Units, kinds, present
@@ -25,8 +26,9 @@ Gradients = Sequence[torch.Tensor | None]  # of one factor of each module
 Dots = NDArray[np.float32]
 
 
-def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[Dots, Dots]:
-    """Return <dW_i, W_i> of every live row of the gated factors, and <dW_i, dW_i> of the others, in one native call.
+def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> Callable[[], tuple[Dots, Dots]]:
+    """Return what gives <dW_i, W_i> of every live row of the gated factors, and <dW_i, dW_i> of the others, as they are
+    now: the native call is queued, the result waits for it.
 
     Args:
         units: of the model.
@@ -44,33 +46,54 @@ def row_dots(units: Units, gated: Gradients, ungated: Gradients = ()) -> tuple[D
     blocks[count:, 0] = blocks[count:, 1]
     blocks[:, 2], blocks[:, 3] = rows[module, factor], units.widths[module, factor]
     sizes = rows.T.ravel()[: len(gated) + len(ungated)]
-    out: Dots = np.zeros(sizes.sum(), dtype=np.float32)
-    for dtype, device, chosen in kinds(grads):
-        dots, here = dispatch.row_dots(blocks[chosen], dtype, device), index[chosen]
-        if len(here) == len(sizes):  # as good as always
-            out = dots
-        else:
-            out[np.repeat(np.isin(np.arange(len(sizes)), here), sizes)] = dots
-    return out[: rows[:, 0].sum()], out[rows[:, 0].sum() :]
+    found = [
+        (index[chosen], dispatch.row_dots(blocks[chosen], dtype, device)) for dtype, device, chosen in kinds(grads)
+    ]
+    fetched = Fetched([dots for _, dots in found])
+
+    def result() -> tuple[Dots, Dots]:
+        out: Dots = np.zeros(sizes.sum(), dtype=np.float32)
+        for (here, _), dots in zip(found, fetched.values(), strict=True):
+            if len(here) == len(sizes):  # as good as always
+                out = dots.numpy()
+            else:
+                out[np.repeat(np.isin(np.arange(len(sizes)), here), sizes)] = dots.numpy()
+        return out[: rows[:, 0].sum()], out[rows[:, 0].sum() :]
+
+    return result
 
 
-def token_weights(units: Units, group: Group = None) -> Floats:
-    """Return what each unit's squared dot counts, [units], and begin to count tokens anew; 1 but for experts.
+def held_out_gradients(units: Units, loss: Callable[[], torch.Tensor], group: Group = None) -> Gradients:
+    """Return the gradients of a held-out batch (first-order bilevel); those of training stay where they are."""
+    with torch.enable_grad():
+        found = torch.autograd.grad(loss(), units.gated, allow_unused=True, materialize_grads=True)
+    processes.average(found, group)
+    return found
+
+
+def token_weights(units: Units, group: Group = None) -> Callable[[], Floats]:
+    """Return what gives what each unit's squared dot counts, [units], and begins to count tokens anew; 1 but for
+    experts. Tokens are counted now.
 
     n / mean n of an expert that saw n of its module's tokens, at most 1. The square of a sum over n tokens is their
     noise, which grows with n, and what they agree in, which grows with n^2: weighed by n, the noise of an expert that
     sees few tokens is worth no more than what such an expert can learn.
     """
-    weights: Floats = np.ones(len(units))
     stacks = [(m, layer) for m, layer in enumerate(units.layers) if isinstance(layer, ExpertStack)]
-    seen = [layer.tokens.to(layer.lora_A.device) for _, layer in stacks]
+    seen = [layer.tokens.to(layer.lora_A.device, copy=True) for _, layer in stacks]
     processes.average(seen, group)
-    for (m, layer), count in zip(stacks, seen, strict=True):
-        tokens = count.cpu().numpy()
-        if tokens.any():
-            weights[units.first[m] : units.first[m + 1]] = np.minimum(tokens / tokens.mean(), 1.0)
-        layer.tokens = count.zero_()
-    return weights
+    fetched = Fetched(seen)
+
+    def result() -> Floats:
+        weights: Floats = np.ones(len(units))
+        for (m, layer), count in zip(stacks, fetched.values(), strict=True):
+            tokens = count.numpy()
+            if tokens.any():
+                weights[units.first[m] : units.first[m + 1]] = np.minimum(tokens / tokens.mean(), 1.0)
+            layer.tokens = layer.tokens.to(layer.lora_A.device).zero_()  # in place: captured graphs count there
+        return weights
+
+    return result
 
 
 class SlopeEstimator:
@@ -86,12 +109,23 @@ class SlopeEstimator:
         self.fisher: Floats = np.zeros(len(units))
         self.spectrum: Floats | None = None
 
-    def __call__(self, dots: Dots, rho: Floats, step: int, group: Group = None) -> Floats:
-        """Return the slope [units] at soft ranks rho [units]; `group` are the processes that decide the same."""
+    def asked(self, group: Group = None) -> Callable[[Dots, Floats, int], Floats]:
+        """Return what gives the slope [units] of these gradients from their row dots, soft ranks rho [units] and the
+        step; `group` are the processes that decide the same.
+        """
         if self.config.slope == "tangent":
-            return self._tangent(dots, rho)
-        seen = np.sqrt(token_weights(self.units, group))
-        return self._secant(dots if seen.min() == 1.0 else dots * self._rows(seen), rho, step)
+            return lambda dots, rho, _step: self._tangent(dots, rho)
+        weights = token_weights(self.units, group)
+
+        def slope(dots: Dots, rho: Floats, step: int) -> Floats:
+            seen = np.sqrt(weights())
+            return self._secant(dots if seen.min() == 1.0 else dots * self._rows(seen), rho, step)
+
+        return slope
+
+    def looks(self, step: int) -> bool:
+        """Tell whether the slope of this step needs the weights, too, as they are before it."""
+        return self.config.slope == "secant" and (self.spectrum is None or step % self.config.update_interval == 0)
 
     def _rows(self, values: Floats) -> Dots:
         return np.repeat(values, self.units.live()).astype(np.float32)
@@ -117,7 +151,7 @@ class SlopeEstimator:
         The loss that a unit's update is worth is its Fisher information along itself, E[<dL/ddW, dW>^2]; component j
         holds the share sigma_j^2 / sum sigma^2 of it.
         """
-        if self.spectrum is None or step % self.config.update_interval == 0:
+        if self.spectrum is None or self.looks(step):
             self.spectrum = singular_values(self.units.layers).square().numpy()
         fisher = self.fisher.copy()
         slopes = core.secant_slopes(dots, self.units.live(), rho, self.spectrum, fisher, EMA)

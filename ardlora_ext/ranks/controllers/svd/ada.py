@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ardlora_ext.config import AdaConfig
+from ardlora_ext.native.transfers import sent
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
 from ardlora_ext.ranks.controllers.svd.controller import SvdController
 from ardlora_ext.ranks.controllers.svd.schedule import rank_budget
@@ -60,7 +61,7 @@ class AdaController(SvdController[AdaConfig]):
         if final or due or t > phases.end:
             self._mask()
         if t >= phases.end or last:
-            self.importance.release()
+            self._release()
         self.finished = last
         return self._remove() if last or self.config.removal else None
 
@@ -71,7 +72,7 @@ class AdaController(SvdController[AdaConfig]):
     def _finish(self) -> RankUpdate | None:
         self._choose(self.target_budget)
         self._mask()
-        self.importance.release()
+        self._release()
         self.finished = True
         return self._remove()
 
@@ -90,10 +91,11 @@ class AdaController(SvdController[AdaConfig]):
 
     def _mask(self) -> None:
         """Let lambda of masked components be 0."""
-        ends = np.cumsum([sum(layer.ranks) for layer in self.units.layers])
+        ends = np.cumsum([sum(layer.ranks) for layer in self.units.layers]).tolist()
+        there = {device: sent(~self.kept, device) for device in {layer.lora_A.device for layer in self.units.layers}}
         self._masks = [
-            (layer.lora_E.detach()[: len(kept), 0], torch.from_numpy(~kept).to(layer.lora_E.device))
-            for layer, kept in zip(self.units.layers, np.split(self.kept, ends[:-1]), strict=True)
+            (layer.lora_E.detach()[: end - begin, 0], there[layer.lora_A.device][begin:end])
+            for layer, begin, end in zip(self.units.layers, [0, *ends], ends, strict=False)
             if layer.lora_E is not None
         ]
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ardlora_ext.config import SvdConfig
 from ardlora_ext.layers.linear import LoraLinear
+from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.controllers.costs import Ints
 from ardlora_ext.ranks.controllers.svd.importance import Importance
@@ -32,6 +33,7 @@ class SvdController(Controller[Config]):
         super().__init__(model, config, config.total_steps if total_steps is None else total_steps)
         self.importance = Importance(self.units.layers, config.beta1, config.beta2)
         self.finished = False
+        self._verdict: tuple[Fetched, int] | None = None  # on the gradients of a step, not yet read
         self._moved: list[tuple[object, dict[str, Any]]] = []  # what of whom is new once a proposed change is made
         # Scores of the task alone need gradients without the penalty until the step.
         self._penalty = PenaltyHooks([] if config.task_scores else self.units.layers, self._add_penalty)
@@ -88,11 +90,32 @@ class SvdController(Controller[Config]):
         super().detach()
 
     def _score(self) -> None:
-        """Take this step's gradients into the scores; gradients with NaN or Inf are left out, with one record."""
-        if self.finished or self.step >= self.phases.end or self.importance.update():
+        """Take this step's gradients into the scores; gradients with NaN or Inf are left out, with one record.
+
+        The device leaves them out by itself: where that is a GPU, the record is made a step later, or before a decision
+        has its own, so that no step waits for it.
+        """
+        self._hear()
+        if self.finished or self.step >= self.phases.end:
+            return
+        verdict = self.importance.update()
+        self._verdict = verdict, self.step
+        if verdict.there:
+            self._hear()
+
+    def _hear(self) -> None:
+        """Make the record of a step whose verdict has not been read."""
+        heard, self._verdict = self._verdict, None
+        if heard is None or all(map(bool, heard[0].values())):
             return
         if not self.records or self.records[-1]["event"] != "skip":
-            self._record("skip", None, reason="gradients hold NaN or Inf: scores and ranks stay")
+            reason = "gradients hold NaN or Inf: scores and ranks stay"
+            self.records.append({"step": heard[1], "event": "skip", "reason": reason})
+
+    def _release(self) -> None:
+        """Give back what was kept for decisions: there are none any more."""
+        self._hear()
+        self.importance.release()
 
     # Rank changes.
 
@@ -120,6 +143,7 @@ class SvdController(Controller[Config]):
     # Records and state.
 
     def _record(self, event: str, unit: int | None, **facts: Any) -> None:
+        self._hear()
         place = {}
         if unit is not None:
             m = int(self.units.module_of[unit])
@@ -144,9 +168,10 @@ class SvdController(Controller[Config]):
         }
 
     def state_dict(self) -> dict[str, Any]:
+        self._hear()
         return super().state_dict() | {"finished": self.finished, "importance": self.importance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.importance.load_state_dict(state["importance"])
         super().load_state_dict(state)
-        self.finished = bool(state["finished"])
+        self._verdict, self.finished = None, bool(state["finished"])

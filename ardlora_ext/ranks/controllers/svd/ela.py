@@ -150,7 +150,7 @@ class ElaController(SvdController[ElaConfig]):
         b = exchange_count(t, phases, self.config.deltaT, self.config.b, self.config.scheduler)
         update = self._round(b) if b and not self.finished else None
         if self.step >= phases.end:  # nothing more to decide
-            self.importance.release()
+            self._release()
         return update
 
     def _pool(self, scores: Floats) -> Pool:
@@ -216,7 +216,7 @@ class ElaController(SvdController[ElaConfig]):
             self.carry_out(self._finish)
 
     def _finish(self) -> RankUpdate | None:
-        self.importance.release()
+        self._release()
         self.finished = True
         return None
 

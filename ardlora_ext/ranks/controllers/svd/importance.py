@@ -17,6 +17,7 @@ from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.rows import HOST
 from ardlora_ext.native import dispatch
 from ardlora_ext.native.compiled import DTYPE_CODES
+from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.ranks.controllers.base import kinds, present
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
 
@@ -79,11 +80,11 @@ class Importance:
         self._seen = LoraLinear.changes
 
     @torch.no_grad()
-    def update(self) -> bool:
+    def update(self) -> Fetched:
         """Take in the present weights and gradients; a factor without a gradient is left out.
 
         Returns:
-            False if a gradient is not finite: nothing has changed then.
+            Of each device 1, or 0 if a gradient there is not finite: nothing has changed on it then.
         """
         if self._seen != LoraLinear.changes:
             self._find()
@@ -95,11 +96,11 @@ class Importance:
         for dtype, _, chosen in found:
             blocks[chosen, 6] = DTYPE_CODES[dtype]
         devices = dict.fromkeys(device for _, device, _ in found)
+        verdicts = []
         for device in devices:  # one call each: all of its averages follow, or none
             here = blocks if len(devices) == 1 else blocks[[g.device == device for g in grads]]
-            if not dispatch.importance(here, self.beta1, self.beta2, device):
-                return False
-        return True
+            verdicts.append(dispatch.importance(here, self.beta1, self.beta2, device))
+        return Fetched(verdicts)
 
     def module_scores(self) -> Tensors:
         """Return S [components] of each module; the last known after `release`, 0 where recompression made others."""
