@@ -14,9 +14,9 @@ from ardlora_ext.layers.base import Conv1D, dense_base, fused_dtype, is_dense, i
 from ardlora_ext.layers.rows import HOST, capacity_of, fit_rows, initial_rows
 from ardlora_ext.native import ops, reference
 from ardlora_ext.native.compiled import core
-from ardlora_ext.native.device_tables import is_capturing
 from ardlora_ext.native.packing import Readers
 from ardlora_ext.native.prepared import Prepared
+from ardlora_ext.native.transfers import is_capturing
 from ardlora_ext.native.units import UnitLayout, native_table
 from ardlora_ext.unbroken import unbroken
 

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ardlora_ext.native.compiled import DTYPE_CODES, core, matrix, threads
-from ardlora_ext.native.device_tables import DeviceTables
-from ardlora_ext.native.transfers import sent
+from ardlora_ext.native.transfers import DeviceTables, sent
 
 __all__ = [
     "best_device",

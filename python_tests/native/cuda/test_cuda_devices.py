@@ -15,9 +15,9 @@ from ardlora_ext.layers.adapted_weight import Call
 from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.layers.routing import Routing
-from ardlora_ext.native import device_tables, dispatch
+from ardlora_ext.native import dispatch, transfers
 from ardlora_ext.native.compiled import core
-from ardlora_ext.native.device_tables import DeviceTables
+from ardlora_ext.native.transfers import DeviceTables
 from ardlora_ext.native.units import UnitLayout
 
 from helpers.experts import tiny_experts
@@ -85,14 +85,14 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(words)
         return torch.from_numpy(words), "made"
 
-    monkeypatch.setattr(device_tables, "_copied", copied)
+    monkeypatch.setattr(transfers, "_copied", copied)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(wait_event=lambda _event: None))
     return found
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
-    monkeypatch.setattr(device_tables, "is_capturing", lambda: capturing)
+    monkeypatch.setattr(transfers, "is_capturing", lambda: capturing)
 
 
 def test_a_graph_finds_the_tables_of_its_warm_up(copies: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

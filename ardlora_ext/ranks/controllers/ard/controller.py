@@ -161,9 +161,8 @@ class ArdController(Controller[ArdConfig]):
 
     def _take_in(self) -> None:
         """Take this step's gradients in; once the optimizer's step is queued, a GPU has work while it is waited for."""
-        asked, self._asked = self._asked, None
-        if asked:
-            asked()
+        asked, self._asked = self._asked or (lambda: None), None
+        asked()
 
     def _take(self, asked: Sequence[Callable[[], tuple[Dots, Dots]]], slope: Callable[..., Floats]) -> None:
         found = [dots() for dots in asked]
