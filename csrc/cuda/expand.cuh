@@ -197,8 +197,10 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   Activations h_rows = p.h;
   h_rows.rows = rows.end;
   const int tile_column = static_cast<int>(blockIdx.y) % p.column_tiles * kExpandColumns;  // in the segment
+  // Columns of H are copied from the chunk on in which the unit begins; those before it meet zeros for W.
+  const int before = p.h.vector ? segment.h_begin % Tile<T>::kChunk : 0, all_ranks = before + segment.rank;
   const int log_ranks = log_rank_tile(p.rank_tile);
-  const int rank_tiles = (segment.rank + p.rank_tile - 1) >> log_ranks;
+  const int rank_tiles = (all_ranks + p.rank_tile - 1) >> log_ranks;
   const int h_bytes = tile_bytes<T>(kExpandRows, p.rank_tile), w_bytes = tile_bytes<T>(p.rank_tile, kExpandHalf);
   const bool dropping = p.dropout.threshold > 0;
   unsigned char* const shared = seed + (dropping ? kSeedBytes : 0);
@@ -220,24 +222,23 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   // A step multiplies one tile of ranks for one half of the columns.
   Staged<T, kExpandThreads, kRankTile * kExpandHalf / kExpandThreads, Staging::kInterleaved> staged;
   const auto ranks = [&](int tile) {
-    const int left = segment.rank - tile * p.rank_tile;
+    const int left = all_ranks - tile * p.rank_tile;
     return left < p.rank_tile ? left : p.rank_tile;
   };
-  const auto gate = [&](int tile) {
-    return p.gate == nullptr ? nullptr : p.gate + segment.w_begin + tile * p.rank_tile;
-  };
+  const auto valid = [&](int tile) { return ValidRows{tile == 0 ? before : 0, ranks(tile)}; };
+  const auto first_row = [&](int tile) { return segment.w_begin - before + tile * p.rank_tile; };
+  const auto gate = [&](int tile) { return p.gate == nullptr ? nullptr : p.gate + first_row(tile); };
   const auto copy_h = [&](int step, int tile) {
-    const int column = segment.h_begin + tile * p.rank_tile;
+    const int column = segment.h_begin - before + tile * p.rank_tile;
     copy_async<T, kExpandThreads, kExpandRows>(h_tile(step), h_rows, row, column, log_ranks, column + ranks(tile));
     cp_async_commit();
   };
   const auto fetch_w = [&](int half, int tile) {
     const int column = tile_column + half * kExpandHalf;
-    staged.fetch(p.w, segment.w_begin + tile * p.rank_tile, column, p.rank_tile, kLogHalf, ranks(tile),
-                 p.width - column, gate(tile));
+    staged.fetch(p.w, first_row(tile), column, p.rank_tile, kLogHalf, valid(tile), p.width - column, gate(tile));
   };
   const auto store_w = [&](int step, int tile) {
-    staged.store(w_tile(step), p.w, p.rank_tile, kLogHalf, ranks(tile), gate(tile));
+    staged.store(w_tile(step), p.w, p.rank_tile, kLogHalf, valid(tile), gate(tile));
   };
 
   const int steps = (tile_column + kExpandHalf < p.width ? 2 : 1) * rank_tiles;

@@ -59,6 +59,12 @@ struct Problem {
   std::int64_t segments() const { return static_cast<std::int64_t>(factor.segments.size()); }
   // Segments that each block of rows meets.
   std::int64_t beside() const { return sorted ? 1 : segments(); }
+  // Most columns of H that are read for a segment: from the chunk on in which it begins.
+  std::int64_t ranks() const {
+    std::int64_t most = 0;
+    for (const Segment& s : factor.segments) most = std::max(most, s.h_begin % (16 / bytes) + s.rank);
+    return most;
+  }
   // Blocks of up to `length` rows, in the worst case where they are sorted.
   std::int64_t row_blocks(std::int64_t length) const {
     return sorted ? rows / length + std::min(segments(), rows) : ceil_div(rows, length);
@@ -104,16 +110,16 @@ Tiles plan_shrink(GemmPlan& plan, const Problem& p) {
 }
 
 Tiles plan_expand(GemmPlan& plan, const Problem& p) {
+  plan.rank_tile = fitting_rank_tile(p.ranks());
   if (p.bytes == 4) plan.rank_tile = std::min(plan.rank_tile, 32);  // shared memory
   plan.threads = kExpandThreads;
-  plan.shared = expand_shared(p.bytes, plan.rank_tile, p.factor.max_rank > plan.rank_tile ? 2 : 1, p.dropout);
+  plan.shared = expand_shared(p.bytes, plan.rank_tile, p.ranks() > plan.rank_tile ? 2 : 1, p.dropout);
   plan.tiles = static_cast<int>(ceil_div(p.factor.width, kExpandColumns));
   return {p.row_blocks(kExpandRows), p.beside() * plan.tiles};
 }
 
 Tiles plan_outer(GemmPlan& plan, const Problem& p) {
-  std::int64_t ranks = 0;  // H is read from the chunk on in which a unit begins
-  for (const Segment& s : p.factor.segments) ranks = std::max(ranks, s.h_begin % (16 / p.bytes) + s.rank);
+  const std::int64_t ranks = p.ranks();
   const bool shrinks = plan.kind == Gemm::kOuterShrink;
   plan.rank_tile = fitting_rank_tile(ranks);
   plan.threads = kOuterThreads;

@@ -42,13 +42,6 @@ inline Activations hidden(const MatrixView& h) {
   return {h.data, h.row_stride, static_cast<std::int32_t>(h.rows), in_chunks(h, h.row_stride)};
 }
 
-// Where each unit begins at a chunk, too.
-inline Activations hidden(const MatrixView& h, const Factor& f) {
-  Activations a = hidden(h);
-  for (const Segment& s : f.segments) a.vector = a.vector && s.h_begin * dtype_size(h.dtype) % 16 == 0;
-  return a;
-}
-
 inline bool is_sorted(const UnitTable& table) { return table.kind() == UnitKind::kExperts; }
 
 inline std::int64_t table_floats(std::int64_t records) {
@@ -146,7 +139,7 @@ class Launches {
     const ExpandParams params{table(factor),
                               tiles_.blocks,
                               static_cast<int>(w.factor->width),
-                              hidden(h, *w.factor),
+                              hidden(h),
                               weight(w),
                               w.row_scale,
                               w.scale * dropout.keep_scale,

@@ -150,14 +150,14 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
     const float* const gate = with->gate == nullptr ? nullptr : with->gate + segment.w_begin;
 #pragma unroll
     for (int c = 0; c < kOuterColumns; c += kPanel) {
-      panel[c / kPanel].fetch(with->w, segment.w_begin, tile_column + c, kOnePassRanks, 6, segment.rank,
+      panel[c / kPanel].fetch(with->w, segment.w_begin, tile_column + c, kOnePassRanks, 6, {0, segment.rank},
                               p.width - tile_column - c, gate);
     }
     first_copies();
 #pragma unroll
     for (int c = 0; c < kOuterColumns; c += kPanel) {
       const Tile<T> to{w.data + tile_bytes<T>(kOnePassRanks, c), kOnePassRanks};
-      panel[c / kPanel].store(to, with->w, kOnePassRanks, 6, segment.rank, gate);
+      panel[c / kPanel].store(to, with->w, kOnePassRanks, 6, {0, segment.rank}, gate);
     }
   } else {
     first_copies();

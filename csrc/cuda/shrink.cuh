@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
       }
       cp_async_commit();
     };
-    const auto valid_ranks = [&] { return w_walk.segment.rank - first_rank; };
+    const auto valid_ranks = [&] { return ValidRows{0, w_walk.segment.rank - first_rank}; };
     const auto gate = [&] { return p.gate == nullptr ? nullptr : p.gate + w_walk.segment.w_begin + first_rank; };
     const auto fetch_w = [&] {
       staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, tile_rows, kLogColumns, valid_ranks(),

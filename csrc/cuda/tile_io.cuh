@@ -104,9 +104,18 @@ ARDLORA_DEVICE int interleaved(int c) {
   return c / (4 * kChunk) * (4 * kChunk) + c % kChunk / 2 * 8 + c / kChunk % 4 * 2 + c % 2;
 }
 
+// Which rows of a tile exist.
+struct ValidRows {
+  int begin, count;
+
+  ARDLORA_DEVICE ValidRows(int begin_row, int end_row)
+      : begin(begin_row), count(end_row > begin_row ? end_row - begin_row : 0) {}
+  ARDLORA_DEVICE bool have(int row) const { return static_cast<unsigned>(row - begin) < static_cast<unsigned>(count); }
+};
+
 // A tile of `rows` x 2^log_columns on its way through registers: `fetch` issues the loads, `store` waits for them,
-// converts, multiplies row r with scale[r] (null: 1) and writes. What lies outside [valid_rows, valid_columns) becomes
-// zero. A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile.
+// converts, multiplies row r with scale[r] (null: 1) and writes. What lies outside valid rows and columns becomes zero.
+// A thread takes four floats, a chunk of T or a single element at a time, down a column of the tile.
 template <typename T, int kThreads, int kElements, Staging kStaging = Staging::kPlain>
 struct Staged {
   static constexpr int kChunk = Tile<T>::kChunk, kWords = kElements / 4;
@@ -126,12 +135,13 @@ struct Staged {
   ARDLORA_DEVICE static int apart(int item, int log_columns) { return (kThreads * item / 8 >> log_columns) * 8; }
 
   ARDLORA_DEVICE void fetch(const Operand& from, std::int64_t row, std::int64_t column, int rows, int log_columns,
-                            int valid_rows, int valid_columns, const float* scale) {
+                            ValidRows valid, int valid_columns, const float* scale) {
     const Place at(item(from), log_columns);
     const int bytes = from.is_float ? 4 : static_cast<int>(sizeof(T));
     const auto* p =
         static_cast<const unsigned char*>(from.data) + ((row + at.row) * from.stride + column + at.column) * bytes;
-    const int end = at.column < valid_columns ? (valid_rows < rows ? valid_rows : rows) : 0;
+    if (valid.begin + valid.count > rows) valid.count = rows - valid.begin;
+    if (at.column >= valid_columns) valid.count = 0;
     if (from.vector) {
       const int between = apart(item(from), log_columns);
       const std::int64_t step = between * from.stride * bytes;
@@ -141,7 +151,7 @@ struct Staged {
         const int r = at.row + q * between;
         Word16 word{};
         factor[q] = 1.0f;
-        if (r < end) {
+        if (valid.have(r)) {
           word = load16(p + q * step);
           if (scale != nullptr) factor[q] = scale[r];
         }
@@ -153,7 +163,7 @@ struct Staged {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         raw[e] = 0;
-        if (at.row + e * at.rows >= end) continue;
+        if (!valid.have(at.row + e * at.rows)) continue;
         if (bytes == 4) {
           raw[e] = *reinterpret_cast<const std::uint32_t*>(p + e * step);
         } else {
@@ -163,7 +173,7 @@ struct Staged {
     }
   }
 
-  ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int rows, int log_columns, int valid_rows,
+  ARDLORA_DEVICE void store(const Tile<T>& tile, const Operand& from, int rows, int log_columns, ValidRows valid,
                             const float* scale) {
     const Place at(item(from), log_columns);
     const int column = kStaging == Staging::kInterleaved ? interleaved<T>(at.column) : at.column;
@@ -200,7 +210,7 @@ struct Staged {
         if constexpr (sizeof(T) == 2) {
           if (!from.is_float) v = widen_low<T>(raw[e]);
         }
-        *tile.at(r, column) = narrow<T>(scale != nullptr && r < valid_rows ? v * scale[r] : v);
+        *tile.at(r, column) = narrow<T>(scale != nullptr && valid.have(r) ? v * scale[r] : v);
       }
     }
   }

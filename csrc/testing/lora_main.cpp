@@ -258,6 +258,18 @@ Case draw(unsigned number, bool few) {
   return c;
 }
 
+// As `draw`, of heads with factors of their own, whose columns of H begin anywhere.
+Case draw_ragged(unsigned number, bool few) {
+  constexpr std::int64_t features[] = {64, 72, 104, 136, 264};
+  Case c = draw(number, few);
+  c.kind = number % 2 == 0 ? UnitKind::kOutHeads : UnitKind::kInHeads;
+  c.factoring = Factoring::kIndependent;
+  c.ranks.assign(number % 3 == 0 ? 8 : 4, 0);
+  for (std::int64_t& r : c.ranks) r = static_cast<std::int64_t>(rng() % (number % 4 == 0 ? 45 : 18));
+  c.shape = {c.shape.rows, pick(features), pick(features)};
+  return c;
+}
+
 const Ranks kExpertRanks[] = {
     {8}, {3, 0, 8, 5}, {1, 1, 1, 1}, {0, 0, 0}, {0, 37, 1, 12}, {16, 64, 0, 4}, {100, 1, 0, 70}};
 
@@ -300,16 +312,21 @@ Case draw_experts(unsigned number, bool few) {
 
 int main(int argc, char** argv) {
   const bool few = small(argc, argv);
-  const unsigned cases = few ? 12 : 105, of_experts = few ? 8 : 42;
-  std::mt19937 for_experts(4);
+  const unsigned cases = few ? 12 : 105, of_experts = few ? 8 : 42, ragged = few ? 2 : 12;
+  std::mt19937 for_experts(4), for_ragged(5);
   for (unsigned i = 0; i < cases; ++i) {
     set_order(i);
     Run{draw(i, few)}();
+    if (i < ragged) {
+      std::swap(rng, for_ragged);  // the others' numbers stay
+      Run{draw_ragged(i, few)}();
+      std::swap(rng, for_ragged);
+    }
     if (i >= of_experts) continue;
-    std::swap(rng, for_experts);  // the others' numbers stay
+    std::swap(rng, for_experts);
     Run{draw_experts(i, few)}();
     std::swap(rng, for_experts);
   }
-  std::printf("%u cases equal the equations\n", cases + of_experts);
+  std::printf("%u cases equal the equations\n", cases + of_experts + ragged);
   return 0;
 }

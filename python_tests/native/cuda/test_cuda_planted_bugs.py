@@ -192,6 +192,20 @@ BUGS = (
         "d.rows == nullptr || row >= d.count || PLANTED",
     ),
     Bug(
+        "H of the unit before is multiplied",
+        "lora",
+        "expand.cuh",
+        "ValidRows{tile == 0 ? before : 0, ranks(tile)}",
+        "ValidRows{tile == 0 && !PLANTED ? before : 0, ranks(tile)}",
+    ),
+    Bug(
+        "ranks behind a chunk of the unit before are cut off",
+        "lora",
+        "gemm_plan.cpp",
+        "s.h_begin % (16 / bytes) + s.rank",
+        "(PLANTED ? 0 : s.h_begin % (16 / bytes)) + s.rank",
+    ),
+    Bug(
         "row overwritten before it is read",
         "resize",
         "rank_resize.cuh",
