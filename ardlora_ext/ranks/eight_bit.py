@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ardlora_ext.native.transfers import Fetched, sent
+
 _BLOCKS = (256, 2048)  # of bitsandbytes, now and in versions before 0.44
 _TINY = 1e-38
+_TOGETHER = 1 << 21  # values that move together: a few of 8 bytes are made for each
 _TORCHAO, _TORCHAO_PARTS = "OptimState8bit", ("codes", "scale", "qmap")
 
 
@@ -43,71 +47,135 @@ class EightBit:
 
     def decode(self) -> torch.Tensor:
         """Return the values [rows, width] float32."""
-        values = self.qmap[self.codes.long()].view(-1)
-        return (values * self.scale.repeat_interleave(self.block)[: len(values)]).view(self.codes.shape)
+        return _Stack.of([self]).decode()[0]
 
-    def gather(self, plan: list[int]) -> EightBit:
+    def gather(self, plan: Sequence[int]) -> EightBit:
         """Return the moment whose row i is row `plan[i]` of this one; -1 gives a row that decodes to exact zeros."""
-        rows, width = self.codes.shape
-        source = torch.tensor(plan, dtype=torch.int64, device="cpu").to(self.codes.device, non_blocking=True)
-        if width % self.block == 0:
-            codes = F.pad(self.codes, (0, 0, 0, 1))[source]  # -1 is the row added last
-            scale = F.pad(self.scale.view(rows, width // self.block), (0, 0, 0, 1))[source]
-            return EightBit(codes, scale.reshape(-1), self.qmap, self.block)
-        within = torch.arange(width, device=source.device)
-        flat = torch.where(source[:, None] < 0, -1, source[:, None] * width + within).view(-1)
-        return self._gather(flat, (len(plan), width))
-
-    def _gather(self, source: torch.Tensor, shape: tuple[int, int]) -> EightBit:
-        """Take value `source[i]`, or 0 for -1, to place i."""
-        blocks = math.ceil(len(source) / self.block)
-        padding = blocks * self.block - len(source)
-        places = F.pad(source, (0, padding), value=-1).view(blocks, self.block)
-        first = places[:, :1]
-        follows = places == first + torch.arange(self.block, device=places.device)
-        follows.view(-1)[len(source) :] = True
-        same = follows.all(1, keepdim=True) & (first >= 0) & (first % self.block == 0)
-        values = torch.where(places < 0, 0.0, self.decode().view(-1)[places.clamp(min=0)])
-        largest = values.abs().amax(1, keepdim=True)
-        fresh = self._encode(values / largest.clamp(min=_TINY))
-        codes = torch.where(same, self.codes.view(-1)[places.clamp(min=0)], fresh).view(-1)[: len(source)]
-        scale = torch.where(same, self.scale[(first // self.block).clamp(min=0)], largest).view(-1)
-        return EightBit(codes.view(shape), scale, self.qmap, self.block)
+        return gathered([self], [plan])[0]
 
     def with_values(self, values: torch.Tensor) -> EightBit:
         """Return the moment of these values [rows, width] float32 in the same map and blocks."""
-        flat = values.reshape(-1)
-        blocks = F.pad(flat, (0, -len(flat) % self.block)).view(-1, self.block)
-        largest = blocks.abs().amax(1, keepdim=True)
-        codes = self._encode(blocks / largest.clamp(min=_TINY)).view(-1)[: len(flat)]
+        _check_maps([self])
+        flat = values.reshape(1, -1)
+        blocks = F.pad(flat, (0, -flat.shape[1] % self.block)).view(1, -1, self.block)
+        largest = blocks.abs().amax(2, keepdim=True)
+        codes = _encoded(blocks / largest.clamp(min=_TINY), self.qmap[None]).view(-1)[: flat.shape[1]]
         return EightBit(codes.view(values.shape), largest.view(-1), self.qmap, self.block)
 
-    def _encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the nearest codes of values in [-1, 1]. 0 stays 0, and in a map without signs only 0 becomes 0.
 
-        A second moment that is rounded to 0 beside a first one that is not would be divided by eps.
-        """
-        codes = torch.bucketize(values, (self.qmap[1:] + self.qmap[:-1]) / 2)
-        if _zero_code(self.qmap) == 0:
-            codes = torch.where((values > 0) & (codes == 0), 1, codes)
-        return codes.to(torch.uint8)
+class _Stack(NamedTuple):
+    """Moments of one shape, device and block."""
+
+    codes: torch.Tensor  # [moments, rows, width]
+    scale: torch.Tensor  # [moments, blocks]
+    qmap: torch.Tensor  # [moments, 256]
+    block: int
+
+    @classmethod
+    def of(cls, moments: Sequence[EightBit]) -> _Stack:
+        codes, scale, qmap = ([getattr(m, name) for m in moments] for name in ("codes", "scale", "qmap"))
+        return cls(torch.stack(codes), torch.stack(scale), torch.stack(qmap), moments[0].block)
+
+    def decode(self) -> torch.Tensor:
+        """Return the values [moments, rows, width] float32."""
+        values = self.qmap.gather(1, self.codes.view(len(self.codes), -1).long())
+        scale = self.scale.repeat_interleave(self.block, dim=1)[:, : values.shape[1]]
+        return (values * scale).view(self.codes.shape)
+
+    def rows(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and scales of rows that are whole blocks, for `source` [moments, new rows]."""
+        n, rows, width = self.codes.shape
+        row = torch.where(source < 0, rows, source) + (rows + 1) * torch.arange(n, device=source.device)[:, None]
+        codes = F.pad(self.codes, (0, 0, 0, 1)).view(-1, width)[row]  # the last row is zeros
+        scale = F.pad(self.scale.view(n, rows, -1), (0, 0, 0, 1)).view(n * (rows + 1), -1)[row]
+        return codes, scale.view(n, -1)
+
+    def values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and scales where blocks have values of several rows, for `source` [moments, new rows]."""
+        (n, _, width), new = self.codes.shape, source.shape[1]
+        within = torch.arange(width, device=source.device)
+        flat = torch.where(source[..., None] < 0, -1, source[..., None] * width + within).view(n, -1)
+        count = flat.shape[1]
+        blocks = math.ceil(count / self.block)
+        places = F.pad(flat, (0, blocks * self.block - count), value=-1).view(n, blocks, self.block)
+        first, at = places[..., :1], places.clamp(min=0).view(n, -1)
+        follows = places == first + torch.arange(self.block, device=places.device)
+        follows.view(n, -1)[:, count:] = True
+        same = follows.all(2, keepdim=True) & (first >= 0) & (first % self.block == 0)
+        values = torch.where(places < 0, 0.0, self.decode().view(n, -1).gather(1, at).view(places.shape))
+        largest = values.abs().amax(2, keepdim=True)
+        fresh = _encoded(values / largest.clamp(min=_TINY), self.qmap)
+        old = self.codes.view(n, -1).gather(1, at).view(places.shape)
+        before = self.scale.gather(1, (first // self.block).clamp(min=0).view(n, -1))
+        codes = torch.where(same, old, fresh).view(n, -1)[:, :count].reshape(n, new, width)
+        return codes, torch.where(same.view(n, -1), before, largest.view(n, -1))
 
 
-_zero_codes: Any = WeakIdKeyDictionary()  # of maps that were looked at: on a GPU a look waits, and moments share maps
-
-
-def _zero_code(qmap: torch.Tensor) -> int:
-    """Return the code of 0.
+def gathered(moments: Sequence[EightBit], plans: Sequence[Sequence[int]]) -> list[EightBit]:
+    """Return `moment.gather(plan)` of each: moments of one shape together, the plans in one copy to each device.
 
     Raises:
-        ValueError: there is none.
+        ValueError: a map has no code for 0.
     """
-    if qmap not in _zero_codes:
-        zeros = torch.nonzero(qmap == 0.0)
-        if len(zeros) == 0:
-            raise ValueError("rank change: 8-bit optimizer state must have a code for 0, got a map without")
-        _zero_codes[qmap] = int(zeros[0])
-    return int(_zero_codes[qmap])
+    places: dict[torch.device, list[int]] = {}
+    for i, moment in enumerate(moments):
+        places.setdefault(moment.codes.device, []).append(i)
+    sources: dict[int, torch.Tensor] = {}
+    for device, there in places.items():
+        rows = np.array([row for i in there for row in plans[i]], dtype=np.int64)
+        parts = torch.split(sent(rows, device), [len(plans[i]) for i in there])
+        sources |= dict(zip(there, parts, strict=True))
+    _check_maps([m for m in moments if m.codes.shape[1] % m.block])
+    alike: dict[Hashable, list[int]] = {}
+    for i, moment in enumerate(moments):
+        codes = moment.codes
+        alike.setdefault((codes.shape, codes.device, moment.block, len(plans[i]), len(moment.qmap)), []).append(i)
+    found = dict[int, EightBit]()
+    for same in alike.values():
+        first = moments[same[0]].codes
+        most = max(1, _TOGETHER // max(first.numel(), 1))
+        for begin in range(0, len(same), most):
+            chunk = same[begin : begin + most]
+            stack, source = _Stack.of([moments[i] for i in chunk]), torch.stack([sources[i] for i in chunk])
+            codes, scale = (stack.values if first.shape[1] % stack.block else stack.rows)(source)
+            for i, c, s in zip(chunk, _apart(codes), _apart(scale), strict=True):
+                found[i] = EightBit(c, s, moments[i].qmap, moments[i].block)
+    return [found[i] for i in range(len(moments))]
+
+
+def _apart(stack: torch.Tensor) -> list[torch.Tensor]:
+    """Return the parts of a stack, each in memory of its own."""
+    parts = [torch.empty_like(part) for part in stack]
+    torch._foreach_copy_(parts, list(stack.unbind()))
+    return parts
+
+
+def _encoded(values: torch.Tensor, qmap: torch.Tensor) -> torch.Tensor:
+    """Return the nearest codes [n, ...] of values in [-1, 1], by maps [n, 256].
+
+    0 stays 0, and in a map without signs only 0 becomes 0: a second moment that is rounded to 0 beside a first one that
+    is not would be divided by eps.
+    """
+    flat = values.reshape(len(values), -1)
+    codes = torch.searchsorted((qmap[:, 1:] + qmap[:, :-1]) / 2, flat)
+    codes = torch.where((flat > 0) & (codes == 0) & (qmap[:, :1] == 0), 1, codes)
+    return codes.to(torch.uint8).view(values.shape)
+
+
+_good_maps: Any = WeakIdKeyDictionary()  # that were looked at: on a GPU a look waits
+
+
+def _check_maps(moments: Sequence[EightBit]) -> None:
+    """Check that the maps of these moments have a code for 0; one look for all that are new.
+
+    Raises:
+        ValueError: one has none.
+    """
+    new = list({id(m.qmap): m.qmap for m in moments if m.qmap not in _good_maps}.values())
+    if not all(map(bool, Fetched([(qmap == 0.0).any() for qmap in new]).values())):
+        raise ValueError("rank change: 8-bit optimizer state must have a code for 0, got a map without")
+    for qmap in new:
+        _good_maps[qmap] = True
 
 
 def find(state: Mapping[str, Any]) -> dict[str, EightBit]:

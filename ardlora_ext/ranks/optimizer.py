@@ -149,6 +149,16 @@ def stored(optimizer: Optimizer | None, parameter: torch.nn.Parameter, key: str,
     return {key: moment.view(-1) if state[key].dim() == 1 else moment}
 
 
+Coded = list[tuple[dict[str, Any], torch.nn.Parameter, str, EightBit, list[int]]]  # new state, of whom, key, plan
+
+
+def store_coded(optimizer: Optimizer | None, coded: Coded) -> None:
+    """Add to the new entries of each parameter's state its 8-bit moments with other rows, all in one go."""
+    moved = eight_bit.gathered([moment for *_, moment, _ in coded], [plan for *_, plan in coded])
+    for (state, parameter, key, *_), moment in zip(coded, moved, strict=True):
+        state |= stored(optimizer, parameter, key, moment)
+
+
 def remember_copies(optimizer: Optimizer, keys: set[str]) -> None:
     """Note which state is a copy of the weights (Prodigy's `p0`, a schedule-free `z`): new rows begin as theirs do."""
     setattr(optimizer, _COPIES, keys)

@@ -36,7 +36,7 @@ from ardlora_ext.native.dispatch import rank_resize
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks.eight_bit import EightBit, empty_as
 from ardlora_ext.ranks.factored import Factored
-from ardlora_ext.ranks.optimizer import copies, moments, pin_lr, restart, stored
+from ardlora_ext.ranks.optimizer import Coded, copies, moments, pin_lr, restart, store_coded, stored
 from ardlora_ext.unbroken import nothing, unbroken
 
 # By (factor, "" | "grad" | "lora_gate" | state key), its first rows, or a whole moment in a form of its own.
@@ -180,8 +180,8 @@ class _Change(NamedTuple):
     factors: dict[str, _Factor]
 
 
-def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | None) -> _Change:
-    """Check and allocate everything one module needs; nothing of the model changes."""
+def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | None, coded: Coded) -> _Change:
+    """Check and allocate everything one module needs but what is added to `coded`; nothing of the model changes."""
     check_unmerged("rank change", name, layer)
     gate_on_a, factors = layer.layout.gate_on_a, {}
     gates = layer._buffers["lora_gate"]
@@ -199,7 +199,7 @@ def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | Non
             if isinstance(moment, torch.Tensor):
                 old[key] = moment
             elif isinstance(moment, EightBit):
-                state |= stored(optimizer, parameter, key, moment.gather(plan))
+                coded.append((state, parameter, key, moment, plan))
             else:
                 state |= stored(optimizer, parameter, key, moment.gather(plan, live))
         new = old
@@ -351,7 +351,7 @@ def apply(
     """
     layers = adapters(model)
     ways: dict[Hashable, _Way] = {}
-    changes: list[_Change] = []
+    changes, coded = list[_Change](), Coded()
     for name, units in update.modules.items():
         layer = layers.get(name)
         if layer is None:
@@ -360,7 +360,8 @@ def apply(
             raise ValueError(
                 f"rank change: init='{update.init}' must meet trained gates and units with their own rows, got '{name}'"
             )
-        changes.append(_prepare(name, layer, _way(name, layer, tuple(units), ways), optimizer))
+        changes.append(_prepare(name, layer, _way(name, layer, tuple(units), ways), optimizer, coded))
+    store_coded(optimizer, coded)
     where, what = _writes(_started(changes, update), changes, rows or {}, optimizer)
     moves = _moves(changes, ways.values())
     with unbroken():

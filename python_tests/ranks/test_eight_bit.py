@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 import ardlora_ext as ard
 from ardlora_ext import RankUpdate, UnitUpdate
-from ardlora_ext.ranks import resize
-from ardlora_ext.ranks.eight_bit import EightBit, find
+from ardlora_ext.ranks import eight_bit, resize
+from ardlora_ext.ranks.eight_bit import EightBit, find, gathered
 from ardlora_ext.ranks.optimizer import check_optimizer
 
 from helpers.models import trainable
@@ -125,6 +125,24 @@ def test_blocks_of_several_rows(width: int, signed: bool, block: int, seed: int)
     again = after.gather(list(range(len(plan))))
     assert torch.equal(again.codes, after.codes)
     assert torch.equal(again.scale, after.scale)
+
+
+def test_moments_that_move_together_are_each_what_they_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, moments, plans = torch.Generator().manual_seed(1), list[EightBit](), list[list[int]]()
+    for i in range(24):
+        width, rows, new = (100, 512)[i % 2], 5 + i % 3, 4 + i % 4
+        codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=draw)
+        scale = torch.rand(-(-rows * width // BLOCK), generator=draw)
+        moments.append(EightBit(codes, scale, qmap(i % 5 > 1), BLOCK))
+        plans.append(torch.randint(-1, rows, (new,), generator=draw).tolist())
+    alone = [moment.gather(plan) for moment, plan in zip(moments, plans, strict=True)]
+    monkeypatch.setattr(eight_bit, "_TOGETHER", 1500)  # two or three at once
+    for together in (gathered(moments, plans), gathered(moments[::-1], plans[::-1])[::-1]):
+        for ours, theirs in zip(together, alone, strict=True):
+            assert torch.equal(ours.codes, theirs.codes)
+            assert torch.equal(ours.scale, theirs.scale)
+            assert ours.codes.untyped_storage().nbytes() == ours.codes.numel(), "no memory of its neighbours"
+    assert gathered([], []) == []
 
 
 @pytest.mark.parametrize("width", [100, 384])

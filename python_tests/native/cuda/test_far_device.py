@@ -17,6 +17,7 @@ from ardlora_ext.layers.experts import ExpertStack
 from ardlora_ext.layers.start.orthogonal import blocks
 from ardlora_ext.model.gradient_start import _point, _Sketch
 from ardlora_ext.model.merge import merge_adapter, unmerge_adapter
+from ardlora_ext.ranks.eight_bit import EightBit, gathered
 
 from helpers.experts import tiny_experts, tokens
 from helpers.far_device import FAR, far_device
@@ -231,3 +232,17 @@ def test_a_step_without_a_decision_waits_for_nothing(name: str) -> None:
         late = [what for step, what in waits.seen if step > 1]
         assert late == ["an answer in the step that asks"] * (6 * most)
         assert controller.step == 7
+
+
+@pytest.mark.parametrize("width", [100, 512], ids=["blocks of several rows", "whole blocks"])
+def test_eight_bit_moments_wait_once_however_many_there_are(width: int) -> None:
+    with far_device() as waits:
+        maps = [torch.linspace(-1, 1, 256, device=FAR) for _ in range(6)]
+        codes = torch.zeros(4, width, dtype=torch.uint8, device=FAR)
+        moments = [EightBit(codes, torch.ones(-(-4 * width // 256), device=FAR), qmap, 256) for qmap in maps]
+        moved = gathered(moments, [[1, 0, -1]] * 6)
+        assert {t.device for moment in moved for t in (moment.codes, moment.scale)} == {FAR}
+        assert [what for _, what in waits.seen] == ["an answer in the step that asks"] * (width == 100)  # maps are new
+        waits.seen.clear()
+        gathered(moved, [[2, 1, 0, -1]] * 6)
+        assert waits.seen == []
