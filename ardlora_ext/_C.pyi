@@ -244,6 +244,8 @@ def cuda_lora_forward(
     dropout: float,
     seed: int,
     call: _Call,
+    fresh: bool,
+    bias: int,
 ) -> None: ...
 def cuda_lora_backward(
     adapter: LoraAdapter,
@@ -261,6 +263,7 @@ def cuda_lora_backward(
     dropout: float,
     seed: int,
     call: _Call,
+    fresh: bool,
 ) -> None: ...
 def cuda_lora_grouped_forward(
     adapter: LoraAdapter,

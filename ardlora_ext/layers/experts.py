@@ -114,6 +114,15 @@ class LoraExperts(nn.Module):
     """
 
     calls: Callable[[Stack, Routing], Call] = Call
+    _is_kept_out = False
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> LoraExperts:
+        """Keep the forward pass out of compiled graphs; not as a decorator, which would import torch's compiler."""
+        if not LoraExperts._is_kept_out:
+            disabled: Any = torch.compiler.disable(LoraExperts.forward)  # type: ignore[no-untyped-call]
+            LoraExperts.forward, LoraExperts._is_kept_out = disabled, True  # type: ignore[method-assign]
+        made: LoraExperts = super().__new__(cls)
+        return made
 
     def __init__(self, base_layer: nn.Module, stacks: Sequence[ExpertStack]) -> None:
         super().__init__()
@@ -137,7 +146,6 @@ class LoraExperts(nn.Module):
                 raise
             return getattr(self.base_layer, name)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the experts module does of the same arguments, with adapted weights.
 

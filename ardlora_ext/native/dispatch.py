@@ -6,9 +6,11 @@ as the launch is queued: the allocator hands it out again on the same stream onl
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +40,9 @@ __all__ = [
 
 Dropout = tuple[float, int | torch.Tensor | None]  # probability, seed: an integer, or an int64 scalar
 _FLOAT32: Any = {"dtype": torch.float32}
+# On a CUDA device the adapter's part may be written first and the base's product added to it (docs/cuda.md): one order
+# for the whole process, because it moves roundings.
+BASE_LAST = os.environ.get("ARDLORA_BASE_LAST", "0") == "1"
 _CHUNK = 8  # columns: rows of H are whole pieces of 16 bytes on a CUDA device, in each of its types
 _segments, _row_tables, _gate_tables = DeviceTables(1 << 12), DeviceTables(64), DeviceTables(64)
 
@@ -50,6 +55,7 @@ class NativeAdapter(NamedTuple):
     hidden: int  # columns of H
     device: torch.device
     on_cuda: bool
+    base_last: bool  # y and dx are written, and the base's product is added
 
 
 def _on_cuda(device: torch.device) -> bool:
@@ -129,7 +135,10 @@ def native_adapter(
     address = 0 if gate is None else gate.data_ptr()
     adapter = core.LoraAdapter(table, matrix(lora_A), matrix(lora_B), address, scaling)
     device = lora_A.device
-    return NativeAdapter(adapter, table, hidden_columns(lora_A, lora_B), device, _on_cuda(device))
+    on_cuda = _on_cuda(device)
+    # With a unit that has no rank, some columns would stay unwritten.
+    last = on_cuda and BASE_LAST and all(begin < end for begin, end in pairwise(table.unit_begin))
+    return NativeAdapter(adapter, table, hidden_columns(lora_A, lora_B), device, on_cuda, last)
 
 
 def _device_call(
@@ -152,20 +161,29 @@ def _device_call(
 
 
 def lora_forward(
-    native: NativeAdapter, x: torch.Tensor, y: torch.Tensor, rows: int, p: float, seed: int | torch.Tensor | None
+    native: NativeAdapter,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    rows: int,
+    p: float,
+    seed: int | torch.Tensor | None,
+    fresh: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add the adapter's output to y [..., N], contiguous, for x of `rows` rows of K columns; return H [rows, hidden].
 
-    x is contiguous, or [rows, K] with contiguous rows.
+    x is contiguous, or [rows, K] with contiguous rows. `fresh`, for an adapter whose base comes last: y becomes the
+    output and `bias`, contiguous in its dtype.
     """
-    adapter, _, hidden, _, on_cuda = native
+    adapter, _, hidden, _, on_cuda, _ = native
     dtype, k, n = x.dtype, x.shape[-1], y.shape[-1]
     h = x.new_empty((rows, hidden)) if on_cuda or dtype is torch.float32 else x.new_empty((rows, hidden), **_FLOAT32)
     of_x = x.data_ptr(), k, k if x.is_contiguous() else x.stride(0)
     of_y = y.data_ptr(), n, n
     if on_cuda:
         call, _workspace, mask = _device_call(native, x, rows, (p, seed))
-        core.cuda_lora_forward(adapter, rows, DTYPE_CODES[dtype], of_x, h.data_ptr(), hidden, of_y, *mask, call)
+        onto = fresh, 0 if bias is None else bias.data_ptr()
+        core.cuda_lora_forward(adapter, rows, DTYPE_CODES[dtype], of_x, h.data_ptr(), hidden, of_y, *mask, call, *onto)
     elif seed is None:
         core.lora_forward(adapter, rows, DTYPE_CODES[dtype], of_x, h.data_ptr(), hidden, of_y, threads(), 0.0, 0)
     else:
@@ -189,12 +207,13 @@ def lora_backward(
     d_b: torch.Tensor,
     d_gate: torch.Tensor | None,
     dropout: Dropout,
+    fresh: bool = False,
 ) -> None:
     """Write the gradients of factors, gates and H, float32, and add to dx [..., K], contiguous; None is not wanted.
 
-    x and dy, of as many rows as H, are contiguous, or matrices with contiguous rows.
+    x and dy, of as many rows as H, are contiguous, or matrices with contiguous rows. `fresh`: as in `lora_forward`.
     """
-    adapter, _, hidden, _, on_cuda = native
+    adapter, _, hidden, _, on_cuda, _ = native
     m, k, n, code = h.shape[0], x.shape[-1], dy.shape[-1], DTYPE_CODES[x.dtype]
     of_x = x.data_ptr(), k, k if x.is_contiguous() else x.stride(0)
     of_dy = dy.data_ptr(), n, n if dy.is_contiguous() else dy.stride(0)
@@ -204,7 +223,7 @@ def lora_backward(
         d_h = torch.empty_like(h) if d_h is None else d_h
         call, _workspace, mask = _device_call(native, x, m, dropout)
         first = adapter, m, code, of_x, h.data_ptr(), hidden, of_dy
-        core.cuda_lora_backward(*first, d_h.data_ptr(), of_dx, *out, *mask, call)
+        core.cuda_lora_backward(*first, d_h.data_ptr(), of_dx, *out, *mask, call, fresh)
     else:
         at = 0 if d_h is None else d_h.data_ptr()
         mask = _mask(dropout)

@@ -16,6 +16,13 @@ from ardlora_ext.native.dispatch import NativeAdapter, check_device, lora_backwa
 from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _can_begin(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Tell whether y may begin with the bias, and the base's product be added to it."""
+    return type(weight) in _PLAIN and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
+
 
 def can_decode(weight: torch.Tensor) -> bool:
     """Tell whether a weight is quantised by a tensor subclass with a `dequantize` of its own."""
@@ -57,12 +64,17 @@ def linear(
     shape, (n, k) = x.shape, weight.shape
     if shape[-1] != k:
         raise ValueError(f"lora_linear: x must be [..., K] = [..., {k}], got {list(shape)}")
-    if len(shape) == 2 and x.is_contiguous():
+    if len(shape) == 2 and x.is_contiguous() and not native.base_last:
         y = F.linear(x, weight, bias)
         return y, lora_forward(native, x, y, shape[0], p, seed)
     x2 = as_rows(x)
-    y = F.linear(x2, weight, bias)
-    h = lora_forward(native, x2, y, x2.shape[0], p, seed)
+    if native.base_last and _can_begin(x2, weight, bias):
+        y = x2.new_empty(x2.shape[0], n)
+        h = lora_forward(native, x2, y, x2.shape[0], p, seed, True, bias)
+        y.addmm_(x2, weight.t())
+    else:
+        y = F.linear(x2, weight, bias)
+        h = lora_forward(native, x2, y, x2.shape[0], p, seed)
     # In the shape of x, as no view: what follows may change it in place (ReLU(inplace=True)). The same memory.
     return y if len(shape) == 2 else y.resize_(*shape[:-1], n), h
 
@@ -118,12 +130,18 @@ def gradients(
         dx = dy.new_zeros(shape)
     elif need_dx and weight is not None:
         weight = weight if type(weight) is torch.Tensor else plain(weight)
-        dx = dy @ weight if so_far is None else so_far.view(-1, shape[-1]).addmm_(as_rows(dy), weight)
+        if so_far is not None:
+            dx = so_far.view(-1, shape[-1]).addmm_(as_rows(dy), weight)
+        else:
+            dx = dy.new_empty(h.shape[0], shape[-1]) if native.base_last else dy @ weight
+    fresh = native.base_last and dx is not None and weight is not None and so_far is None
     d_a = torch.empty_like(lora_A) if single else torch.empty_like(lora_A, dtype=torch.float32)
     d_b = torch.empty_like(lora_B) if single else torch.empty_like(lora_B, dtype=torch.float32)
     d_gate = torch.zeros_like(gate) if need_dgate and gate is not None else None
     d_h = torch.empty_like(h) if observers.watched else None
-    lora_backward(native, x, h, dy, d_h, dx, d_a, d_b, d_gate, (p, seed))
+    lora_backward(native, x, h, dy, d_h, dx, d_a, d_b, d_gate, (p, seed), fresh)
+    if fresh and dx is not None and weight is not None:
+        dx.addmm_(as_rows(dy), weight)
     if d_h is not None:
         observers.tell(rank_table, as_rows(x), h, as_rows(dy), d_h)
     if not single:

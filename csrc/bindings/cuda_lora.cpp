@@ -46,21 +46,22 @@ void bind_forward_and_backward(py::module_& m) {
   m.def(
       "cuda_lora_forward",
       [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
-         std::int64_t hidden, const RowsArg& y, double dropout, std::uint64_t seed, const CallArg& call) {
+         std::int64_t hidden, const RowsArg& y, double dropout, std::uint64_t seed, const CallArg& call, bool fresh,
+         std::uintptr_t bias) {
         const DType type = dtype_from_code(dtype, "lora_forward");
         const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
                                             device_dropout(make_dropout(dropout, seed), call));
         const MatrixView yv = rows_view(y, rows, type);
         py::gil_scoped_release release;
-        cuda::lora_forward(p, yv, device_call(call));
+        cuda::lora_forward(p, yv, device_call(call), {fresh, reinterpret_cast<const void*>(bias)});
       },
       py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
-      py::arg("y"), py::arg("dropout"), py::arg("seed"), py::arg("call"));
+      py::arg("y"), py::arg("dropout"), py::arg("seed"), py::arg("call"), py::arg("fresh"), py::arg("bias"));
   m.def(
       "cuda_lora_backward",
       [](const LoraAdapter& adapter, std::int64_t rows, int dtype, const RowsArg& x, std::uintptr_t h,
          std::int64_t hidden, const RowsArg& dy, std::uintptr_t dh, const RowsArg& dx, std::uintptr_t da,
-         std::uintptr_t db, std::uintptr_t dgate, double dropout, std::uint64_t seed, const CallArg& call) {
+         std::uintptr_t db, std::uintptr_t dgate, double dropout, std::uint64_t seed, const CallArg& call, bool fresh) {
         const DType type = dtype_from_code(dtype, "lora_backward");
         const LoraParams p = adapter.params(rows_view(x, rows, type), packed_view(h, rows, hidden, type), 1,
                                             device_dropout(make_dropout(dropout, seed), call));
@@ -68,11 +69,11 @@ void bind_forward_and_backward(py::module_& m) {
                          dxv = rows_view(dx, rows, type), dav = gradient_view(da, p.lora_A),
                          dbv = gradient_view(db, p.lora_B);
         py::gil_scoped_release release;
-        cuda::lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate), device_call(call));
+        cuda::lora_backward(p, dyv, dhv, dxv, dav, dbv, reinterpret_cast<float*>(dgate), device_call(call), {fresh});
       },
       py::arg("adapter"), py::arg("rows"), py::arg("dtype"), py::arg("x"), py::arg("h"), py::arg("hidden"),
       py::arg("dy"), py::arg("dh"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dgate"), py::arg("dropout"),
-      py::arg("seed"), py::arg("call"));
+      py::arg("seed"), py::arg("call"), py::arg("fresh"));
 }
 
 const std::int64_t* offsets_at(std::uintptr_t address) { return reinterpret_cast<const std::int64_t*>(address); }

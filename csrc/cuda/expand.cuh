@@ -1,4 +1,4 @@
-// expand  Y[M, columns] += scale * H (gate o W)
+// expand  Y[M, columns] += scale * H (gate o W),  or  Y = bias + that, where Y is not read
 //
 // A block makes 128 x 128 of Y for one segment, whose columns no other segment has, in two halves. Y is read into
 // registers before the products start and written once, rounded once. Ranks go through shared memory up to 64 at a
@@ -21,6 +21,8 @@ struct ExpandParams {
   const float* gate;  // of W's rows, or null
   float scale;
   Activations y;
+  bool fresh;        // y = bias + the product; else y += it
+  const void* bias;  // [columns of y] in its type, or null
   int column_tiles;  // of a segment; grid.y = segments * column_tiles
   int rank_tile;     // 16, 32 or, with 16-bit types, 64
   Dropout dropout;   // of what is added
@@ -111,14 +113,32 @@ struct ExpandTile {
   ARDLORA_DEVICE static int chunk_column(int half, int c) { return half * kExpandHalf + c * kChunkColumns; }
   ARDLORA_DEVICE bool exists(int i, int column) const { return i * 8 < rows_left && column < columns_left; }
 
+  // Of the segment's column `n` from the lane's first one on.
+  ARDLORA_DEVICE T bias(int n) const {
+    return p.bias != nullptr && n < columns_left ? static_cast<const T*>(p.bias)[y_column + n] : narrow<T>(0.0f);
+  }
+
   ARDLORA_DEVICE void begin(int half) {
     const T* from = y + half * kExpandHalf;
-#pragma unroll
-    for (int i = 0; i < 4; ++i, from += 8 * p.y.stride) {
+    if (p.fresh) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        old[i][c] = Word16{};
-        if (p.y.vector && exists(i, chunk_column(half, c))) old[i][c] = load16(from + c * kChunkColumns);
+        const int n = chunk_column(half, c);
+        float v[kChunk];
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) v[e] = widen(bias(n + e));
+        const Word16 first = add_chunk<T>(Word16{}, v);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) old[i][c] = first;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i, from += 8 * p.y.stride) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          old[i][c] = Word16{};
+          if (p.y.vector && exists(i, chunk_column(half, c))) old[i][c] = load16(from + c * kChunkColumns);
+        }
       }
     }
 #pragma unroll
@@ -174,8 +194,12 @@ struct ExpandTile {
         } else {
 #pragma unroll
           for (int e = 0; e < kChunk; ++e) {
-            if (n + e >= columns_left || (dropping && !masks.kept(lane_row + i * 8, y_column + n + e))) continue;
-            to[e] = narrow<T>(widen(to[e]) + v[e]);
+            if (n + e >= columns_left) continue;
+            if (dropping && !masks.kept(lane_row + i * 8, y_column + n + e)) {
+              if (!p.fresh) continue;
+              v[e] = 0.0f;
+            }
+            to[e] = narrow<T>(widen(p.fresh ? bias(n + e) : to[e]) + v[e]);
           }
         }
       }

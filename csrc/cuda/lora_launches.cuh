@@ -135,7 +135,9 @@ class Launches {
   }
 
   void expand(const GemmPlan& plan, const FactorView& w, int factor, const MatrixView& h, const MatrixView& y,
-              const Dropout& dropout) {
+              const Dropout& dropout, const Onto& onto = {}) {
+    const auto written = static_cast<std::int64_t>(w.factor->segments.size()) * w.factor->width;
+    ARDLORA_CHECK(!onto.nothing || written == y.cols, op_, ": every unit must have a rank where y is not read");
     const ExpandParams params{table(factor),
                               tiles_.blocks,
                               static_cast<int>(w.factor->width),
@@ -144,6 +146,8 @@ class Launches {
                               w.row_scale,
                               w.scale * dropout.keep_scale,
                               activations(y, *w.factor),
+                              onto.nothing,
+                              onto.bias,
                               plan.tiles,
                               plan.rank_tile,
                               dropout};

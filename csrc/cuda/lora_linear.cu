@@ -56,16 +56,16 @@ LoraPlans plan_lora(const UnitTable& table, std::int64_t rows, DType activations
   return p;
 }
 
-void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call) {
+void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call, const Onto& onto) {
   check_ungrouped(*p.table, "lora_forward");
   check_forward(p, y, p.x.dtype);
   Launches go("lora_forward", p, call);
   go.shrink(call.plans->shrink_a, factor_a(p), kFactorA, p.x, p.h, p.dropout);
-  go.expand(call.plans->expand_b, factor_b(p), kFactorB, p.h, y, {});
+  go.expand(call.plans->expand_b, factor_b(p), kFactorB, p.h, y, {}, onto);
 }
 
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
-                   const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call) {
+                   const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call, const Onto& onto) {
   check_ungrouped(*p.table, "lora_backward");
   check_backward(p, dy, dh, dx, dA, dB, dgate, p.x.dtype);
   Launches go("lora_backward", p, call);
@@ -81,7 +81,7 @@ void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& 
     go.shrink(plans.shrink_b, b, kFactorB, dy, dh, {});
     sum_b = go.outer(plans.outer_b, grad_b, kFactorB, p.h, dy, {});
   }
-  if (dx.data != nullptr) go.expand(plans.expand_a, a, kFactorA, dh, dx, p.dropout);
+  if (dx.data != nullptr) go.expand(plans.expand_a, a, kFactorA, dh, dx, p.dropout, {onto.nothing});
   go.add_shares(sum_b, go.outer(plans.outer_a, grad_a, kFactorA, dh, p.x, p.dropout));
   if (dgate != nullptr) go.gate_gradient(gated, p.table->gate_on_a() ? p.lora_A : p.lora_B, p.gate, dgate);
 }

@@ -19,11 +19,18 @@ struct DeviceCall {
   Stream stream;
 };
 
+// What the adapter's part is added to.
+struct Onto {
+  bool nothing = false;        // y = bias + it, dx = it, whatever was there; every unit has a rank
+  const void* bias = nullptr;  // [out_features] in the type of y, or null for 0
+};
+
 LoraPlans plan_lora(const UnitTable& table, std::int64_t rows, DType activations, bool dropout, int device);
 
-void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call);
+void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& call, const Onto& onto = {});
 void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& dh, const MatrixView& dx,
-                   const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call);
+                   const MatrixView& dA, const MatrixView& dB, float* dgate, const DeviceCall& call,
+                   const Onto& onto = {});
 
 // As in ardlora/lora_grouped.h. The offsets are in device memory and stay there, so that they cannot be refused: rows
 // that bad ones give to no expert, or to two, stay as they are or with the first.

@@ -22,9 +22,11 @@ void set_gates(const GateBlock*, std::int64_t, const double*, const GateParams&,
 }
 Multiprocessors multiprocessors(int) { fail_unavailable("multiprocessors"); }
 LoraPlans plan_lora(const UnitTable&, std::int64_t, DType, bool, int) { fail_unavailable("lora_plans"); }
-void lora_forward(const LoraParams&, const MatrixView&, const DeviceCall&) { fail_unavailable("lora_forward"); }
+void lora_forward(const LoraParams&, const MatrixView&, const DeviceCall&, const Onto&) {
+  fail_unavailable("lora_forward");
+}
 void lora_backward(const LoraParams&, const MatrixView&, const MatrixView&, const MatrixView&, const MatrixView&,
-                   const MatrixView&, float*, const DeviceCall&) {
+                   const MatrixView&, float*, const DeviceCall&, const Onto&) {
   fail_unavailable("lora_backward");
 }
 void lora_grouped_forward(const GroupedParams&, const MatrixView&, const DeviceCall&) {

@@ -31,6 +31,7 @@ struct Case {
   int multiprocessors = 8;   // decide how sums are divided
   bool gates = false, dropout = false, dx = true, dgate = false, exact = true;
   bool seed_in_memory = false;
+  bool fresh = false, bias = false;                    // y and dx are written, not added to
   bool spoiled = false;                                // NaN in row 0 of x and dy: no other row may see it
   std::vector<std::int64_t> offsets = {}, given = {};  // of experts; `given` to the device, not all of it valid
 };
@@ -44,11 +45,12 @@ std::string describe(const Case& c) {
   std::snprintf(text, sizeof text,
                 "%s %s, ranks %s, %" PRId64 " rows %" PRId64 " to %" PRId64 ", %s with %s adapters, padding %" PRId64
                 ", shift %" PRId64 ", slack %" PRId64
-                ", multiprocessors %d, gates %d, dropout %d, dx %d, dgate %d, exact %d, spoiled %d, seed in memory %d",
+                ", multiprocessors %d, gates %d, dropout %d, dx %d, dgate %d, exact %d, spoiled %d, seed in memory %d, "
+                "fresh %d, bias %d",
                 kKinds[static_cast<int>(c.kind)], c.factoring == Factoring::kShared ? "shared" : "independent",
                 ranks.c_str(), c.shape.rows, c.shape.in_features, c.shape.out_features, dtype_name(c.activations),
                 dtype_name(c.adapters), c.padding, c.shift, c.slack, c.multiprocessors, c.gates, c.dropout, c.dx,
-                c.dgate, c.exact, c.spoiled, c.seed_in_memory);
+                c.dgate, c.exact, c.spoiled, c.seed_in_memory, c.fresh, c.bias);
   return text;
 }
 
@@ -93,7 +95,16 @@ class Run {
   }
 
   void operator()() {
-    const Matrix y_before = y_, dx_before = dx_;
+    Matrix y_before = y_, dx_before = dx_;
+    if (fresh()) {
+      bias_ = Matrix(c_.activations, 1, c_.shape.out_features);
+      for (std::int64_t j = 0; j < y_.cols; ++j) bias_.set(0, j, c_.bias ? static_cast<double>(j % 3 - 1) : 0.0);
+      for (std::int64_t i = 0; i < y_.rows; ++i) {
+        for (std::int64_t j = 0; j < y_.cols; ++j) y_before.set(i, j, bias_.at(0, j));
+        for (std::int64_t j = 0; j < dx_.cols; ++j) dx_before.set(i, j, 0.0);
+      }
+      for (Matrix* m : {&y_, &dx_}) m->fill([] { return std::nan(""); });
+    }
     call();
     const Side a{table_.a(), a_, table_.gate_on_a() ? gate() : nullptr, 1.0, row_range()};
     const Side b{table_.b(), b_, table_.gate_on_a() ? nullptr : gate(), kScaling, row_range()};
@@ -142,11 +153,15 @@ class Run {
       cuda::lora_grouped_forward(grouped, y_.view(), call);
       cuda::lora_grouped_backward(grouped, dy_.view(), dh_.view(), dx, da_.view(), db_.view(), dgate, call);
     } else {
-      cuda::lora_forward(p, y_.view(), call);
-      cuda::lora_backward(p, dy_.view(), dh_.view(), dx, da_.view(), db_.view(), dgate, call);
+      const cuda::Onto onto{fresh(), c_.bias && fresh() ? bias_.view().data : nullptr};
+      cuda::lora_forward(p, y_.view(), call, onto);
+      cuda::lora_backward(p, dy_.view(), dh_.view(), dx, da_.view(), db_.view(), dgate, call, onto);
     }
   }
 
+  bool fresh() const {
+    return c_.fresh && !experts() && std::ranges::all_of(c_.ranks, [](std::int64_t r) { return r > 0; });
+  }
   bool experts() const { return c_.kind == UnitKind::kExperts; }
   // Those of each expert that has ranks, as the factors' segments.
   std::vector<std::int64_t> row_range() const {
@@ -212,7 +227,7 @@ class Run {
 
   Case c_;
   UnitTable table_;
-  Matrix x_, y_, dy_, dx_, a_, b_, h_, dh_, da_, db_;
+  Matrix x_, y_, dy_, dx_, a_, b_, h_, dh_, da_, db_, bias_;
   std::vector<float> gate_, dgate_;
   std::vector<std::int64_t> places_;
   Dropout dropout_;
@@ -255,6 +270,8 @@ Case draw(unsigned number, bool few) {
   c.exact = rng() % 2 == 0;
   c.spoiled = rng() % 5 == 0;
   c.seed_in_memory = number % 2 == 0;
+  c.fresh = number % 4 < 2;
+  c.bias = number % 3 > 0;
   return c;
 }
 

@@ -26,6 +26,7 @@ PYBIND11_MODULE(simt_core, m) {
                          std::move(ranks));
       }))
       .def_property_readonly("units", [](const UnitTable& t) { return t.ranks().size(); })
+      .def_property_readonly("unit_begin", &UnitTable::unit_begin)
       .def_property_readonly("hidden", &UnitTable::hidden)
       .def_property_readonly("gate_on_a", &UnitTable::gate_on_a)
       .def_property_readonly("a_rows", [](const UnitTable& t) { return t.a().rows; })

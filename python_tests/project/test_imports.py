@@ -56,6 +56,12 @@ def test_planted_imports_are_found(module: str, line: str, said: str, tmp_path: 
     assert said in done.stdout
 
 
+def test_the_package_does_not_import_the_compiler_of_torch() -> None:
+    """It takes a second, and few need it."""
+    code = "import sys, ardlora_ext; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_no_folder_is_a_heap() -> None:
     folders = {path.parent for path in (ROOT / "ardlora_ext").rglob("*.py")}
     counts = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) for folder in folders}

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ardlora_ext.native import dispatch, prepared
 from ardlora_ext.native.compiled import core
 
 HOST_RUN = "host_run.so"  # in the output folder
+_ENGINE = "testing/simt.cpp"
 _SOURCES = (  # the bindings, and every kernel with its launcher and tables
     "testing/simt_module.cpp",
     "bindings/cuda.cpp",
@@ -83,27 +86,16 @@ def build_host_run(file: Path) -> None:
     if compiler is None or tree is None or not (Path(python) / "Python.h").is_file():
         raise Skipped("running kernels on the host needs a C++ compiler, the source tree and the headers of Python")
     csrc = tree / "csrc"
-    engine = file.with_suffix(".o")
-    command = [compiler, "-std=c++20", f"-I{csrc}", f"-I{csrc / 'include'}", "-fPIC"]
-    _compile([*command, "-O2", "-c", str(csrc / "testing/simt.cpp"), "-o", str(engine)])
-    includes = [f"-isystem{path}" for path in (*include_paths(), python)]
-    sources = [str(csrc / source) for source in _SOURCES]
-    _compile(
-        [
-            *command,
-            "-O0",
-            "-shared",
-            "-fvisibility=hidden",
-            *includes,
-            str(engine),
-            "-x",
-            "c++",
-            *sources,
-            "-o",
-            str(file),
-        ]
-    )
-    engine.unlink()
+    includes = [f"-I{csrc}", f"-I{csrc / 'include'}", *(f"-isystem{path}" for path in (*include_paths(), python))]
+    command = [compiler, "-std=c++20", "-fPIC", "-fvisibility=hidden", *includes, "-x", "c++", "-c"]
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compiled(source: str) -> str:
+            target = str(Path(folder, f"{Path(source).name}.o"))
+            _compile([*command, "-O2" if source == _ENGINE else "-O0", str(csrc / source), "-o", target])
+            return target
+
+        _compile([compiler, "-shared", *pool.map(compiled, (_ENGINE, *_SOURCES)), "-o", str(file)])
 
 
 def _compile(command: list[str]) -> None:

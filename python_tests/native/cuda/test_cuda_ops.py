@@ -77,6 +77,7 @@ def results(
     device: torch.device,
     ranks: Sequence[int] = (),
     rows: int = 7,
+    biased: bool = False,
 ) -> Results:
     """y, and the gradients of x, the factors and the gates, from the same numbers each time."""
     generator = torch.Generator().manual_seed(5)
@@ -94,7 +95,8 @@ def results(
     if accumulate:
         y = ops.lora_accumulate(torch.nn.functional.linear(x, weight), x, *adapter)
     else:
-        y = ops.lora_linear(x, weight.detach(), None, *adapter)
+        bias = randn(layout.out_features, to=dtype).detach() if biased else None
+        y = ops.lora_linear(x, weight.detach(), bias, *adapter)
     y.backward(randn(*y.shape, to=dtype).detach())
     return [y.detach().cpu(), *(t.grad.cpu() for t in (x, a, b, gate) if t.grad is not None)]
 
@@ -122,6 +124,37 @@ def test_ops_equal_the_cpu(
         assert ours.dtype == theirs.dtype
         error = (ours.float() - theirs.float()).abs().max()
         assert error <= tolerance * theirs.float().abs().max()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.kind}-{lay.factoring}")
+def test_the_base_may_come_last(
+    device: torch.device,
+    layout: UnitLayout,
+    dtype: torch.dtype,
+    p: float,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = [5] if layout.units == 1 else [3, 1, 8, 5]
+    first: list[Any] = []
+    own = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: first.append(0) or own(*given))
+    monkeypatch.setattr(dispatch, "BASE_LAST", True)
+    expected = results(layout, dtype, p, False, torch.device("cpu"), ranks, biased=True)
+    assert first == [0]  # the CPU has one order
+    cuda_from_now_on(device, request)
+    got = results(layout, dtype, p, False, device, ranks, biased=True)
+    assert first == [0]
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max()
+    for ours, again in zip(got, results(layout, dtype, p, False, device, ranks, biased=True), strict=True):
+        assert torch.equal(ours, again)
+    if layout.units > 1:  # what a unit without a rank would leave unwritten comes from the base
+        results(layout, dtype, p, False, device, [3, 0, 8, 5])
+        assert first == [0, 0]
 
 
 # Sizes at which the kernels divide a sum over blocks, go round their loops, and need a second tile of ranks.
