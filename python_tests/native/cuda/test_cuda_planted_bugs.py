@@ -192,6 +192,13 @@ BUGS = (
         "d.rows == nullptr || row >= d.count || PLANTED",
     ),
     Bug(
+        "y is read where it is to be written",
+        "lora",
+        "expand.cuh",
+        "if (p.fresh) {",
+        "if (p.fresh && !PLANTED) {",
+    ),
+    Bug(
         "H of the unit before is multiplied",
         "lora",
         "expand.cuh",

@@ -246,3 +246,31 @@ def test_eight_bit_moments_wait_once_however_many_there_are(width: int) -> None:
         waits.seen.clear()
         gathered(moved, [[2, 1, 0, -1]] * 6)
         assert waits.seen == []
+
+
+def test_experts_do_not_add_waits() -> None:
+    """Beside those of the model's own routing."""
+    options: dict[str, AdapterConfig] = {
+        "lora": ard.LoraConfig(r=2),
+        "paper": ard.ArdConfig(mode="paper", r0=2, r_max=4, update_interval=100),
+        "elalora": ard.ElaConfig(r=4, b=2, deltaT=500, tinit=2, tfinal=4),  # type: ignore[arg-type]
+        "adalora": ard.AdaConfig(init_r=6, target_r=4, tinit=2, tfinal=4, deltaT=500),  # type: ignore[arg-type]
+    }
+    found = {}
+    for name, config in options.items():
+        model, ids = tiny_experts("mixtral").bfloat16().train(), tokens(2, 8)
+        model.set_experts_implementation("grouped_mm")
+        with far_device() as waits:
+            model = ard.wrap(model.to(FAR), config)
+            optimizer = AdamW(trainable(model), lr=1e-2)
+            ard.attach(model, optimizer, total_steps=1000)
+            ids = ids.to(FAR)
+            for waits.step in range(3):
+                waits.seen.clear()
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found[name] = [what for _, what in waits.seen]
+    of_paper = "an answer in the step that asks"
+    assert found["elalora"] == found["adalora"] == found["lora"]
+    assert sorted(found["paper"]) == sorted([*found["lora"], of_paper, of_paper])  # row dots, and the experts' tokens
