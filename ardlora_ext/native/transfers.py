@@ -18,7 +18,7 @@ __all__ = ["DeviceTables", "Fetched", "is_capturing", "sent"]
 
 
 def sent(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Return a copy on the device, complete for what is queued on the current stream from now on."""
+    """Return a copy on the device, there for all that is queued on the current stream; on the host the array itself."""
     held = torch.from_numpy(np.ascontiguousarray(values))
     return (held.pin_memory() if device.type == "cuda" else held).to(device, non_blocking=True)
 

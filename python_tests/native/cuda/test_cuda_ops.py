@@ -20,6 +20,7 @@ from ardlora_ext.bench.gpu.context import HOST_RUN, HostRun, Skipped, build_host
 from ardlora_ext.native import dispatch, ops
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.grouped import lora_grouped
+from ardlora_ext.native.transfers import Fetched, sent
 from ardlora_ext.native.units import UnitLayout
 
 from helpers.models import Attention, trainable
@@ -284,6 +285,22 @@ def test_a_seed_may_lie_on_the_device(device: torch.device, request: pytest.Fixt
     there.fill_(12)  # as a replay does
     assert torch.equal(run(12), run(there))
     assert not torch.equal(run(11), run(there))
+
+
+def test_copies_are_of_the_moment_they_are_asked_for(device: torch.device) -> None:
+    values = np.arange(1 << 16)
+    there = sent(values.copy(), device)
+    assert there.device.type == device.type
+    asked = Fetched([2 * there, there[5], there.float().view(2, -1), torch.isfinite(there).all()])
+    assert asked.there == (device.type == "cpu")
+    there.zero_()  # queued behind the copies
+    doubled, fifth, floats, finite = asked.values()
+    assert {t.device.type for t in asked.values()} == {"cpu"}
+    np.testing.assert_array_equal(doubled.numpy(), 2 * values)
+    np.testing.assert_array_equal(floats.numpy().ravel(), values.astype(np.float32))
+    assert bool(finite)
+    assert fifth.dim() == 0
+    assert device.type == "cpu" or int(fifth) == 5  # of the host's, what they are when they are read
 
 
 def train(steps: int, device: torch.device) -> tuple[list[float], list[list[int]]]:
