@@ -59,7 +59,8 @@ class ArdConfig(AdapterConfig):
         shape: `anneal`: how the budget falls, `geometric`, `linear`, or `cubic` (AdaLoRA's).
         metric: `anneal`: what a component is worth and a cut keeps: the `loss` to second order, from rank-sized
             statistics of the backward pass, or the size of the `update`.
-        allocation: `anneal`: `learned`, or a control: `uniform` (one rank for all), `random`.
+        allocation: `anneal`: `learned`, or a control on the same path of the budget: `uniform` (ranks as equal
+            as it lets them be), `random`.
         l1: lambda, a fixed price instead of a budget, in units of the typical (RMS) gradient of alpha.
         tv: beta, strength of the total variation within the regulariser.
         variation: `temporal_sq` (the reading that fits the paper's theorem; its proximal form is a damper),
@@ -77,7 +78,8 @@ class ArdConfig(AdapterConfig):
         lr_price: dual step on the price per relative budget excess.
         warmup_ratio: first part of the run with constant ranks (B starts at zero and says nothing yet).
         harden_ratio: part before the freeze in which gates move smoothly to 0 or 1.
-        freeze_ratio: last part of the run with constant, whole ranks. 0.75 with `anneal`: an early end.
+        freeze_ratio: last part of the run with constant, whole ranks; `None`: 0.5 in `anneal`, 0.3 in `paper`. What is
+            too small for its task learns more at its final ranks than on the way there.
         update_interval: optimizer steps between changes of the allocated ranks; at most 20 of them in `anneal`.
         reorder: before each change of ranks, bring fully open components into the order of ||a_j|| ||b_j||, so that the
             least useful is the next to close.
@@ -118,7 +120,7 @@ class ArdConfig(AdapterConfig):
     lr_price: float = 0.5
     warmup_ratio: float = 0.1
     harden_ratio: float = 0.05
-    freeze_ratio: float = 0.3
+    freeze_ratio: float | None = None
     update_interval: int = 10
     reorder: bool = True
     gate_floor: float = 0.1
@@ -157,7 +159,7 @@ class ArdConfig(AdapterConfig):
         require(self.tv >= 0, f"ArdConfig: tv must be >= 0, got {self.tv}")
         for name in ("lr_alpha", "lr_price"):
             require(getattr(self, name) > 0, f"ArdConfig: {name} must be > 0, got {getattr(self, name)}")
-        ratios = (self.warmup_ratio, self.freeze_ratio, self.harden_ratio)
+        ratios = (self.warmup_ratio, self.final_ratio, self.harden_ratio)
         require(
             all(v >= 0 for v in ratios) and sum(ratios) < 1,
             f"ArdConfig: warmup_ratio + harden_ratio + freeze_ratio must be < 1 and none negative, got {ratios}",
@@ -206,6 +208,13 @@ class ArdConfig(AdapterConfig):
         if self.r_min is None:
             return 0 if self.mode == "anneal" else 1
         return self.r_min
+
+    @property
+    def final_ratio(self) -> float:
+        """Last part of the run with constant ranks."""
+        if self.freeze_ratio is None:
+            return 0.5 if self.mode == "anneal" else 0.3
+        return self.freeze_ratio
 
     @property
     def allowance(self) -> int | None:

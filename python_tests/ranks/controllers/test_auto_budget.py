@@ -24,8 +24,8 @@ COST = 2 * WIDTH  # of a component
 
 
 def config(**options: Any) -> ard.ArdConfig:
-    return ard.ArdConfig(**{"r0": 2, "update_interval": 3, "budget": "auto", "target_modules": "all-linear",
-                            **options})  # fmt: skip
+    return ard.ArdConfig(**{"r0": 2, "update_interval": 3, "budget": "auto", "freeze_ratio": 0.3,
+                            "target_modules": "all-linear", **options})  # fmt: skip
 
 
 class Planted(nn.Module):

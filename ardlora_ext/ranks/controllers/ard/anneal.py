@@ -105,7 +105,7 @@ class AnnealController(Controller[ArdConfig]):
         """Steps after which ranks are final."""
         if self.total_steps is None:
             return None
-        return max(round(self.total_steps * (1.0 - self.config.freeze_ratio)), (self.begins or 0) + 1)
+        return max(round(self.total_steps * (1.0 - self.config.final_ratio)), (self.begins or 0) + 1)
 
     @property
     def phase(self) -> str:
@@ -265,14 +265,12 @@ class AnnealController(Controller[ArdConfig]):
     def _allocation(self, most: int) -> Callable[[int], Allocation]:
         """Return what gives ranks for a number of parameters, as things are now."""
         config, units = self.config, self.units
-        if config.allocation == "uniform":
-            return lambda allowed: self._uniform(allowed, most)
         found = []
         for name, layer in zip(units.names, units.layers, strict=True):
             known = None if self.metric is None else self.metric.of(name)
             found.append(offers(name, layer, min(config.min_rank, layer.max_rank), known))
-        if config.allocation == "random":
-            found = [[self._at_random(offer, m) for offer in some] for m, some in enumerate(found)]
+        if config.allocation != "learned":
+            found = [[self._untold(offer, m) for offer in some] for m, some in enumerate(found)]
         found = [[replace(offer, worth=offer.worth[:, : most + 1]) for offer in some] for some in found]
         if config.budget_counts == "exported":
             every = [offer for some in found for offer in some]
@@ -288,21 +286,19 @@ class AnnealController(Controller[ArdConfig]):
             together.setdefault(layer_key(name), []).extend(some)
         return [Choice.of(members) for members in together.values()]
 
-    def _at_random(self, offer: Offer, module: int) -> Offer:
-        """Give a unit's components another worth, the same in every decision of a run."""
-        generator = np.random.default_rng([self.config.seed, module, *offer.indices])
-        steps = generator.random((len(offer.worth), 1)) / np.arange(1.0, offer.worth.shape[1])
-        worth = np.concatenate([np.zeros((len(offer.worth), 1)), np.cumsum(steps, axis=1)], axis=1)
-        return Offer(offer.name, offer.indices, np.where(np.isfinite(offer.worth), worth, -np.inf), offer.own,
-                     offer.common)  # fmt: skip
+    def _untold(self, offer: Offer, module: int) -> Offer:
+        """Give components a worth that knows nothing of the model, the same in every decision of a run.
 
-    def _uniform(self, allowed: int, most: int) -> Allocation:
-        """Give all units the largest common rank that fits."""
-        units = self.units
-        rank = most
-        while rank > self.config.min_rank and self._counted(np.minimum(rank, units.limit)) > allowed:
-            rank -= 1
-        return Allocation(units.by_module(np.minimum(rank, units.limit)), 0.0, 0.0, 0.0)
+        `uniform`: a parameter's is alike in all units, so that ranks are as equal as the budget lets them, and who is
+        one ahead on the way is drawn. `random`: drawn by unit.
+        """
+        generator = np.random.default_rng([self.config.seed, module, *offer.indices])
+        drawn = generator.random((len(offer.worth), 1))
+        if self.config.allocation == "uniform":
+            drawn = (offer.own + offer.common) * (1.0 + 1e-3 * drawn)
+        steps = drawn / np.arange(1.0, offer.worth.shape[1])
+        worth = np.concatenate([np.zeros((len(offer.worth), 1)), np.cumsum(steps, axis=1)], axis=1)
+        return replace(offer, worth=np.where(np.isfinite(offer.worth), worth, -np.inf))
 
     # Records and state.
 

@@ -118,7 +118,7 @@ class ArdController(Controller[ArdConfig]):
         return (self.step + 1) % self.config.update_interval == 0
 
     def _must_harden(self) -> bool:
-        left = self._at(self.config.freeze_ratio) + self._at(self.config.harden_ratio)
+        left = self._at(self.config.final_ratio) + self._at(self.config.harden_ratio)
         return self.total_steps is not None and self.step >= self.total_steps - left
 
     # Facts.
