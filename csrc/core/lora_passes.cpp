@@ -25,20 +25,22 @@ char* element(MatrixView& m, std::int64_t row, std::int64_t col) {
   return static_cast<char*>(m.data) + (row * m.row_stride + col) * dtype_size(m.dtype);
 }
 
-// Tiles of four ranks, of eight for the narrow rows of heads. One size for all: a component's sum must not depend on
-// how many others there are, or a rank that grows by a component without effect would move the last bit of the output.
-// Sizes that fit the rank would be 25 % faster at rank 1 and 10 % at rank 8, and no faster above.
+// A vector of lanes for each rank, a quarter of one for the narrow rows of heads. One size for all ranks: a component's
+// sum must not depend on how many others there are, or a rank that grows by a component without effect would move the
+// last bit of the output. Only how many vectors a tile has, up to four, fits the rank.
 std::vector<cpu::RankTile> rank_tiles(const Factor& f, std::int64_t lanes, std::int64_t depth, std::int64_t* total) {
-  constexpr std::int64_t kNarrow = 256;
-  const std::int64_t group = std::max<std::int64_t>(lanes / (f.width > kNarrow ? 2 : 4), 1);
+  constexpr std::int64_t kNarrow = 256, kMostVecs = 4;
+  const std::int64_t group = f.width > kNarrow ? lanes : std::max<std::int64_t>(lanes / 4, 1);
+  const std::int64_t per_vec = lanes / group, step = group * depth;
   std::vector<cpu::RankTile> tiles;
   *total = 0;
   for (const Segment& s : f.segments) {
     for (std::int64_t j = 0; j < s.rank;) {
-      const std::int64_t left = s.rank - j;
-      const std::int64_t ranks = std::min(left, 2 * lanes / group);
-      tiles.push_back({s.w_begin + j, s.h_begin + j, s.col_begin, ranks, group, *total});
-      *total += (f.width + group * depth - 1) / (group * depth) * 2 * lanes;
+      std::int64_t vecs = 1;
+      while (vecs < kMostVecs && vecs * per_vec < s.rank - j) vecs *= 2;
+      const std::int64_t ranks = std::min(s.rank - j, vecs * per_vec);
+      tiles.push_back({s.w_begin + j, s.h_begin + j, s.col_begin, ranks, group, vecs, *total});
+      *total += (f.width + step - 1) / step * vecs * lanes;
       j += ranks;
     }
   }
@@ -94,8 +96,10 @@ void* ShrinkPass::take_scratch(std::int64_t rows, Arena::Use& arena) const {
 void ShrinkPass::run(const Team& team, std::int64_t begin, std::int64_t end, const KeepBits& keep, const MatrixView& h,
                      void* scratch) const {
   float* hp = static_cast<float*>(h.data) + begin * h.row_stride;
-  for (std::int64_t m = 0; h.cols > 0 && m < end - begin; ++m) {
-    std::memset(hp + m * h.row_stride, 0, static_cast<std::size_t>(h.cols) * sizeof(float));
+  const bool whole = h.row_stride == h.cols;  // then rows follow each other, and are one piece
+  const std::int64_t pieces = whole ? 1 : end - begin, length = whole ? (end - begin) * h.cols : h.cols;
+  for (std::int64_t m = 0; length > 0 && m < pieces; ++m) {
+    std::memset(hp + m * h.row_stride, 0, static_cast<std::size_t>(length) * sizeof(float));
   }
   const void* x = element(x_, begin, 0);
   std::int64_t x_stride = x_.row_stride;
@@ -116,7 +120,7 @@ ExpandPass::ExpandPass(const FactorView& w, const MatrixView& y, int threads, Ar
   for (const Segment& s : w.factor->segments) {
     segments_.push_back({s.w_begin, s.h_begin, s.col_begin, s.rank, hidden_cols_, panel});
     const std::int64_t steps = (s.rank + kernels_.depth - 1) / kernels_.depth;
-    panel += steps * ceil_to(w.factor->width, lanes);
+    panel += steps * ceil_to(w.factor->width, kernels_.depth * lanes);
     hidden_cols_ += steps * kernels_.depth;
   }
   panels_ = Panels(panel, y.rows, threads, arena);

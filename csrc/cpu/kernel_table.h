@@ -12,9 +12,9 @@
 namespace ardlora::cpu {
 
 // A few ranks of one segment as shrink takes them (kernels/shrink.inl): rows [w_row, w_row + ranks) of the factor,
-// padded to 2 * lanes / group, give columns [h_col, h_col + ranks) of H from columns x_col on.
+// padded to vecs * lanes / group, give columns [h_col, h_col + ranks) of H from columns x_col on.
 struct RankTile {
-  std::int64_t w_row, h_col, x_col, ranks, group;
+  std::int64_t w_row, h_col, x_col, ranks, group, vecs;
   std::int64_t panel;  // lanes before this tile's in the packed factor
 };
 

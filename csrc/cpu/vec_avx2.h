@@ -1,7 +1,7 @@
 // Eight floats: AVX2 + FMA + F16C.
 struct Vec {
   static constexpr std::int64_t kWidth = 8;
-  static constexpr std::int64_t kShrinkRows = 4;  // 16 registers
+  static constexpr std::int64_t kShrinkTile = 8;  // 16 registers
   static constexpr std::int64_t kExpandRows = 4, kExpandVecs = 2;
   static constexpr std::int64_t kOuterRanks = 4, kOuterTile = 8;
   __m256 v;
@@ -43,7 +43,6 @@ struct Vec {
       const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
       return {_mm256_castsi256_ps(_mm256_broadcastq_epi64(two))};
     }
-    if constexpr (Group == 4) return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
     if constexpr (Group == 8) return load(p);
   }
   static Vec pair_sum(Vec a, Vec b) {

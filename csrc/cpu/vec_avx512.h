@@ -1,7 +1,7 @@
 // Sixteen floats: AVX-512 F, BW, DQ, VL.
 struct Vec {
   static constexpr std::int64_t kWidth = 16;
-  static constexpr std::int64_t kShrinkRows = 8;  // 32 registers
+  static constexpr std::int64_t kShrinkTile = 16;  // 32 registers
   static constexpr std::int64_t kExpandRows = 4, kExpandVecs = 4;
   static constexpr std::int64_t kOuterRanks = 8, kOuterTile = 16;
   __m512 v;
@@ -28,12 +28,7 @@ struct Vec {
   template <std::int64_t Group>
   static Vec repeat(const float* p) {
     if constexpr (Group == 1) return broadcast(*p);
-    if constexpr (Group == 2) {
-      const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-      return {_mm512_castsi512_ps(_mm512_broadcastq_epi64(two))};
-    }
     if constexpr (Group == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))};
-    if constexpr (Group == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
     if constexpr (Group == 16) return load(p);
   }
   static Vec pair_sum(Vec a, Vec b) {

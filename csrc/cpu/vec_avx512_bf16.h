@@ -49,6 +49,35 @@ struct Pairs {
     out[1].v = _mm512_permutex2var_epi16(a, _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010)), b);
   }
 
+  // 32 neighbours of one row as floats, the even ones and the odd ones; those whose bit is 0 are read as 0, and neither
+  // read nor written. join rounds.
+  template <bool Whole>
+  static void split(const BFloat16* p, std::uint64_t bits, Vec* out) {
+    __m512i all = Whole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits), p);
+#if defined(__GNUC__)
+    __asm__("" : "+v"(all));  // or it would be read twice
+#endif
+    out[0].v = _mm512_castsi512_ps(_mm512_slli_epi32(all, 16));
+    out[1].v = _mm512_castsi512_ps(_mm512_and_si512(all, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static void split(const BFloat16* p, std::uint64_t bits, Vec* out) { split<false>(p, bits, out); }
+  static void split(const float* p, std::uint64_t bits, Vec* out) {
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p);
+    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits >> 16), p + 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    out[0].v = _mm512_permutex2var_ps(low, even, high);
+    out[1].v = _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
+  }
+  template <bool Whole>
+  static void join(Vec even, Vec odd, std::uint64_t bits, BFloat16* p) {
+    const __m512i first =
+        _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                          0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    const __m512i all = _mm512_permutexvar_epi16(first, join(even, odd).v);
+    if constexpr (Whole) _mm512_storeu_si512(p, all);
+    if constexpr (!Whole) _mm512_mask_storeu_epi16(p, static_cast<__mmask32>(bits), all);
+  }
+
  private:
   static __mmask32 mask32(std::int64_t n) { return static_cast<__mmask32>((std::uint64_t{1} << n) - 1u); }
   static __m256i half(Vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }

@@ -1,7 +1,7 @@
 // Four floats: NEON, the baseline of 64-bit Arm.
 struct Vec {
   static constexpr std::int64_t kWidth = 4;
-  static constexpr std::int64_t kShrinkRows = 8;  // 32 registers
+  static constexpr std::int64_t kShrinkTile = 16;  // 32 registers
   static constexpr std::int64_t kExpandRows = 4, kExpandVecs = 4;
   static constexpr std::int64_t kOuterRanks = 8, kOuterTile = 16;
   float32x4_t v;
@@ -32,7 +32,6 @@ struct Vec {
   template <std::int64_t Group>
   static Vec repeat(const float* p) {
     if constexpr (Group == 1) return {vld1q_dup_f32(p)};
-    if constexpr (Group == 2) return {vcombine_f32(vld1_f32(p), vld1_f32(p))};
     if constexpr (Group == 4) return load(p);
   }
   static Vec pair_sum(Vec a, Vec b) { return {vpaddq_f32(a.v, b.v)}; }

@@ -4,7 +4,7 @@
 // become 0.
 struct Vec {
   static constexpr std::int64_t kWidth = 1;
-  static constexpr std::int64_t kShrinkRows = 4;  // register tiles of the kernels, powers of two
+  static constexpr std::int64_t kShrinkTile = 4;  // register tiles of the kernels, powers of two
   static constexpr std::int64_t kExpandRows = 2, kExpandVecs = 4;
   static constexpr std::int64_t kOuterRanks = 4, kOuterTile = 8;
   float v;

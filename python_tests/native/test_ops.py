@@ -168,6 +168,26 @@ def test_a_row_does_not_depend_on_its_neighbours(isa: str, act: torch.dtype) -> 
             assert torch.equal(whole[key][begin:end], part[key]), key
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("width", [40, 300, 2100])
+def test_a_component_does_not_depend_on_how_many_others_there_are(isa: str, act: torch.dtype, width: int) -> None:
+    """Growth by a component without effect moves no bit, whichever tiles a rank falls into."""
+    x, start, weight = torch.randn(13, width).to(act), torch.randn(13, width).to(act), torch.randn(19, width)
+    layout = UnitLayout("matrix", "shared", 1, width, width)
+    whole, before = torch.empty(13, 19), start
+    core.shrink(layout.table([19]), True, matrix(weight), 0, 0.5, matrix(x), matrix(whole), 1)
+    for rank in range(1, 20):
+        table, h = layout.table([rank]), torch.empty(13, rank)
+        core.shrink(table, True, matrix(weight), 0, 0.5, matrix(x), matrix(h), 1)
+        assert torch.equal(h, whole[:, :rank])
+        weight_and_zeros = torch.cat([weight[: rank - 1], torch.zeros(1, width)])
+        y = start.clone()
+        core.expand(table, True, matrix(weight_and_zeros), 0, 0.5, matrix(h), matrix(y), 1)
+        assert rank == 1 or torch.equal(y, before)
+        before = start.clone()
+        core.expand(table, True, matrix(weight), 0, 0.5, matrix(h), matrix(before), 1)
+
+
 def run_adapter_alone(layout: UnitLayout, ranks: list[int], v: Inputs, p: float) -> Inputs:
     """The kernels without torch's own matmul, whose bits may depend on the number of threads."""
     x, a, b = (v[key].detach().requires_grad_() for key in ("x", "lora_A", "lora_B"))
@@ -213,7 +233,7 @@ def test_storage_types_convert_as_in_torch(isa: str, dtype: torch.dtype) -> None
 
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[~every.isnan() & ~((every == 0) & every.signbit())]
-    for width in (1, 16):  # of one vector, whole and cut
+    for width in (1, 16, 32, 40):  # of one vector and of two, whole and cut
         layout = UnitLayout("matrix", "shared", 1, 1, width)
         table, one = layout.table([1]), torch.ones(1, width)
         y = every[: len(every) // width * width].reshape(-1, width).clone()

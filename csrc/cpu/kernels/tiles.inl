@@ -10,7 +10,7 @@
 // constant. One element's arithmetic never depends on the tile it falls into: that is what makes results independent of
 // the row or column range a thread is given.
 template <std::int64_t Tile, typename F>
-inline void for_tiles(std::int64_t begin, std::int64_t end, F&& f) {
+ARDLORA_INLINE void for_tiles(std::int64_t begin, std::int64_t end, F&& f) {
   static_assert((Tile & (Tile - 1)) == 0);
   std::int64_t i = begin;
   for (; i + Tile <= end; i += Tile) f.template operator()<Tile>(i);
@@ -41,11 +41,12 @@ ARDLORA_INLINE void clear(Vec (&acc)[Rows][Vecs]) {
   unroll<Rows * Vecs>([&]<std::int64_t I>() ARDLORA_INLINE_LAMBDA { acc[I / Vecs][I % Vecs] = Vec::zero(); });
 }
 
-// Asks for the lines of `Vecs` vectors of elements; reads nothing, so p may lie past the end.
-template <std::int64_t Vecs, typename T>
+// Asks for the lines of `Vecs` vectors of elements, into L1 or, at locality 2, L2; reads nothing, so p may lie past the
+// end.
+template <std::int64_t Vecs, int Locality = 3, typename T>
 ARDLORA_INLINE void prefetch(const T* p) {
   constexpr std::int64_t kBytes = Vecs * Vec::kWidth * static_cast<std::int64_t>(sizeof(T)), kLine = 64;
   unroll<(kBytes + kLine - 1) / kLine>([&]<std::int64_t I>() ARDLORA_INLINE_LAMBDA {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + I * kLine);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + I * kLine, 0, Locality);
   });
 }
