@@ -71,15 +71,21 @@ def unwrapped(optimizer: Any) -> Optimizer:
         seen = inner[0]
 
 
-def moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Moment]:
+def moments(optimizer: Optimizer, parameter: torch.nn.Parameter, state: State | None = None) -> dict[str, Moment]:
     """Return what of the state of `parameter` [rows, width] moves with its rows, by key; tensors as [rows, any].
+
+    All tensors are contiguous.
+
+    Args:
+        optimizer: whose state it is.
+        parameter: of the optimizer.
+        state: that of `parameter`, for callers who have looked it up.
 
     Raises:
         ValueError: some state has no place for a row, so it cannot follow a rank change.
     """
-    state, found = optimizer.state.get(parameter, {}), dict[str, Moment]()
-    shape = parameter.shape
-    for key, value in state.items():
+    shape, found = parameter.shape, dict[str, Moment]()
+    for key, value in (optimizer.state.get(parameter, {}) if state is None else state).items():
         if (
             type(value) is torch.Tensor
             and value.shape == shape
@@ -138,10 +144,8 @@ def _elsewhere(optimizer: Optimizer, key: str) -> tuple[bool, bool]:
     return False, False
 
 
-def stored(optimizer: Optimizer | None, parameter: torch.nn.Parameter, key: str, moment: Moment) -> dict[str, Any]:
-    """Return the entries of the state that put what `moments` returned, with other rows, where it was."""
-    assert optimizer is not None
-    state = optimizer.state[parameter]
+def stored(state: State, key: str, moment: Moment) -> dict[str, Any]:
+    """Return the entries of a parameter's state that put what `moments` returned, with other rows, where it was."""
     if isinstance(moment, EightBit):
         return eight_bit.stored(state, key, moment)
     if isinstance(moment, Factored):
@@ -156,7 +160,8 @@ def store_coded(optimizer: Optimizer | None, coded: Coded) -> None:
     """Add to the new entries of each parameter's state its 8-bit moments with other rows, all in one go."""
     moved = eight_bit.gathered([moment for *_, moment, _ in coded], [plan for *_, plan in coded])
     for (state, parameter, key, *_), moment in zip(coded, moved, strict=True):
-        state |= stored(optimizer, parameter, key, moment)
+        assert optimizer is not None
+        state |= stored(optimizer.state[parameter], key, moment)
 
 
 def remember_copies(optimizer: Optimizer, keys: set[str]) -> None:

@@ -36,7 +36,7 @@ from ardlora_ext.native.dispatch import rank_resize
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks.eight_bit import EightBit, empty_as
 from ardlora_ext.ranks.factored import Factored
-from ardlora_ext.ranks.optimizer import Coded, copies, moments, pin_lr, restart, store_coded, stored
+from ardlora_ext.ranks.optimizer import Coded, State, copies, moments, pin_lr, restart, store_coded, stored
 from ardlora_ext.unbroken import nothing, unbroken
 
 # By (factor, "" | "grad" | "lora_gate" | state key), its first rows, or a whole moment in a form of its own.
@@ -194,17 +194,17 @@ def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | Non
             old["grad"] = parameter.grad
         if gates is not None and on_a == gate_on_a:
             old["lora_gate"] = gates  # a new component is closed until its controller opens it
-        kept = {} if optimizer is None else optimizer.state.get(parameter, {})
-        for key, moment in moments(optimizer, parameter).items() if optimizer is not None and kept else ():
+        kept: State = {} if optimizer is None else optimizer.state.get(parameter, {})  # its hash takes a microsecond
+        for key, moment in moments(optimizer, parameter, kept).items() if optimizer is not None and kept else ():
             if isinstance(moment, torch.Tensor):
                 old[key] = moment
             elif isinstance(moment, EightBit):
                 coded.append((state, parameter, key, moment, plan))
             else:
-                state |= stored(optimizer, parameter, key, moment.gather(plan, live))
+                state |= stored(kept, key, moment.gather(plan, live))
         new = old
-        for value in old.values():
-            if not value.is_contiguous():
+        for key, value in old.items():
+            if key in _OWN and not value.is_contiguous():  # moments are
                 raise ValueError(f"rank change: {factor} of '{name}' must be contiguous, got strides {value.stride()}")
         if parameter.shape[0] != rows:
             new = {}
@@ -213,7 +213,7 @@ def _prepare(name: str, layer: LoraLinear, way: _Way, optimizer: Optimizer | Non
                     new[key] = value.new_empty((rows, *value.shape[1:]))
                 else:
                     new[key] = moved = empty_as(kept[key], (rows, *value.shape[1:]))  # a view knows no pages
-                    state |= stored(optimizer, parameter, key, moved)
+                    state |= stored(kept, key, moved)
         factors[factor] = _Factor(parameter, 0 if on_a else 1, old, new, state)
     return _Change(name, layer, way, factors)
 
@@ -228,8 +228,10 @@ def _moves(changes: Sequence[_Change], ways: Iterable[_Way]) -> list[Callable[[]
             rows, on_cpu, here = parameter.shape[0], parameter.is_cpu, moves.setdefault(parameter.device, [])
             for key, old in olds.items():
                 there = here if old.is_cpu == on_cpu else moves.setdefault(old.device, [])  # a paged moment
-                row_bytes = old.stride(0) * old.itemsize
-                there.append((old.data_ptr(), news[key].data_ptr(), row_bytes, rows, first + plan))
+                address, row_bytes = old.data_ptr(), old.stride(0) * old.itemsize
+                there.append(
+                    (address, address if news is olds else news[key].data_ptr(), row_bytes, rows, first + plan)
+                )
     devices = sorted(moves, key=lambda device: device.type != "cpu")
     return [rank_resize(np.array(moves[device], dtype=np.int64), plans, device) for device in devices]
 
@@ -314,7 +316,8 @@ def _writes(
         for (name, key), value in given[change.name].items():
             factor = change.factors[name]
             if isinstance(value, (EightBit, Factored)):
-                factor.state.update(stored(optimizer, factor.parameter, key, value))
+                assert optimizer is not None
+                factor.state.update(stored(optimizer.state[factor.parameter], key, value))
             else:
                 where.append(factor.new[key][: len(value)])
                 what.append(value.to(where[-1]))
