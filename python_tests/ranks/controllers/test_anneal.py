@@ -90,6 +90,9 @@ def test_uniform_gives_all_the_same_rank_and_learned_does_not() -> None:
     assert {r for units in uniform.controller.ranks().values() for r in units} == {2}
     assert len({r for units in learned.controller.ranks().values() for r in units}) > 2
     assert uniform.sizes == learned.sizes  # the same anneal, also on the way
+    untrained = Run(config(allocation="uniform")).controller  # no update says anything
+    untrained.finalize()
+    assert {r for units in untrained.ranks().values() for r in units} == {2}
 
 
 def test_exported_and_served_sizes_are_kept_to(tmp_path: Path) -> None:

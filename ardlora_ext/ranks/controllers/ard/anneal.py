@@ -296,9 +296,13 @@ class AnnealController(Controller[ArdConfig]):
         drawn = generator.random((len(offer.worth), 1))
         if self.config.allocation == "uniform":
             drawn = (offer.own + offer.common) * (1.0 + 1e-3 * drawn)
-        steps = drawn / np.arange(1.0, offer.worth.shape[1])
-        worth = np.concatenate([np.zeros((len(offer.worth), 1)), np.cumsum(steps, axis=1)], axis=1)
-        return replace(offer, worth=np.where(np.isfinite(offer.worth), worth, -np.inf))
+        levels = np.arange(offer.worth.shape[1])
+        steps = drawn / np.maximum(levels, 1)
+        worth = np.cumsum(np.where(levels > 0, steps, 0.0), axis=1)
+        present = np.array(self.units.layers[module].ranks)[offer.indices]
+        least = np.minimum(self.config.min_rank, present)
+        room = (levels >= least[:, None]) & (levels <= present[:, None])
+        return replace(offer, worth=np.where(room, worth, -np.inf))
 
     # Records and state.
 
