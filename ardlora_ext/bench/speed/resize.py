@@ -29,7 +29,7 @@ from ardlora_ext.ranks.resize import RankUpdate, UnitUpdate, apply
 _FEATURES = 1024
 _RANK = 16
 _BUFFERS = 3  # parameter and two moments
-_TIME_AIM, _DOUBLE_AIM, _SIZE_AIM = 2.5, 4.0, 1.1  # new memory has to be mapped page by page
+_TIME_AIM, _DOUBLE_AIM, _SIZE_AIM = 2.5, 4.0, 1.1  # new rows are drawn and made orthogonal
 _COLUMNS = (
     Column("event", "event"),
     Column("parameters", "parameters", "{:,}".format),
