@@ -168,7 +168,7 @@ def test_exit_codes(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("logged", [(), ("logging_steps=99",)], ids=["loss", "rank change"])
+@pytest.mark.parametrize("logged", [(), ("logging_steps=99", "save_strategy=no")], ids=["loss", "rank change"])
 def test_diverged_run_is_named(
     tmp_path: Path, encoder: Path, reviews: Path, capsys: pytest.CaptureFixture[str], logged: tuple[str, ...]
 ) -> None:

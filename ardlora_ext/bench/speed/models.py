@@ -37,7 +37,8 @@ Prepare = Callable[[nn.Module], nn.Module]
 DROPOUT = 0.1
 RECIPES = ("plain", "autocast", "trainer")
 COMPILED = "-compiled"  # ends the name of what runs under torch.compile
-STEPS = 10_000  # length of run that schedules are told: every timed step is in the middle of it
+STEPS = 10_000  # length of run that schedules are told
+NOW = STEPS // 4  # every timed step is near: all methods move ranks then
 
 
 def _llama(tokens: int, small: bool) -> tuple[nn.Module, Batch]:
@@ -229,7 +230,7 @@ class Runner:
 
 
 def make_runner(name: str, base: nn.Module, batch: Batch, r: int, recipe: str = "plain") -> Runner:
-    """Return an implementation on a copy of `base`, in the middle of a run: no factor is zero, ranks may move."""
+    """Return an implementation on a copy of `base`, within a run: no factor is zero, ranks may move."""
     torch.manual_seed(0)
     model = implementations(r)[name](copy.deepcopy(base)).train()
     for parameter in model.parameters():
@@ -272,9 +273,9 @@ def _allocation(name: str, model: nn.Module) -> Callable[[], object] | None:
         controller = attach(
             model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), total_steps=STEPS
         )
-        controller.step = STEPS // 2
+        controller.step = NOW
         return lambda: _decide(controller)
     if name == "peft-adalora":
         allocator: Any = model.base_model
-        return lambda: allocator.update_and_allocate(STEPS // 2)
+        return lambda: allocator.update_and_allocate(NOW)
     return None
