@@ -21,6 +21,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.compiled import VERSION
 
@@ -102,8 +103,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-GRANULARITY = "what has a rank of its own (default: head for ard, else matrix)"
-FACTORING = "whether the heads of a matrix share its factors or have their own (default: shared)"
+RANK = (
+    "rank of plain LoRA with the parameters of the end; ard starts at 4 times it, adalora at 1.5 times, elalora keeps "
+    "it as the mean"
+)
+GRANULARITY = f"what has a rank of its own (default: {AdapterConfig.granularity})"
+FACTORING = f"whether the heads of a matrix share its factors or have their own (default: {AdapterConfig.factoring})"
 
 
 def add_options(parser: argparse.ArgumentParser, kinds: Sequence[type], leave_out: Sequence[str] = ()) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import METHODS, config_for
 from ardlora_ext.errors import InputError, first_line
-from ardlora_ext.subcommands import FACTORING, GRANULARITY, add_config
+from ardlora_ext.subcommands import FACTORING, GRANULARITY, RANK, add_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=int, metavar="TOKENS", help="length of a sequence (default: 2048, or what the model can read)"
     )
     parser.add_argument("--method", choices=METHODS, default="ard", help="what decides the ranks")
-    parser.add_argument("--r", type=int, metavar="RANK", default=8, help="rank of every unit at the start")
+    parser.add_argument("--r", type=int, metavar="RANK", default=8, help=RANK)
     parser.add_argument("--r-max", type=int, metavar="RANK", help="largest rank of a unit (default: 4 r for ard)")
     parser.add_argument("--granularity", choices=("head", "matrix", "layer"), help=GRANULARITY)
     parser.add_argument("--factoring", choices=("shared", "independent"), help=FACTORING)

@@ -98,12 +98,13 @@ def render(metrics: Json, records: Sequence[Json], sizes: Json | None = None) ->
 
 def _figures(metrics: Json) -> dict[str, Figure]:
     steps, history = metrics["steps"], metrics["rank_history"]
-    start = max(chain.from_iterable(history[0]["ranks"].values()))
+    first = set(chain.from_iterable(history[0]["ranks"].values()))
+    began = str(first.pop()) if len(first) == 1 else f"{min(first)} to {max(first)}"
     figures = {
         "heatmap": Figure(
             "Rank of every unit at the end of training",
             "Darker is more. Bars: mean rank of a layer (above) and of a kind of matrix (right).",
-            plots.rank_heatmap(metrics["ranks"], start),
+            plots.rank_heatmap(metrics["ranks"]),
         ),
     }
     if metrics["history"] or metrics["evals"]:
@@ -119,7 +120,7 @@ def _figures(metrics: Json) -> dict[str, Figure]:
     if len(history) > 1:
         figures["ranks"] = Figure(
             "Mean rank over training",
-            f"Every unit started with rank {start}. Layers: the darker, the nearer to the output.",
+            f"Units started with rank {began}. Layers: the darker, the nearer to the output.",
             plots.ranks_over_time(history, steps),
         )
         figures["params"] = Figure(
@@ -142,13 +143,14 @@ def _of_sizes(sizes: Json | None) -> dict[str, Figure]:
 def _where_rank_went(metrics: Json) -> list[str]:
     """Say in words what the heat map shows."""
     ranks = metrics["ranks"]
-    first = list(chain.from_iterable(metrics["rank_history"][0]["ranks"].values()))
-    last = list(chain.from_iterable(ranks.values()))
-    if len(set(last)) == 1:
-        return [f"Every unit has rank {last[0]}."]
-    grew = sum(b > a for a, b in zip(first, last, strict=True))
-    shrank = sum(b < a for a, b in zip(first, last, strict=True))
-    facts = [f"Of {len(last):,} units {grew:,} ended above their first rank, {shrank:,} below it."]
+    units = list(chain.from_iterable(ranks.values()))
+    if len(set(units)) == 1:
+        return [f"Every unit has rank {units[0]}."]
+    mean = statistics.fmean(units)
+    above = sum(rank > mean for rank in units)
+    facts = [
+        f"Ranks from {min(units)} to {max(units)}: {above:,} of {len(units):,} units are above the mean, {mean:.1f}."
+    ]
     for what, names in (("layer", places.layer_names(ranks)), ("kind", places.kind_labels(ranks))):
         means = {name: statistics.fmean(units) for name, units in places.group_ranks(ranks, names).items()}
         if len(means) > 1:

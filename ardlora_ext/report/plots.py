@@ -6,7 +6,6 @@ Colours: one light-to-dark scale for amounts (rank, depth), distinct hues for th
 from __future__ import annotations
 
 import io
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
@@ -54,8 +53,8 @@ STYLE = {
 }
 
 
-def rank_heatmap(ranks: Ranks, start: int) -> bytes:
-    """Draw the final rank of every unit: rows are kinds of matrix, columns layers, stripes in a tile heads or experts.
+def rank_heatmap(ranks: Ranks) -> bytes:
+    """Draw the rank of every unit: rows are kinds of matrix, columns layers, stripes in a tile heads or experts.
 
     Where they are too narrow to tell them apart, they are sorted by rank.
     """
@@ -63,7 +62,8 @@ def rank_heatmap(ranks: Ranks, start: int) -> bytes:
     columns = {module: -1 if (layer := locate(module).layer) is None else layer for module in ranks}
     rows = list(dict.fromkeys(kinds.values()))
     layers = sorted(set(columns.values()) - {-1}) + ([-1] if -1 in columns.values() else [])
-    norm = Normalize(0, max(1, math.ceil(1.5 * start), *chain.from_iterable(ranks.values())))
+    every = list(chain.from_iterable(ranks.values()))
+    norm = Normalize(0, max(1, *every))
 
     with matplotlib.rc_context(STYLE):
         heights = [0.75, 0.58 * len(rows), 0.09]
@@ -79,7 +79,7 @@ def rank_heatmap(ranks: Ranks, start: int) -> bytes:
         by_layer, by_kind = group_ranks(ranks, columns), group_ranks(ranks, kinds)
         _layer_bars(above, [statistics.fmean(by_layer[layer]) for layer in layers], norm)
         _kind_bars(beside, [statistics.fmean(by_kind[row]) for row in rows], norm)
-        _colour_bar(figure.add_subplot(grid[2, 0]), norm, start)
+        _colour_bar(figure.add_subplot(grid[2, 0]), norm, statistics.fmean(every))
         return png(figure)
 
 
@@ -143,10 +143,10 @@ def _bare(axes: Axes) -> None:
     axes.tick_params(length=0, labelbottom=False, labelleft=False)
 
 
-def _colour_bar(axes: Axes, norm: Normalize, start: int) -> None:
+def _colour_bar(axes: Axes, norm: Normalize, mean: float) -> None:
     Colorbar(axes, cmap=AMOUNT, norm=norm, orientation="horizontal", ticks=MaxNLocator(integer=True))
-    axes.axvline(start, color=PRUNED, linewidth=2)
-    axes.set_xlabel(f"rank of the unit; the line marks the start, {start}", fontsize=8.5)
+    axes.axvline(mean, color=PRUNED, linewidth=2)
+    axes.set_xlabel(f"rank of the unit; the line marks the mean, {mean:.1f}", fontsize=8.5)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
 
@@ -159,7 +159,7 @@ def ranks_over_time(rank_history: Sequence[Json], last_step: int) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 3.7), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        shades = {name: AMOUNT(0.28 + 0.72 * i / max(1, len(depth) - 1)) for i, name in enumerate(depth)}
+        shades = {name: AMOUNT(0.4 + 0.6 * i / max(1, len(depth) - 1)) for i, name in enumerate(depth)}
         hues = {name: KIND_COLOURS[i % len(KIND_COLOURS)] for i, name in enumerate(dict.fromkeys(kinds.values()))}
         for axes, keys, colours in ((left, kinds, hues), (right, layers, shades)):
             _rank_lines(axes, rank_history, keys, colours, last_step)

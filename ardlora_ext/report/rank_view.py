@@ -17,12 +17,10 @@ class RankView:
     Attributes:
         title: a line above.
         ranks: of each unit by module.
-        start: the rank that units began with, marked on the scale.
     """
 
     title: str
     ranks: Ranks
-    start: int
 
     def __repr__(self) -> str:
         """Return the mean rank of each kind of matrix in each layer, as a table."""
@@ -46,6 +44,6 @@ class RankView:
             from ardlora_ext.report.plots import rank_heatmap
         except ImportError:
             return f"<pre>{html.escape(repr(self))}</pre>"
-        picture = base64.b64encode(rank_heatmap(self.ranks, self.start)).decode("ascii")
+        picture = base64.b64encode(rank_heatmap(self.ranks)).decode("ascii")
         title = html.escape(self.title)
         return f'<p>{title}</p><img src="data:image/png;base64,{picture}" alt="{title}" style="max-width: 100%">'

@@ -18,6 +18,11 @@ from ardlora_ext.report.numbers import format_amount, format_duration, format_me
 from ardlora_ext.report.run_files import Json
 from ardlora_ext.report.several.comparison import Group, best_of
 
+_HEADS = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 
 
@@ -71,10 +76,14 @@ def print_comparison(groups: Sequence[Group], console: Console | None = None) ->
 
 def _loading(metrics: Json, folder: Path) -> list[str]:
     """Return how the adapter is loaded by those that can serve such a model."""
-    base = metrics["settings"].get("model") or "BASE"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"] or "BASE"
     lines = [f'PEFT: PeftModel.from_pretrained(base, "{folder}")']
-    if metrics["task"] in ("lm", "sft"):
-        r = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    if head := _HEADS.get(metrics["task"]):
+        labels = len(metrics["labels"]) or 1
+        lines.insert(0, f'base = {head}.from_pretrained("{base}", num_labels={labels})')
+    else:
+        r = config["r"]
         most = next((size for size in _VLLM_RANKS if size >= r), r)
         lines.append(f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules tuned={folder}")
         lines.append(f"llama.cpp: python convert_lora_to_gguf.py {folder} --base {base}")

@@ -48,6 +48,7 @@ def save_run(model: nn.Module, records: Sequence[Mapping[str, Any]], metrics: Ma
     score = format_metric(metrics["metric_name"], metrics["metric_after"])
     facts = {
         "Data": f"{metrics['data']}, {metrics['train_examples']:,} examples",
+        **({"Labels, by their numbers": ", ".join(metrics["labels"])} if metrics["labels"] else {}),
         "Score": f"{metrics['metric_name']} {score} on {metrics['test_examples']:,} held-out examples",
     }
     files[CARD] = with_facts(files[CARD].decode(), facts).encode()

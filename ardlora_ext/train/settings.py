@@ -17,7 +17,7 @@ from ardlora_ext.config import AdapterConfig
 from ardlora_ext.config.registry import Method, config_for
 from ardlora_ext.errors import InputError
 from ardlora_ext.native.dispatch import best_device
-from ardlora_ext.subcommands import FACTORING, GRANULARITY
+from ardlora_ext.subcommands import FACTORING, GRANULARITY, RANK
 
 Task = Literal["classification", "regression", "token-classification", "lm", "sft"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -116,9 +116,7 @@ class RankOptions:
     mode: Literal["anneal", "paper", "code"] | None = option(
         None, "ard: anneal (fat start, thin end; the default) or paper; elalora: paper or code"
     )
-    r: int = option(
-        8, "rank of every unit at the start (adalora: at the end, it starts at 1.5 times that)", metavar="RANK"
-    )
+    r: int = option(8, RANK, metavar="RANK")
     budget: int | Literal["auto"] | None = option(
         None,
         "adapter parameters at the end (default: as plain LoRA with --r has; auto: as few as cost little)",

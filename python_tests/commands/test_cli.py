@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import ardlora_ext
 from ardlora_ext.commands.cli import main
+from ardlora_ext.config.registry import METHODS, config_for, has_option
 from ardlora_ext.errors import InputError
 from ardlora_ext.train.settings import Settings
 
@@ -30,6 +31,17 @@ def test_help_names_groups_defaults_and_examples(capsys: pytest.CaptureFixture[s
     for entry in Settings.__dataclass_fields__:
         assert f"--{entry.replace('_', '-')}" in text
     assert "(default: None)" not in text
+
+
+def test_help_tells_the_defaults_of_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in ("granularity", "factoring", "tolerance"):
+        told = re.search(rf"--{option} .*?\(default: ([^)]*)\)", shown)
+        assert told is not None
+        configs = [config_for(method, 8, {}) for method in METHODS if has_option(method, option)]
+        assert {str(getattr(config, option)) for config in configs} == {told[1]}, option
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

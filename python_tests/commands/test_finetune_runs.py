@@ -39,6 +39,7 @@ def test_run_as_a_user_starts_it(tmp_path: Path, encoder: Path, reviews: Path) -
     assert "Traceback" not in done.stderr
     for part in ("accuracy", "final rank per layer", "adapter parameters", "peak memory", "report.html"):
         assert part in done.stdout
+    assert f'base = AutoModelForSequenceClassification.from_pretrained("{encoder}", num_labels=2)' in done.stdout
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files >= ADAPTER_FILES | RUN_FILES
     assert not [name for name in files if name.startswith(".")]
@@ -60,6 +61,7 @@ def test_metrics_are_complete_and_agree(tmp_path: Path, encoder: Path, reviews: 
     assert metrics["config"]["modules_to_save"] == ["pooler", "classifier"]
     card = (out / "README.md").read_text()
     assert f"- Data: reviews.jsonl, {metrics['train_examples']} examples" in card
+    assert "- Labels, by their numbers: bad, good\n" in card
     assert f"- Score: accuracy {metrics['metric_after']:.1%} on {metrics['test_examples']} held-out" in card
     assert math.isfinite(metrics["loss_after"])
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]

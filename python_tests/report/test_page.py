@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -61,7 +62,7 @@ def test_report_tells_the_numbers(folder: Path) -> None:
     for text in ("50.0%", "87.5%", "12,345", "23,456", "12,500", "12 s", "8 ms a step", "512", "all-linear", "2.13.0"):
         assert text in html
     assert "python -m ardlora_ext finetune --out &#39;my run&#39;" in html
-    assert "Of 20 units 10 ended above their first rank, 10 below it." in html
+    assert "Ranks from 1 to 9: 10 of 20 units are above the mean, 5.0." in html
     assert "Most rank by layer: 1 (mean 9.0); least: 0 (mean 1.0)." in html
     assert "gain above price" in html
     assert 'class="up">5<' in html
@@ -161,18 +162,27 @@ def test_any_naming_is_drawn(modules: list[str]) -> None:
         {"step": 5, "params": 3, "ranks": ranks},
     ]
     assert len(places.kind_labels(modules)) == len(modules)
-    for png in (plots.rank_heatmap(ranks, 1), plots.ranks_over_time(history, 9), plots.params_over_time(history, 5, 9)):
+    for png in (plots.rank_heatmap(ranks), plots.ranks_over_time(history, 9), plots.params_over_time(history, 5, 9)):
         assert png.startswith(PNG_HEAD)
+
+
+def test_the_scale_ends_at_the_largest_rank_and_marks_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
+    plots.rank_heatmap({"h.0.fc": [1, 3], "h.1.fc": [8, 0]})
+    scale = drawn[0].axes[-1]
+    assert scale.get_xlim() == (0, 8)
+    assert scale.get_xlabel().endswith("the line marks the mean, 3.0")
 
 
 def test_a_large_model_is_drawn() -> None:
     ranks = {f"model.layers.{layer}.self_attn.{kind}_proj": [8] * 32 for layer in range(60) for kind in "qkvo"}
-    assert plots.rank_heatmap(ranks, 8).startswith(PNG_HEAD)
+    assert plots.rank_heatmap(ranks).startswith(PNG_HEAD)
 
 
 def test_a_hundred_experts_are_not_hidden_by_their_edges() -> None:
     ranks = {f"model.layers.{layer}.mlp.experts.down_proj": [16] * 128 for layer in range(48)}
-    picture = imread(io.BytesIO(plots.rank_heatmap(ranks, 8)))
+    picture = imread(io.BytesIO(plots.rank_heatmap(ranks)))
     dark = (picture[..., :3].max(axis=-1) < 0.5).mean(axis=1) > 0.6  # rows of pixels: of the bars, and of the tiles
     assert dark.sum() / len(dark) > 0.5
 
@@ -181,6 +191,7 @@ def test_a_hundred_experts_are_not_hidden_by_their_edges() -> None:
 
 
 def test_closing_table(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     console = Console(file=io.StringIO(), width=110)
     print_summary(json.loads((folder / "metrics.json").read_text()), folder, console)
     assert isinstance(console.file, io.StringIO)

@@ -19,7 +19,7 @@ from helpers.run_files import ranks_of
 def test_table_has_the_mean_of_each_kind_in_each_layer() -> None:
     ranks = {**ranks_of(1, 9), "classifier": [3]}
     ranks["bert.encoder.layer.1.attention.self.query"] = [8, 8, 9, 10]
-    title, *table = repr(RankView("now", ranks, 4)).splitlines()
+    title, *table = repr(RankView("now", ranks)).splitlines()
     assert title == "now"
     assert [line.split() for line in table] == [
         ["layer", "query", "attention.output", "intermediate", "output", "classifier", "mean"],
@@ -31,7 +31,7 @@ def test_table_has_the_mean_of_each_kind_in_each_layer() -> None:
 
 
 def test_notebook_gets_the_heat_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    view = RankView("a < b", ranks_of(1, 9), 4)
+    view = RankView("a < b", ranks_of(1, 9))
     page = view._repr_html_()
     found = re.fullmatch(r'<p>a &lt; b</p><img src="data:image/png;base64,([^"]+)" alt="a &lt; b"[^>]*>', page)
     assert found is not None
@@ -49,4 +49,4 @@ def test_controller_shows_its_ranks(config: ard.config.AdapterConfig) -> None:
     units = [rank for ranks in controller.ranks().values() for rank in ranks]
     mean = sum(units) / len(units)
     assert view.title == f"step 0, {phase}: mean rank {mean:.2f}, {parameters:,} parameters"
-    assert (view.ranks, view.start) == (controller.ranks(), max(units))
+    assert view.ranks == controller.ranks()

@@ -348,9 +348,8 @@ class Controller(Generic[Config]):
             print(controller.show())
         """
         now, ranks = self.summary(), self.ranks()
-        first = self.history.entries[0][2] if self.history.entries else self.units.live()
         title = f"step {self.step}, {now['phase']}: mean rank {now['mean_rank']:.2f}, {now['parameters']:,} parameters"
-        return RankView(title, ranks, int(max(first)))
+        return RankView(title, ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists: everything a resumed run needs to take the same decisions."""
