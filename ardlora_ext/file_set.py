@@ -173,6 +173,6 @@ def _same(held: BinaryIO | None, path: Path) -> bool:
     """Tell whether `path` is the file that is held open; held, it cannot give its number to another."""
     try:
         now = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return held is None
     return held is not None and os.path.samestat(os.fstat(held.fileno()), now)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import nn
 
-from ardlora_ext.checkpoint.peft_write import StackPlace
+from ardlora_ext.checkpoint.peft_write import ADAPTER_CONFIG, StackPlace
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.file_set import read_set
 from ardlora_ext.json_file import check_checksums, non_finite, parse_json
@@ -91,7 +91,8 @@ def read_state(directory: Path, others: Iterable[str] = ()) -> Saved:
     """
     files = read_set(directory, (STATE, STATE_WEIGHTS, *others), STATE)
     if STATE not in files:
-        raise FileNotFoundError(f"load_pretrained: directory must hold {STATE}, got '{directory}' without it")
+        peft = "; ardlora_ext.load_peft takes what PEFT wrote" if (directory / ADAPTER_CONFIG).is_file() else ""
+        raise FileNotFoundError(f"load_pretrained: directory must hold {STATE}, got '{directory}' without it{peft}")
     state = parse_state(files, "load_pretrained")
     tensors = parse_tensors(files[STATE_WEIGHTS], f"load_pretrained: {STATE_WEIGHTS}")
     check_numbers(tensors, "load_pretrained", lambda name: not name.startswith("saved."))

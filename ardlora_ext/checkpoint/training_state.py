@@ -299,7 +299,9 @@ def _numpy_state() -> list[Any]:
 def _read(directory: Path) -> tuple[dict[str, Any], Tensors]:
     files = read_set(directory, (RESUME, RESUME_TENSORS), RESUME)
     if RESUME not in files:
-        raise FileNotFoundError(f"load_state: directory must hold {RESUME}, got '{directory}' without it")
+        raise FileNotFoundError(
+            f"load_state: directory must hold {RESUME}, got '{directory}' without it; save_state writes it"
+        )
     must = f"load_state: {RESUME} must be one that save_state wrote"
     with written_by_strangers(must):
         try:

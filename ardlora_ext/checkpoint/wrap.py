@@ -49,6 +49,7 @@ def wrap(model: Model, config: AdapterConfig | PeftLoraConfig, adapter_name: str
             `head_dim` matches no layer, a budget is out of range, an option of PEFT's config has no counterpart, the
             build has no kernels for the parameters' device.
             The model is unchanged then.
+        TypeError: it is no model.
     """
     part = part_to_wrap(model)
     record = new_record(part, config, adapter_name)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ardlora_ext.config.checks import choice, normalise, require
 from ardlora_ext.config.patterns import check_expression, pattern_key
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Granularity = Literal["head", "matrix", "layer"]
 
@@ -74,6 +78,16 @@ class AdapterConfig:
     seed: int = 0
     init: Literal["default", "orthogonal", "pissa", "gradient"] = "default"
     packed: bool = True
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Name what was meant by an option that is not there: methods call the rank what their papers call it."""
+        known = [entry.name for entry in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = [*difflib.get_close_matches(name, known), *(n for n in known if name in n.split("_"))]
+                hint = f"near misses: {', '.join(dict.fromkeys(near))}" if near else f"see help({cls.__name__})"
+                raise TypeError(f"{cls.__name__}: options must be those of the method, got {name!r}; {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         owner = type(self).__name__

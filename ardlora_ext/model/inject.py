@@ -21,7 +21,17 @@ from ardlora_ext.layers.start.svd import start_svd
 from ardlora_ext.layers.tokens import TokenRows
 from ardlora_ext.model.peft.convert import PeftLoraConfig, own_config
 from ardlora_ext.model.peft.guard import guard_from_peft
-from ardlora_ext.model.record import ATTRIBUTE, Injection, Model, adapters, check_unmerged, home, injection, uncompiled
+from ardlora_ext.model.record import (
+    ATTRIBUTE,
+    Injection,
+    Model,
+    adapters,
+    check_module,
+    check_unmerged,
+    home,
+    injection,
+    uncompiled,
+)
 from ardlora_ext.model.saved_modules import inside
 from ardlora_ext.model.targets import plan_targets
 from ardlora_ext.model.token_rows import plan_tokens, say_new_rows, token_layers
@@ -41,6 +51,7 @@ def part_to_wrap(model: nn.Module) -> nn.Module:
 
     Such an object (a SentenceTransformer) calls `save_pretrained` of its parts and loads them from what that wrote.
     """
+    check_module("wrap", model)
     model = uncompiled(model)
     if _is_pretrained(model) or not hasattr(model, SAVE):
         return model

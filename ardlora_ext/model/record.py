@@ -46,6 +46,16 @@ class Injection:
         return {**self.__dict__, "controller": None, "optimizer": None, "sync": None}
 
 
+def check_module(op: str, model: object) -> None:
+    """Check that a model is one.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def uncompiled(model: Model) -> Model:
     """Return the module that `torch.compile(model)` stands for: its names are those of the eager model."""
     found = getattr(model, "_orig_mod", model)
@@ -57,6 +67,7 @@ def home(model: Model) -> Model:
 
     Names of adapters are relative to it. A model that is not wrapped is its own home.
     """
+    check_module("ardlora_ext", model)
     if _held(model) is not None:
         return model
     model = uncompiled(model)
@@ -74,11 +85,12 @@ def injection(model: nn.Module) -> Injection:
 
     Raises:
         ValueError: the model is not wrapped.
+        TypeError: it is no model.
     """
-    inner = getattr(model, "module", None)
+    part, inner = home(model), getattr(model, "module", None)
     if _held(model) is None and isinstance(inner, nn.Module) and hasattr(inner, ATTRIBUTE):
         raise ValueError(f"model must be given without {type(model).__name__} around it: use its .module")
-    found = _held(home(model))
+    found = _held(part)
     if found is None:
         raise ValueError(f"{type(model).__name__} must be wrapped: call ardlora_ext.wrap(model, config) first")
     return found

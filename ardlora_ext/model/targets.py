@@ -223,8 +223,8 @@ def _by_name(
         names = ", ".join(sorted({n.split(".")[-1] for n in linears}))
         raise ValueError(
             f"wrap: target_modules must match linear layers, got no match for {', '.join(map(repr, asked))}"
-            f"{_other_kinds(model, unmatched) or _near(asked, list(linears))}; linear layers are named: {names}"
-            f"{why_no_stacks(stacks, config)}"
+            f"{_other_kinds(model, unmatched) or _near(asked, ['all-linear', *linears])}; "
+            f"linear layers are named: {names}{why_no_stacks(stacks, config)}"
         )
     return {n: m for n, m in linears.items() if _takes(n, targets, stacks)}
 

@@ -6,6 +6,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ardlora_ext.config import LoraConfig
 from ardlora_ext.distributed.placement import bare, check_placement, check_running
 from ardlora_ext.errors import written_by_strangers
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.model.record import Injection, adapters, check_unmerged, injection, is_active
+from ardlora_ext.model.record import Injection, adapters, check_module, check_unmerged, injection, is_active
 from ardlora_ext.model.unheard import warn_unheard
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.controllers import make_controller
@@ -61,11 +62,14 @@ def attach(
     Raises:
         ValueError: the model is not wrapped or already attached, inside a wrapper that cannot follow rank changes, or
             the optimizer cannot.
-        TypeError: not an optimizer.
+        TypeError: not a model, or not an optimizer.
 
     Example:
         ard.attach(ard.wrap(model, ard.ArdConfig(total_steps=1000)))  # the one line before any training loop
     """
+    check_module("attach", model)
+    if total_steps is not None and not (isinstance(total_steps, Integral) and total_steps >= 1):
+        raise ValueError(f"attach: total_steps must be a whole number >= 1, got {total_steps!r:.60}")
     wrapper, model = model, bare(model)
     record = injection(model)
     if record.controller is not None and record.controller.handles:

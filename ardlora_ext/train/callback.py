@@ -24,7 +24,7 @@ from ardlora_ext.checkpoint.save_pretrained import save_pretrained
 from ardlora_ext.checkpoint.wrap import wrap
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.file_set import write_set
-from ardlora_ext.model.peft.convert import PeftLoraConfig
+from ardlora_ext.model.peft.convert import PeftLoraConfig, check_config
 from ardlora_ext.model.peft.guard import guard_from_peft
 from ardlora_ext.model.record import Injection, adapters, home, injection
 from ardlora_ext.ranks.attach import attach
@@ -76,6 +76,7 @@ class RankCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._reference_is_theirs = False  # whether Trainer was given the reference of preference training
         guard_from_peft()  # TRL's trainers have imported PEFT by now
         if config is not None:
+            check_config("RankCallback", config)
             hooks.before_quantisation_check(_wrap_for)
 
     def state(self) -> dict[str, Any]:

@@ -261,6 +261,9 @@ def test_missing_files(checkpoint: Path, tmp_path: Path) -> None:
     message = r"directory must hold ardlora_state\.json, got '.*' without it"
     assert_refused(Attention(), tmp_path / "nowhere", message, FileNotFoundError)
     assert_refused(Attention(), tmp_path, message, FileNotFoundError)
+    assert_refused(Attention(), checkpoint / "adapter_config.json", message, FileNotFoundError)
+    shutil.copy(checkpoint / "adapter_config.json", tmp_path)
+    assert_refused(Attention(), tmp_path, message + "; ardlora_ext.load_peft takes what PEFT wrote", FileNotFoundError)
     shutil.copy(checkpoint / "ardlora_state.json", tmp_path)
     assert_refused(Attention(), tmp_path, r"ardlora_state\.safetensors must match its checksum")
 

@@ -48,6 +48,20 @@ def test_impossible_configs(cls: type[AdapterConfig], options: Mapping[str, Any]
 
 
 @pytest.mark.parametrize(
+    ("cls", "name", "hint"),
+    [
+        (ard.ArdConfig, "r", "near misses: r0, r_max, r_min"),
+        (ard.AdaConfig, "r", ".*target_r.*"),
+        (ard.LoraConfig, "dropout", "near misses: lora_dropout"),
+        (ard.LoraConfig, "colour", r"see help\(LoraConfig\)"),
+    ],
+)
+def test_unknown_options(cls: type[AdapterConfig], name: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"{cls.__name__}: options must be those of the method, got '{name}'; {hint}"):
+        cls(**{name: 1})
+
+
+@pytest.mark.parametrize(
     "config",
     [
         ard.LoraConfig(r=4, use_rslora=True),

@@ -301,9 +301,20 @@ def test_models_that_cannot_be_attached() -> None:
         ard.attach(model, AdamW(model.parameters()))
     ard.wrap(model, fast_config())
     optimizer = AdamW(trainable(model))
+    with pytest.raises(TypeError, match=r"attach: model must be a torch\.nn\.Module, got AdamW"):
+        ard.attach(optimizer, model)  # type: ignore[arg-type]
+    for steps in (0, -1, "100", 1.5):
+        with pytest.raises(ValueError, match=f"attach: total_steps must be a whole number >= 1, got {steps!r}"):
+            ard.attach(model, optimizer, total_steps=steps)  # type: ignore[arg-type]
     ard.attach(model, optimizer)
     with pytest.raises(ValueError, match="model must not be attached already"):
         ard.attach(model, optimizer)
+
+
+@pytest.mark.parametrize("call", [ard.adapters, ard.unwrap, ard.merge, lambda name: ard.wrap(name, ard.LoraConfig())])
+def test_a_name_is_no_model(call: Callable[[Any], object]) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        call("bert-base-uncased")
 
 
 @pytest.mark.parametrize("leave", [ard.unwrap, ard.merge], ids=["unwrap", "merge"])

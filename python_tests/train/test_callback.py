@@ -207,6 +207,8 @@ def test_one_argument_wraps_as_well(tmp_path: Path) -> None:
     reference = classifier()
     torch.manual_seed(7)
     assert_equal(model, plain_loop(reference))
+    with pytest.raises(ValueError, match=r"RankCallback: config must be one of ardlora_ext's .*, got dict"):
+        ard.RankCallback({"r0": 4})  # type: ignore[arg-type]
     late = Trainer(bert()[0], arguments(tmp_path), train_dataset=examples(4))
     late.add_callback(ard.RankCallback(config()))
     late.pop_callback(PrinterCallback)

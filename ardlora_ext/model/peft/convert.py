@@ -47,6 +47,22 @@ class PeftLoraConfig(Protocol):
     use_dora: bool
 
 
+def check_config(op: str, config: object) -> None:
+    """Check that it is a config: one of ours, or PEFT's.
+
+    Raises:
+        ValueError: it is something else; the message says what to write.
+    """
+    kind = type(config)
+    if isinstance(config, AdapterConfig) or (kind.__name__ == "LoraConfig" and kind.__module__.startswith("peft.")):
+        return
+    counterpart = {"AdaLoraConfig": "ardlora_ext.AdaConfig(init_r=..., target_r=...)"}.get(kind.__name__)
+    raise ValueError(
+        f"{op}: config must be one of ardlora_ext's (ArdConfig, ElaConfig, AdaConfig, LoraConfig, DoraConfig) or a "
+        f"peft.LoraConfig, got {kind.__name__}{f'; write {counterpart}' if counterpart else ''}"
+    )
+
+
 def own_config(op: str, config: AdapterConfig | PeftLoraConfig, model: nn.Module) -> AdapterConfig:
     """Return `config`, or what it is in our words if it is PEFT's.
 
@@ -58,15 +74,9 @@ def own_config(op: str, config: AdapterConfig | PeftLoraConfig, model: nn.Module
     Raises:
         ValueError: it is something else, or has an option without counterpart; the message says what to write.
     """
+    check_config(op, config)
     if isinstance(config, AdapterConfig):
         return config
-    kind = type(config)
-    if kind.__name__ != "LoraConfig" or not kind.__module__.startswith("peft."):
-        counterpart = {"AdaLoraConfig": "ardlora_ext.AdaConfig(init_r=..., target_r=...)"}.get(kind.__name__)
-        raise ValueError(
-            f"{op}: config must be one of ardlora_ext's (ArdConfig, ElaConfig, AdaConfig, LoraConfig, DoraConfig) or a "
-            f"peft.LoraConfig, got {kind.__name__}{f'; write {counterpart}' if counterpart else ''}"
-        )
     said = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}  # type: ignore[arg-type]
     _check_rest(op, config, said)
     values = {name: said[name] for name in _SHARED if said[name] not in (None, {}, [])}
