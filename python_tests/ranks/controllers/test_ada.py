@@ -17,44 +17,7 @@ from ardlora_ext.ranks.controllers.svd.ada import best
 from ardlora_ext.ranks.controllers.svd.schedule import Phases, rank_budget
 
 from helpers.slow_svd import EPS, Chain, SlowModel, assert_same, batch, chain_and_teacher, warmup_decay
-
-STEPS, LR = 300, 3e-3
-OPTIONS: dict[str, Any] = {"init_r": 6, "target_r": 3, "lora_alpha": 12.0, "tinit": 20, "tfinal": 60}
-
-
-class Run:
-    """A training loop with Adam and a schedule, one step at a time."""
-
-    def __init__(self, total: int = STEPS, clip: float | None = None, **options: Any) -> None:
-        self.model, self.teacher = chain_and_teacher()
-        self.teacher.requires_grad_(False)
-        ard.wrap(self.model, ard.AdaConfig(**OPTIONS | options))
-        self.total, self.t, self.clip = total, 0, clip
-        self.layers = list(ard.adapters(self.model).values())
-        self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=LR, eps=EPS)
-        self.controller = ard.attach(self.model, self.optimizer, total_steps=total)
-
-    def step(self) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = LR * warmup_decay(self.t, self.total)
-        x = batch(self.t)
-        loss = (self.model(x) - self.teacher(x)).square().mean()
-        loss.backward()
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.t += 1
-        return loss.item()
-
-    @property
-    def ranks(self) -> list[int]:
-        return [r for ranks in self.controller.ranks().values() for r in ranks]
-
-    def unmasked(self) -> list[list[bool]]:
-        gates = [layer.lora_E.detach()[: layer.ranks[0], 0] for layer in self.layers if layer.lora_E is not None]
-        return [(gate != 0).tolist() for gate in gates]
-
+from helpers.svd_runs import LR, STEPS, ada_config, ada_run
 
 # Against the paper and PEFT.
 
@@ -79,7 +42,7 @@ def slow_budget(t: int, config: ard.AdaConfig, total: int) -> int | None:
     ],
 )
 def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
-    run = Run(**options)
+    run = ada_run(**options)
     config = run.controller.config
     clip = options.get("clip")
     slow = SlowModel(run.model, config.orth_form, config.orth_reg_weight)
@@ -189,7 +152,7 @@ def test_best_keeps_exactly_the_budget() -> None:
 
 
 def test_masked_components_may_come_back_removed_ones_never_do() -> None:
-    masked, removed = Run(tinit=2), Run(tinit=2, removal=True)
+    masked, removed = ada_run(tinit=2), ada_run(tinit=2, removal=True)
     seen: list[list[list[bool]]] = []
     for _ in range(120):
         masked.step()
@@ -208,7 +171,7 @@ def test_masked_components_may_come_back_removed_ones_never_do() -> None:
 
 
 def test_masked_components_are_taken_out_at_the_end_without_a_change() -> None:
-    run = Run(60, tinit=5, tfinal=10)
+    run = ada_run(60, tinit=5, tfinal=10)
     for _ in range(59):
         run.step()
     assert [layer.ranks for layer in run.layers] == [[6]] * 5
@@ -225,7 +188,7 @@ def test_masked_components_are_taken_out_at_the_end_without_a_change() -> None:
 
 
 def test_finalize_meets_the_target_now() -> None:
-    run = Run()
+    run = ada_run()
     for _ in range(40):
         run.step()
     run.controller.finalize()
@@ -238,7 +201,7 @@ def test_finalize_meets_the_target_now() -> None:
 @pytest.mark.parametrize("removal", [False, True])
 def test_resumed_run_takes_the_same_decisions(removal: bool, tmp_path: Any) -> None:
     options = {"removal": removal, "tinit": 5, "tfinal": 10, "capacity": "fixed"}
-    whole, half, resumed = (Run(80, **options) for _ in range(3))
+    whole, half, resumed = (ada_run(80, **options) for _ in range(3))
     for _ in range(33):
         half.step()
     ard.save_pretrained(half.model, tmp_path)
@@ -274,7 +237,7 @@ def test_bad_configs_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_attach_needs_the_length_of_the_run() -> None:
     model, _ = chain_and_teacher()
-    ard.wrap(model, ard.AdaConfig(**OPTIONS))
+    ard.wrap(model, ada_config())
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match="total_steps must be given for AdaConfig"):
         ard.attach(model, optimizer)
@@ -283,7 +246,7 @@ def test_attach_needs_the_length_of_the_run() -> None:
 
 
 def test_a_checkpoint_knows_other_shapes() -> None:
-    a, b = Run(), Run(removal=True)
+    a, b = ada_run(), ada_run(removal=True)
     for _ in range(60):
         b.step()
     with pytest.raises(ValueError, match="kept must have 30 entries"):

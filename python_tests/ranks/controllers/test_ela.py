@@ -12,8 +12,8 @@ import torch
 
 import ardlora_ext as ard
 
-from helpers.ela_runs import LR, STEPS, Run, prepared
 from helpers.slow_svd import EPS, Component, SlowModel, assert_same, batch, chain_and_teacher, gaussians, warmup_decay
+from helpers.svd_runs import LR, STEPS, ela_config, ela_run
 
 # Against the papers.
 
@@ -83,7 +83,7 @@ def slow_direction(
     ],
 )
 def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
-    run = Run(**options)
+    run = ela_run(**options)
     config = run.controller.config
     clip = options.get("clip")
     slow = SlowModel(run.model, config.orth_form, config.orth_reg_weight)
@@ -111,7 +111,7 @@ def test_equals_the_transcription_step_by_step(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("init", ["mean", "unit"])
 def test_growth_keeps_outputs_bitwise_and_starts_orthogonal(init: Any) -> None:
-    run = Run()
+    run = ela_run()
     for _ in range(20):
         run.step()
     x = batch(99)
@@ -139,7 +139,7 @@ def test_growth_keeps_outputs_bitwise_and_starts_orthogonal(init: Any) -> None:
 
 @pytest.mark.parametrize("allocation", ["importance", "random_grow", "random"])
 def test_budget_is_conserved_at_every_step(allocation: str) -> None:
-    run = Run(120, allocation=allocation, deltaT=4, grace=0, rank1_candidate=True)
+    run = ela_run(120, allocation=allocation, deltaT=4, grace=0, rank1_candidate=True)
     for _ in range(120):
         run.step()
         assert sum(run.ranks) == 20
@@ -153,7 +153,7 @@ def test_budget_is_conserved_at_every_step(allocation: str) -> None:
 
 @pytest.mark.parametrize(("r", "target"), [(6, 4), (2, 4), (1, 2)])
 def test_a_target_is_met_by_pruning_or_by_growing_alone(r: int, target: int) -> None:
-    run = Run(120, r=r, target_r=target, deltaT=4, grace=0, rank1_candidate=r == 1)
+    run = ela_run(120, r=r, target_r=target, deltaT=4, grace=0, rank1_candidate=r == 1)
     totals = [5 * r]
     for _ in range(120):
         run.step()
@@ -163,7 +163,7 @@ def test_a_target_is_met_by_pruning_or_by_growing_alone(r: int, target: int) -> 
     assert totals[-1] == 5 * target
     assert all(0 <= step * (1 if target > r else -1) <= 3 for step in steps)
     assert {record["pruned" if target > r else "grown"] for record in run.controller.records} == {0}
-    model, _ = prepared(r=2, target_r=30, deltaT=4)
+    model = ard.wrap(chain_and_teacher()[0], ela_config(r=2, target_r=30, deltaT=4))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match=r"target_r must be within \d+ components of the first 10, .* got 150"):
         ard.attach(model, optimizer, total_steps=120)
@@ -171,7 +171,7 @@ def test_a_target_is_met_by_pruning_or_by_growing_alone(r: int, target: int) -> 
 
 @pytest.mark.parametrize("mode", ["paper", "code"])
 def test_without_an_allocation_only_the_optimizer_is_restarted(mode: str) -> None:
-    run = Run(60, allocation="none", mode=mode, deltaT=10)
+    run = ela_run(60, allocation="none", mode=mode, deltaT=10)
     counts = []
     for _ in range(60):
         run.step()
@@ -183,7 +183,7 @@ def test_without_an_allocation_only_the_optimizer_is_restarted(mode: str) -> Non
 
 
 def test_kept_rows_keep_their_moments_bitwise_over_many_rounds() -> None:
-    run = Run(130, deltaT=2, grace=0, scheduler=False, tinit=10, tfinal=10)
+    run = ela_run(130, deltaT=2, grace=0, scheduler=False, tinit=10, tfinal=10)
     layers = ard.adapters(run.model)
     changes = 0
 
@@ -220,10 +220,9 @@ def test_kept_rows_keep_their_moments_bitwise_over_many_rounds() -> None:
 
 
 def test_code_mode_resets_moments_and_pins_the_learning_rate() -> None:
-    run = Run(100, mode="code", deltaT=5)
+    run = ela_run(100, mode="code", deltaT=5)
     head = run.model.layers[0].base_layer.bias.requires_grad_()  # type: ignore[union-attr,operator]
     run.optimizer.add_param_group({"params": [head], "lr": 1e-4, "initial_lr": 1e-4})
-    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda t: warmup_decay(t, 100))
     used: list[list[float]] = []
     run.optimizer.register_step_post_hook(lambda o, *_: used.append([]))
     while not run.controller.rounds:
@@ -243,7 +242,7 @@ def test_code_mode_resets_moments_and_pins_the_learning_rate() -> None:
             assert 0.2 * LR < moved <= 1.0001 * LR
             assert float((head.detach() - before).abs().max()) <= 1.0001e-4
             assert run.optimizer.state[layer.lora_A]["step"] == 1
-    assert shown == pytest.approx([LR * warmup_decay(t, 100) for t in range(run.t - 2, run.t + 1)])
+    assert shown == pytest.approx([LR * warmup_decay(t, 100) for t in range(run.t - 3, run.t)])
     assert len(used) == run.t
 
 
@@ -253,18 +252,17 @@ def test_code_mode_resets_moments_and_pins_the_learning_rate() -> None:
 @pytest.mark.parametrize("task_scores", [False, True])
 def test_resumed_run_takes_the_same_decisions(task_scores: bool, tmp_path: Any) -> None:
     options = {"task_scores": task_scores, "deltaT": 5, "tfinal": 10, "capacity": "fixed", "r_max": 16}
-    whole, half = Run(100, **options), Run(100, **options)
+    whole, half = ela_run(100, **options), ela_run(100, **options)
     for _ in range(43):
         half.step()
     ard.save_pretrained(half.model, tmp_path)
-    resumed = Run(100, **options)
+    resumed = ela_run(100, **options)
     base, _ = chain_and_teacher()
     resumed.model = ard.load_pretrained(base, tmp_path)
     trained = [p for p in resumed.model.parameters() if p.requires_grad]
     resumed.optimizer = torch.optim.Adam(trained, lr=LR, eps=EPS)
     resumed.controller = ard.attach(resumed.model, resumed.optimizer)  # the state knows the length of the run
     resumed.optimizer.load_state_dict(half.optimizer.state_dict())
-    resumed.schedule = torch.optim.lr_scheduler.LambdaLR(resumed.optimizer, lambda t: warmup_decay(t + 43, 100))
     resumed.t = 43
     for _ in range(100):
         whole.step()
@@ -292,7 +290,7 @@ def test_heads_may_have_their_own_ranks() -> None:
 
 
 def test_gradients_with_nan_are_left_out_and_said_once() -> None:
-    run = Run(100)
+    run = ela_run(100)
     run.step()
     before = run.controller.scores()
     for layer in ard.adapters(run.model).values():
@@ -305,7 +303,7 @@ def test_gradients_with_nan_are_left_out_and_said_once() -> None:
 
 
 def test_finalize_ends_the_moves() -> None:
-    run = Run(100, deltaT=2, grace=0)
+    run = ela_run(100, deltaT=2, grace=0)
     for _ in range(20):
         run.step()
     run.controller.finalize()
@@ -317,11 +315,11 @@ def test_finalize_ends_the_moves() -> None:
 
 
 def test_attach_refuses_what_cannot_work() -> None:
-    model, _ = prepared(b=6)
+    model = ard.wrap(chain_and_teacher()[0], ela_config(b=6))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match=r"pool of candidates must hold 2 b = 12 components.*got 10 from 5.*b <= 5"):
         ard.attach(model, optimizer, total_steps=100)
-    model, _ = prepared()
+    model = ard.wrap(chain_and_teacher()[0], ela_config())
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match="total_steps must be given for ElaConfig"):
         ard.attach(model, optimizer)

@@ -7,12 +7,12 @@ import torch
 
 import ardlora_ext as ard
 
-from helpers.ela_runs import Run
 from helpers.slow_svd import SlowModel, batch
+from helpers.svd_runs import ela_run
 
 
 def test_regulariser_acts_in_train_mode_only_and_every_n_steps() -> None:
-    run, without = Run(orth_interval=3, orth_reg_weight=100.0), Run(orth_reg_weight=0.0)
+    run, without = ela_run(orth_interval=3, orth_reg_weight=100.0), ela_run(orth_reg_weight=0.0)
     layers = list(ard.adapters(run.model).values())
     without.model(batch(0)).square().mean().backward()
     plain = [layer.lora_A.grad for layer in ard.adapters(without.model).values()]
@@ -35,7 +35,7 @@ def test_regulariser_acts_in_train_mode_only_and_every_n_steps() -> None:
 @pytest.mark.parametrize("keep_zeros", [False, True])
 def test_regulariser_enters_once_a_step_before_the_clip(keep_zeros: bool) -> None:
     """However many micro-batches there are, and whatever was thrown away before."""
-    run = Run(orth_reg_weight=10.0)
+    run = ela_run(orth_reg_weight=10.0)
     trained = [p for p in run.model.parameters() if p.requires_grad]
 
     def backward(times: int) -> list[torch.Tensor]:
@@ -60,10 +60,10 @@ def test_regulariser_enters_once_a_step_before_the_clip(keep_zeros: bool) -> Non
 
 
 def test_detached_controllers_add_nothing() -> None:
-    run = Run(orth_reg_weight=10.0)
+    run = ela_run(orth_reg_weight=10.0)
     run.controller.detach()
     (run.model(batch(0)) - run.teacher(batch(0))).square().mean().backward()
     with_hooks = [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
-    other = Run(orth_reg_weight=0.0)
+    other = ela_run(orth_reg_weight=0.0)
     (other.model(batch(0)) - other.teacher(batch(0))).square().mean().backward()
     assert all(map(torch.equal, with_hooks, (p.grad for p in other.model.parameters() if p.grad is not None)))
