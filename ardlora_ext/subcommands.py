@@ -90,7 +90,22 @@ def parse(words: Sequence[str], prog: str, description: str, commands: Sequence[
         if command.name in words[:1]:
             importlib.import_module(command.module).add_arguments(sub)
             _take_config(sub, words[1:])
-    return parser.parse_args(words)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        subparsers.choices[arguments.command].error(_not_known(unknown, subparsers.choices[arguments.command]))
+    return arguments
+
+
+def _not_known(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """Name the words that a subcommand does not know, and what may be meant by the first option among them."""
+    options = parser._option_string_actions
+    option = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
+    hint = ""
+    if near := difflib.get_close_matches(option, options, n=1):
+        hint = f"; did you mean {near[0]}?"
+    elif option and "--training-arg" in options:
+        hint = f"; what Trainer takes: --training-arg {option[2:].replace('-', '_')}=VALUE"
+    return f"unrecognized arguments: {' '.join(words)}{hint}"
 
 
 # --- options from a file ----------------------------------------------------------------------------------------------

@@ -44,6 +44,26 @@ def test_help_tells_the_defaults_of_the_methods(capsys: pytest.CaptureFixture[st
         assert {str(getattr(config, option)) for config in configs} == {told[1]}, option
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["finetune", "--methd", "lora"], "--methd lora; did you mean --method?"),
+        (
+            ["finetune", "--weight-decay=0.1"],
+            "--weight-decay=0.1; what Trainer takes: --training-arg weight_decay=VALUE",
+        ),
+        (["report", "run", "--weight-decay", "1"], "--weight-decay 1\n"),
+    ],
+)
+def test_options_that_are_none(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*words, *(["--out", "run"] if words[0] == "finetune" else [])])
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"usage: python -m ardlora_ext {words[0]} ")
+    assert f"unrecognized arguments: {hint}" in shown
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
