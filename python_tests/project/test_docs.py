@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+import ardlora_ext
 from ardlora_ext import subcommands
 from ardlora_ext.bench import cli as bench_cli
 from ardlora_ext.commands import cli
@@ -93,3 +94,15 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_public_name_is_listed() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = set(
+        re.findall(r"`(\w+)(?:\([^`]*)?`", "".join(line for line in text.splitlines() if line.startswith("| `")))
+    )
+    assert set(ardlora_ext.__all__) - listed == {"__version__"}
+    methods = re.findall(
+        r"\w+(?=\()|records", next(line for line in text.splitlines() if line.startswith("| `Controller`"))
+    )
+    assert all(name == "records" or callable(getattr(ardlora_ext.Controller, name)) for name in methods)
