@@ -247,10 +247,10 @@ def stored(state: Mapping[str, Any], key: str, moment: EightBit) -> dict[str, An
     return {key: type(old)(moment.codes, moment.scale, moment.qmap, old.signed, old.dtype)}
 
 
-def empty_as(old: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def empty_as(old: torch.Tensor, *shape: int) -> torch.Tensor:
     """Return a new tensor of this shape in the memory and dtype of `old`."""
     if not getattr(old, "is_paged", False):
-        return old.new_empty(shape)
+        return old.new_empty(*shape)
     functional: Any = importlib.import_module("bitsandbytes.functional")
     device = torch.device("cuda", old.page_deviceid)  # type: ignore[attr-defined]
     made: torch.Tensor = functional.get_paged(*shape, dtype=old.dtype, device=device)
@@ -259,4 +259,4 @@ def empty_as(old: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def placed(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return these values in the memory of `old`."""
-    return empty_as(old, values.shape).copy_(values) if getattr(old, "is_paged", False) else values
+    return empty_as(old, *values.shape).copy_(values) if getattr(old, "is_paged", False) else values

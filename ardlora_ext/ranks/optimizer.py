@@ -84,22 +84,17 @@ def moments(optimizer: Optimizer, parameter: torch.nn.Parameter, state: State | 
     Raises:
         ValueError: some state has no place for a row, so it cannot follow a rank change.
     """
-    shape, found = parameter.shape, dict[str, Moment]()
+    shape = parameter.shape
+    found: dict[str, Moment] = {}
     for key, value in (optimizer.state.get(parameter, {}) if state is None else state).items():
-        if (
-            type(value) is torch.Tensor
-            and value.shape == shape
-            and value.dtype != torch.uint8
-            and value.is_contiguous()
-        ):
+        if type(value) is not torch.Tensor:
+            if not (value is None or isinstance(value, (int, float))):
+                return _any_moments(optimizer, parameter)
+        elif value.shape == shape and value.dtype is not torch.uint8 and value.is_contiguous():
             found[key] = value
-        elif not _is_number(value):
+        elif value.numel() != 1:
             return _any_moments(optimizer, parameter)
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float)) or (type(value) is torch.Tensor and value.numel() == 1)
 
 
 def _any_moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Moment]:

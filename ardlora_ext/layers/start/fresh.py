@@ -6,7 +6,7 @@ What lies elsewhere is fetched, and new rows are sent, in one copy per device, h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +16,13 @@ from ardlora_ext.native.compiled import core, threads
 from ardlora_ext.native.units import UnitLayout
 
 
-@dataclass(frozen=True)
-class Fresh:
-    """Rows that have just joined a factor, with random values in them; float32 on the host, contiguous.
+class Fresh(NamedTuple):
+    """Rows that have just joined a factor, with random values in them; float32 on the host, contiguous."""
 
-    Attributes:
-        others: what the factor held, [any, width].
-        kept: rows of it that stay.
-        rows: the new ones, [count, width].
-        norm: what they get.
-    """
-
-    others: torch.Tensor
-    kept: list[int]
-    rows: torch.Tensor
-    norm: float
+    others: torch.Tensor  # what the factor held, [any, width]
+    kept: list[int]  # rows of it that stay
+    rows: torch.Tensor  # the new ones, [count, width]
+    norm: float  # what they get
 
 
 @torch.no_grad()
