@@ -196,7 +196,7 @@ class _WrongCore:
 
 
 def test_events_lead_there_and_back() -> None:
-    bed = resize.Bed(2 * 16 * 2 * 1024)
+    bed = resize.Bed(2 * 16 * 2 * 64, 64)
     assert len(adapters(bed.model)) == 2
     for name, event, back in resize.events():
         start = next(iter(adapters(bed.model).values())).ranks
@@ -286,7 +286,11 @@ def test_exponent_of_growth() -> None:
             {"model", "impl", "saved_mb", "saved_above_mb", "peak_mb"},
             "peak of a step",
         ),
-        ("resize --parameters 70000 --rounds 2", {"event", "median_ms", "gb_s", "ratio", "allocated"}, "x memcpy"),
+        (
+            "resize --parameters 70000 --features 64 --rounds 2 --clock cpu",
+            {"event", "median_ms", "gb_s", "ratio", "allocated", "matrix_us"},
+            "x memcpy",
+        ),
         (
             "scaling --units 100 --rounds 1",
             {"sweep", "kind", "at", "units", "parameters", "step_ms", "decision_ms", "change_ms", "layer_ms"},
@@ -329,6 +333,7 @@ def test_quick_run_prints_and_writes(
         ("kernels --repeats 0", "--repeats must be at least 1"),
         ("memory --r 0", "--r must be at least 1"),
         ("resize --rounds 0", "--rounds must be at least 1"),
+        ("resize --features 8", "--features at least 16"),
         ("scaling --units 9", "--units must be at least 10"),
         ("resize --plot nowhere/x.png", "--plot must be a file in an existing, writable folder"),
     ],
