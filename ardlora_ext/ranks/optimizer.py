@@ -3,13 +3,14 @@
 What has one entry per weight, flat or not, or one per row, moves with the rows; what has one per column, and scalars
 such as `step`, stay as they are. That covers torch's Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, RMSprop, Muon and SGD
 with momentum, single, foreach and fused alike, and Lion, Prodigy, SM3 and many more. Moments in 8 bit (`eight_bit`) and
-second moments as two vectors (`factored`) have rules of their own; `rehearsal` tells before training who follows.
+second moments as two vectors (`Factored`) have rules of their own; `rehearsal` tells before training who follows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,49 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ardlora_ext.model.record import adapters, injection
-from ardlora_ext.ranks import eight_bit, factored
+from ardlora_ext.ranks import eight_bit
 from ardlora_ext.ranks.eight_bit import EightBit
-from ardlora_ext.ranks.factored import Factored
 from ardlora_ext.unbroken import unbroken
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A second moment of one parameter as two vectors (Adafactor, CAME): v[i, j] = row[i] * column[j] / mean(row).
+
+    A row's number moves with the row. The column's are means over all rows, so they are scaled with the mean of the
+    row's: then v keeps its value for every row that stays. A new row starts at the mean of those: at zero, its first
+    updates would be 1 / sqrt(1 - beta2) times too large.
+
+    Attributes:
+        row: one number per row of the parameter.
+        column: one per column.
+        column_key: of the state; the other one's is that of the moment.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    column_key: str
+
+    def gather(self, plan: Sequence[int], live: int) -> Factored:
+        """Return the moment whose row i is row `plan[i]` of this one; -1 is a new row below `live`, else none."""
+        flat = self.row.reshape(-1)
+        source = torch.tensor(plan, dtype=torch.int64, device="cpu").to(flat.device, non_blocking=True)
+        row = torch.where(source < 0, 0.0, flat[source.clamp(min=0)]) if len(flat) else flat.new_zeros(len(plan))
+        kept = source[:live] >= 0
+        if any(number >= 0 for number in plan[:live]):
+            row[:live] = torch.where(kept, row[:live], row[:live].sum() / kept.sum())  # new ones are still 0
+        before, after = flat.mean(), row.mean()
+        ratio = torch.where((before > 0) & (after > 0), after / before, 1.0)
+        return Factored(row.view(-1, *self.row.shape[1:]), self.column * ratio, self.column_key)
+
+    def with_rows(self, row: torch.Tensor, rows: int) -> Factored:
+        """Return the moment whose first rows have these numbers, of a parameter of so many rows."""
+        flat = self.row.new_zeros(rows)
+        flat[: len(row)] = row.to(flat.dtype)
+        before, after = self.row.mean(), flat.mean()
+        ratio = torch.where((before > 0) & (after > 0), after / before, 1.0)
+        return Factored(flat.view(-1, *self.row.shape[1:]), self.column * ratio, self.column_key)
+
 
 State = MutableMapping[str, Any]
 Moment = torch.Tensor | EightBit | Factored
@@ -101,7 +141,7 @@ def _any_moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[st
     """Return the same of state in any form that is known."""
     state = optimizer.state[parameter]
     rows, width = parameter.shape
-    found: dict[str, Moment] = {**eight_bit.find(state), **factored.find(state, rows, width)}
+    found: dict[str, Moment] = {**eight_bit.find(state), **_find_factored(state, rows, width)}
     done = {part for key in found for part in eight_bit.parts(key)}
     done |= {moment.column_key for moment in found.values() if isinstance(moment, Factored)}
     for key, value in state.items():
@@ -128,6 +168,19 @@ def _any_moments(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[st
                 f"rank change: optimizer state '{key}' of {type(optimizer).__name__} must have an entry per weight, "
                 f"row or column of {[rows, width]}, got {list(shape)}; use {FOLLOW}"
             )
+    return found
+
+
+def _find_factored(state: Mapping[str, Any], rows: int, width: int) -> dict[str, Factored]:
+    """Return the factored moments among the optimizer state of a parameter [rows, width], by the key of their rows."""
+    found = {}
+    for key, row in state.items():
+        partner = key.replace("row", "col")
+        column = state.get(partner)
+        if partner == key or not (isinstance(row, torch.Tensor) and isinstance(column, torch.Tensor)):
+            continue
+        if row.numel() == len(row) == rows and column.numel() == column.shape[-1] == width:
+            found[key] = Factored(row, column, partner)
     return found
 
 

@@ -33,8 +33,7 @@ from ardlora_ext.layers.start.svd import NewRows, start_components
 from ardlora_ext.model.record import adapters
 from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks.eight_bit import EightBit
-from ardlora_ext.ranks.factored import Factored
-from ardlora_ext.ranks.optimizer import Coded, copied, copies, pin_lr, restart, store_coded, stored
+from ardlora_ext.ranks.optimizer import Coded, Factored, copied, copies, pin_lr, restart, store_coded, stored
 from ardlora_ext.ranks.row_moves import Change, Factor, Moves, Plan, Way, calls, commit, prepare
 from ardlora_ext.unbroken import nothing, unbroken
 
@@ -249,7 +248,7 @@ def apply(
     """Change ranks as `update` says, in the model and in the optimizer.
 
     Kept rows and their moments are bitwise unchanged (8-bit moments whose rows are not whole blocks are encoded again),
-    new rows' moments are zero (`factored` ones: the mean), `step` stays. Call it between steps, when no graph is alive.
+    new rows' moments are zero (`Factored` ones: the mean), `step` stays. Call it between steps, when no graph is alive.
     The function of the model changes only by the components that are dropped.
 
     Args:

@@ -16,9 +16,8 @@ from ardlora_ext.model.record import adapters, injection
 from ardlora_ext.native import reference
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.eight_bit import EightBit
-from ardlora_ext.ranks.factored import Factored
 from ardlora_ext.ranks.loss_metric import Batch, LossFunction, LossMetric, measured
-from ardlora_ext.ranks.optimizer import copied, moments
+from ardlora_ext.ranks.optimizer import Factored, copied, moments
 from ardlora_ext.ranks.recompress import (
     Group,
     Metric,

@@ -17,8 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import ardlora_ext as ard
 from ardlora_ext import RankUpdate, UnitUpdate
 from ardlora_ext.ranks import resize
-from ardlora_ext.ranks.factored import Factored
-from ardlora_ext.ranks.optimizer import copies, remember_copies
+from ardlora_ext.ranks.optimizer import Factored, copies, remember_copies
 
 from helpers.adapters import fingerprint
 from helpers.models import trainable
