@@ -26,7 +26,7 @@ from ardlora_ext.native import dispatch, grouped, transfers, units
 from ardlora_ext.native.compiled import core
 from ardlora_ext.native.prepared import Prepared
 from ardlora_ext.native.units import UnitLayout
-from ardlora_ext.ranks import resize
+from ardlora_ext.ranks import row_moves
 from ardlora_ext.ranks.controllers.ard import gates
 
 FAR = torch.device("meta")  # FakeTensorMode treats it as a device like others; a CPU build of torch knows no fake CUDA
@@ -213,7 +213,7 @@ def far_device() -> Iterator[Waits]:
         mock.patch.object(grouped, "lora_grouped_backward", _grouped_backward),
         mock.patch.object(dispatch, "row_dots", _row_dots),
         mock.patch.object(dispatch, "importance", _importance),
-        mock.patch.object(resize, "rank_resize", _rank_resize),
+        mock.patch.object(row_moves, "rank_resize", _rank_resize),
         mock.patch.object(gates, "set_gates", _set_gates),
         mock.patch.object(
             fresh, "core", SimpleNamespace(orthogonal_rows=lambda *_: None, draw_uniform=lambda *_: None)
