@@ -132,12 +132,20 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if not (folder / METRICS_FILE).is_file():
         raise InputError(f"frontier: DIR must be a folder that finetune wrote, got no {METRICS_FILE} in {folder}")
     metrics, _ = load_run(folder)
-    saved = metrics.get("settings")
-    if not isinstance(saved, dict):
-        raise InputError(f"frontier: {folder / METRICS_FILE} must hold the settings of a run, got none")
+    saved = metrics["settings"]
+    if not isinstance(saved, dict) or "method" not in saved:  # another loop's
+        raise InputError(
+            f"frontier: DIR must be a folder that finetune wrote, which knows its data, got another run in {folder}; "
+            "ardlora_ext.frontier(model, batches) is for those"
+        )
     known = {entry.name for entry in fields(Settings)}
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key in known}
-    found = Settings(**{**values, "out": folder, "resume": None, "report_to": (), "early_stopping": None})
+    try:
+        found = Settings(**{**values, "out": folder, "resume": None, "report_to": (), "early_stopping": None})
+    except (TypeError, AttributeError) as cause:
+        raise InputError(
+            f"frontier: settings in {folder / METRICS_FILE} must be those of finetune, got {cause!r}"
+        ) from cause
     given = {name: getattr(arguments, name) for name in _OURS if getattr(arguments, name) is not None}
     if "eval_data" in given:
         given["eval_split"] = None

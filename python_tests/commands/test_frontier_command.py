@@ -108,6 +108,13 @@ def test_mistakes_are_told_in_one_sentence(
     ):
         refused(capsys, message, run, *words)
     refused(capsys, "DIR must be a folder that finetune wrote, got no metrics.json in", tmp_path / "nothing")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    ard.attach(ard.wrap(model, ard.LoraConfig(r=2))).report(tmp_path / "loop")
+    refused(capsys, "which knows its data, got another run in", tmp_path / "loop")
+    whole = (run / "metrics.json").read_text()
+    (run / "metrics.json").write_text(re.sub(r'"epochs": 6\b(?!\.)', '"epochs": "six"', whole))
+    refused(capsys, r"settings in .* must be those of finetune, got TypeError", run)
+    (run / "metrics.json").write_text(whole)
     untrained = tmp_path / "untrained"
     options = ("--max-steps", 2, "--lr", 1e-46, "--method", "lora")
     assert finetune("--out", untrained, "--model", encoder, "--data", reviews, *options) == 0
