@@ -20,7 +20,7 @@ def written_by_strangers(must: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as cause:
-        raise ValueError(f"{must}, got {cause!r}") from cause
+        raise ValueError(f"{must}, got {f'no {cause}' if isinstance(cause, KeyError) else repr(cause)}") from cause
 
 
 def first_line(error: BaseException) -> str:

@@ -42,10 +42,9 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         print(f"{module.name:{width}}  {module.rank:4}  {module.trained:7.4g}  {'  '.join(scales)}".rstrip())
     wrong = {loader: sum(loader in module.wrong for module in modules) for loader in LOADERS}
     for loader, count in wrong.items():
-        print(f"{loader}: " + (f"* {count} of {len(modules)} modules get a wrong scale" if count else "right"))
-    if refused:
-        print(f"vLLM does not load adapters with {' or '.join(refused)}")
-        print(f"llama.cpp's converter rejects adapters with {' or '.join(refused)}")
+        verdict = f"* {count} of {len(modules)} modules get a wrong scale" if count else "right scales"
+        but = f", but it does not load adapters with {' or '.join(refused)}" if refused and loader != "PEFT" else ""
+        print(f"{loader}: {verdict}{but}")
     if experts:
         print("stacked experts:")
         print("  vLLM reads them in models that it marks as 3-D (gpt-oss, Qwen3.5), if all projections have adapters;")

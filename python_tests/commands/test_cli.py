@@ -14,6 +14,7 @@ import ardlora_ext
 from ardlora_ext.commands.cli import main
 from ardlora_ext.config.registry import METHODS, config_for, has_option
 from ardlora_ext.errors import InputError
+from ardlora_ext.plan import BUILT_IN
 from ardlora_ext.train.settings import Settings
 
 from helpers.command_line import finetune, refused
@@ -31,6 +32,14 @@ def test_help_names_groups_defaults_and_examples(capsys: pytest.CaptureFixture[s
     for entry in Settings.__dataclass_fields__:
         assert f"--{entry.replace('_', '-')}" in text
     assert "(default: None)" not in text
+
+
+def test_help_names_the_models_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = re.search(r"or one of: (.*?)\.\n\n", capsys.readouterr().out, re.DOTALL)
+    assert shown is not None
+    assert re.split(r",\s+", shown[1]) == list(BUILT_IN)
 
 
 def test_help_tells_the_defaults_of_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
