@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ardlora_ext.model.record import injection
-from ardlora_ext.train.settings import Task, metric_of
+from ardlora_ext.train.settings import METRICS, Task, metric_of
 
 Json = dict[str, Any]
 _logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class RunRecord(TrainerCallback, ExportableState):  # type: ignore[misc]
         _, parameters, ranks = controller.history.entries[-1]
         shown = {
             "loss": "" if self._loss is None else f"{self._loss:.3f}",
-            "metric": f"{self.evals[-1]['metric']:.3f}" if self.evals else "",
+            METRICS[self.task]: f"{self.evals[-1]['metric']:.3f}" if self.evals else "",
             "rank": f"{statistics.fmean(ranks):.2f}",
             "params": f"{parameters:,}",
             "tok/s": f"{state.num_input_tokens_seen / self.seconds:,.0f}",

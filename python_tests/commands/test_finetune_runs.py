@@ -37,6 +37,7 @@ def test_run_as_a_user_starts_it(tmp_path: Path, encoder: Path, reviews: Path) -
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert re.search(r"accuracy=0\.\d{3}", done.stderr)
     for part in ("accuracy", "final rank per layer", "adapter parameters", "peak memory", "report.html"):
         assert part in done.stdout
     assert f'base = AutoModelForSequenceClassification.from_pretrained("{encoder}", num_labels=2)' in done.stdout

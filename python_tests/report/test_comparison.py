@@ -44,6 +44,7 @@ def runs(tmp_path: Path) -> list[Path]:
 def test_says_what_differs_and_who_won(runs: list[Path], tmp_path: Path) -> None:
     page = comparison.write_comparison(runs, tmp_path / "page.html").read_text()
     assert "they differ in method, seed" in page
+    assert '<th class="num">accuracy</th>' in page
     assert re.search(r"<td>ard</td>.*87\.5%.*5\.00 \(1 to 9\)</td><td class=\"num\">2<", page, re.S)
     assert re.search(r"<td>lora</td>.*81\.2%.*4\.00 \(4 to 4\)</td><td class=\"num\">0<", page, re.S)
     assert page.count("data:image/png;base64,") == 2
