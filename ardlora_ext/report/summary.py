@@ -23,7 +23,6 @@ _HEADS = {
     "regression": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 
 
 def print_summary(metrics: Json, folder: Path, console: Console | None = None) -> None:
@@ -83,9 +82,8 @@ def _loading(metrics: Json, folder: Path) -> list[str]:
         labels = len(metrics["labels"]) or 1
         lines.insert(0, f'base = {head}.from_pretrained("{base}", num_labels={labels})')
     else:
-        r = config["r"]
-        most = next((size for size in _VLLM_RANKS if size >= r), r)
-        lines.append(f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules tuned={folder}")
+        served = f"--enable-lora --max-lora-rank {config['r']} --lora-modules tuned={folder}"
+        lines.append(f"vLLM: vllm serve {base} {served}")
         lines.append(f"llama.cpp: python convert_lora_to_gguf.py {folder} --base {base}")
     return lines
 
@@ -98,7 +96,7 @@ def _export_rows(metrics: Json) -> list[tuple[str, str]]:
     rank, budget = metrics["served_rank"], metrics["params_budget"]
     rows = [("PEFT file", f"{exported:,} parameters, every module at rank {rank}, which a server must hold")]
     if budget is not None and exported > budget:
-        why = "more than the budget: it pads to the largest rank. --serve-rank N caps it; the compact form has "
+        why = "more than the budget: padded to the next rank that servers take. --serve-rank N caps it; the compact form has "
         rows.append(("", why + f"{metrics['params_compact']:,}"))
     return rows
 

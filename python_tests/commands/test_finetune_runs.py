@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ardlora_ext.commands.cli import main
 from ardlora_ext.errors import InputError
+from ardlora_ext.model.parameters import SERVED_RANKS
 from ardlora_ext.train import finetune as runs
 from ardlora_ext.train.packages import DatasetUnavailable, default_model, fetch, trec_chats, trec_corpus
 from ardlora_ext.train.settings import Settings
@@ -114,9 +115,8 @@ def test_causal_language_model(tmp_path: Path, decoder: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert f'PEFT: PeftModel.from_pretrained(base, "{tmp_path / "run"}")' in shown
     r = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"]
-    served = re.search(rf"vllm serve {decoder} --enable-lora --max-lora-rank (\d+) --lora-modules tuned=", shown)
-    assert served is not None
-    assert r <= int(served[1]) < 2 * max(r, 5)
+    assert r in SERVED_RANKS
+    assert f"vllm serve {decoder} --enable-lora --max-lora-rank {r} --lora-modules tuned={tmp_path / 'run'}" in shown
     assert metrics["metric_after"] == pytest.approx(math.exp(metrics["loss_after"]))
     assert metrics["metric_after"] < metrics["metric_before"]
 
