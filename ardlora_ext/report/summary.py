@@ -96,8 +96,8 @@ def _export_rows(metrics: Json) -> list[tuple[str, str]]:
     rank, budget = metrics["served_rank"], metrics["params_budget"]
     rows = [("PEFT file", f"{exported:,} parameters, every module at rank {rank}, which a server must hold")]
     if budget is not None and exported > budget:
-        why = "more than the budget: padded to the next rank that servers take (--serve-rank N caps it); the compact form: "
-        rows.append(("", why + f"{metrics['params_compact']:,}"))
+        why = "more than the budget: padded to the next rank that servers take, which --serve-rank N caps;"
+        rows.append(("", f"{why} the compact form has {metrics['params_compact']:,}"))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,18 @@ def load_model(
     source: dict[str, Any] = {**_source(name), "dtype": dtype}
     if attn is not None:
         source["attn_implementation"] = attn
+    quantised: dict[str, Any] = {}
     if bits is not None:
-        source["quantization_config"] = BitsAndBytesConfig(
+        quantised["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=bits == 4,
             load_in_8bit=bits == 8,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(_HEADS),
         )
+    packed = "gguf_file" in source  # read as floats, and quantised after that
+    if not packed:
+        source |= quantised
     try:
         if task in ("lm", "sft"):
             _check_causal(name, AutoConfig.from_pretrained(name, **_source(name)))
@@ -100,7 +104,7 @@ def load_model(
     except Exception as error:
         raise InputError(f"load_model: {name} cannot be loaded for {task}: {first_line(error)}{_hint(name)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _plain(model) if "gguf_file" in source else model
+    return _plain(model, quantised) if packed else model
 
 
 def head_modules(model: Any) -> tuple[str, ...]:
@@ -157,13 +161,13 @@ def _check_causal(name: str | Path, config: Any) -> None:
         )
 
 
-def _plain(model: Any) -> torch.nn.Module:
+def _plain(model: Any, quantised: Mapping[str, Any]) -> torch.nn.Module:
     """Rebuild a model read from GGUF: transformers marks it as quantised, though its layers are ordinary floats."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     weights = model.state_dict()
-    return type(model).from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)  # type: ignore[no-any-return]
+    return type(model).from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype, **quantised)  # type: ignore[no-any-return]
 
 
 def answer(model: Any, tokenizer: Any, prompt: str | list[dict[str, str]], tokens: int = 24) -> str:

@@ -146,6 +146,10 @@ def test_chat_model_is_an_ordinary_llama() -> None:
     assert {type(module) for module in model.modules() if "Linear" in type(module).__name__} == {torch.nn.Linear}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert "Paris" in answer(model, tokenizer, [{"role": "user", "content": "What is the capital of France ?"}], 8)
+    small = load_model(folder, "sft", (), tokenizer, bits=4)  # transformers itself refuses to quantise a GGUF file
+    assert type(small.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"  # type: ignore[union-attr,index]
+    assert type(small.lm_head) is torch.nn.Linear
+    assert "Paris" in answer(small, tokenizer, [{"role": "user", "content": "What is the capital of France ?"}], 8)
 
 
 def test_gguf_without_its_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
