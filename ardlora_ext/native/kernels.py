@@ -146,7 +146,7 @@ def gradients(
         observers.tell(rank_table, as_rows(x), h, as_rows(dy), d_h)
     if not single:
         d_a, d_b = d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
-    return (dx if dx is None or dx.shape == shape else dx.view(shape)), d_a, d_b, d_gate
+    return (dx if dx is None or dx.dim() == len(shape) else dx.view(shape)), d_a, d_b, d_gate
 
 
 def backward(

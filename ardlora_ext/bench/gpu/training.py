@@ -1,4 +1,4 @@
-"""Stages that train: every method and optimizer against the CPU, a captured graph, transformers' Trainer."""
+"""Stages that train: every method and optimizer against the CPU, captured and compiled, transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -76,17 +77,19 @@ def _train(
     device: torch.device,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] = _OPTIMIZERS["AdamW foreach"],
     recipe: str = "",
+    mode: str | None = None,
 ) -> Run:
-    """Train a block whose ranks move; return losses and ranks."""
+    """Train a block whose ranks move, compiled where there is a mode for it; return losses and ranks."""
     torch.manual_seed(1)
     model = ard.wrap(_Block().to(device), config)
     made = optimizer([p for p in model.parameters() if p.requires_grad])
     ard.attach(model, made, total_steps=steps)
+    call: Any = model if mode is None else torch.compile(model, mode=mode)
     x, losses = torch.randn(24, 32, generator=torch.Generator().manual_seed(2)).to(device), []
     scaler = torch.amp.GradScaler(device.type, enabled=recipe == "float16") if recipe else None
     for _ in range(steps):
         with torch.autocast(device.type, getattr(torch, recipe or "bfloat16"), enabled=bool(recipe)):
-            loss = (model(x).float() - x.flip(0)).square().mean()
+            loss = (call(x).float() - x.flip(0)).square().mean()
         (loss if scaler is None else scaler.scale(loss)).backward()
         if scaler is None:
             made.step()
@@ -185,6 +188,29 @@ def graph(context: Context) -> Iterator[Json]:
             yield {"case": "replays with dropout differ", "ok": not torch.equal(first, second)}
         else:
             yield {"case": "a replay is the eager step", "ok": torch.equal(first, eager) and torch.equal(second, eager)}
+
+
+def compiled(context: Context) -> Iterator[Json]:
+    """torch.compile(mode="reduce-overhead"): what it captures has neither the ranks nor the dropout of the capture."""
+    steps, mode = _DRY_STEPS if context.dry else _STEPS, "reduce-overhead"
+    config = replace(_methods(steps)["ard"], capacity="fixed")
+    with context.kernels():
+        eager = _train(config, steps, context.device)
+        yield _compared("ranks move", _train(config, steps, context.device, mode=mode), eager)
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)).to(context.device)
+        model = ard.wrap(net, ard.LoraConfig(r=4, lora_dropout=0.5, target_modules=["0", "2"], capacity="fixed"))
+        for layer in ard.adapters(model).values():
+            nn.init.normal_(layer.lora_B)
+        call, x = torch.compile(model, mode=mode), torch.randn(24, 32, device=context.device)
+        draws = []
+        for seed in (1, 2, 3, 4, 4):  # the first call warms up, the second is captured, the others are replays
+            torch.manual_seed(seed)
+            y = call(x)
+            draws.append(y.detach().clone())
+            y.square().mean().backward()
+    yield {"case": "dropout is drawn anew", "ok": not torch.equal(draws[2], draws[3])}
+    yield {"case": "a seed draws the same", "ok": torch.equal(draws[3], draws[4])}
 
 
 def trainer(context: Context) -> Iterator[Json]:
