@@ -26,7 +26,7 @@ traced on tensors that have shapes and no memory. Units: bytes in KiB, MiB, GiB 
 _LENGTH = 2048
 _EPILOG = """\
 MODEL is a folder with a config.json, or one of: llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, paligemma-2-3b,
-mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v3, all-minilm-l6-v2, bert-base, vit-base.
+mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v3, smollm2-135m-instruct, all-minilm-l6-v2, bert-base, vit-base.
 
 examples:
   python -m ardlora_ext plan llama-3.1-8b

@@ -128,6 +128,16 @@ BUILT_IN: dict[str, Callable[[], Any]] = {
         kv_lora_rank=512,
         q_lora_rank=1536,
     ),
+    "smollm2-135m-instruct": lambda: LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
     "all-minilm-l6-v2": lambda: BertConfig(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
     ),

@@ -193,11 +193,18 @@ def dry_run(settings: Settings) -> None:
     from ardlora_ext.plan.show import show
     from ardlora_ext.report.console import make_console
 
-    name, model = skeleton(settings.model or "all-minilm-l6-v2", DTYPES[settings.dtype])
+    task = settings.task
+    if task == "auto":
+        if settings.model is None and settings.data is not None:
+            raise InputError(
+                "finetune: --dry-run must come with --model, or with --task, which tells the default one, got neither"
+            )
+        task = "classification"
+    name, model = skeleton(settings.model or default_model(task).title, DTYPES[settings.dtype])
     heads = () if "CausalLM" in type(model).__name__ else head_modules(model)
     try:
         config = settings.adapter_config(heads)
-        length = held_length(model, settings.max_length or _LENGTH)
+        length = held_length(model, settings.max_length or (_CHAT_LENGTH if task == "sft" else _LENGTH))
         plan = make_plan(name, model, config, settings.batch_size, length)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error

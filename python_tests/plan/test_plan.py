@@ -181,6 +181,31 @@ def test_dry_run_of_every_method(
         assert f"{2 * (attention + 2)} units" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ([], "all-MiniLM-L6-v2: 22,713,986 parameters in float32, 16 x 128 tokens"),
+        (["--task", "sft"], "SmolLM2-135M-Instruct: 134,515,008 parameters in float32, 16 x 1024 tokens"),
+        (
+            ["--task", "lm", "--data", "x.txt"],
+            "SmolLM2-135M-Instruct: 134,515,008 parameters in float32, 16 x 128 tokens",
+        ),
+        (
+            ["--data", "x.csv"],
+            "--dry-run must come with --model, or with --task, which tells the default one, got neither",
+        ),
+    ],
+    ids=["questions", "chats", "text", "unknown"],
+)
+def test_dry_run_takes_the_model_that_a_run_would(
+    words: list[str], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["finetune", "--out", str(tmp_path / "out"), "--dry-run", *words])
+    found = capsys.readouterr()
+    assert shown in " ".join((found.out + found.err).split())
+    assert code == (2 if "neither" in shown else 0)
+
+
 def test_a_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "llama-9"]) == 2
     assert "llama-9" in capsys.readouterr().err
