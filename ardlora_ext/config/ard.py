@@ -11,7 +11,7 @@ from ardlora_ext.config.checks import choice, require
 from ardlora_ext.config.patterns import pattern_key
 
 _ONLY_IN = {
-    "anneal": ("start", "shape", "metric", "allocation", "budget_counts", "serve_rank", "tolerance"),
+    "anneal": ("start", "shape", "step_power", "metric", "allocation", "budget_counts", "serve_rank", "tolerance"),
     "paper": (
         *("l1", "tv", "variation", "lr_alpha", "slope", "gate", "variation_form", "normalize"),
         *("cost_weighted", "lr_price", "harden_ratio", "reorder", "gate_floor", "gate_width", "hysteresis"),
@@ -57,6 +57,9 @@ class ArdConfig(AdapterConfig):
             `anneal` that makes the whole cut at once.
         start: `anneal`: every unit starts at the rank start * r0. At least 1.
         shape: `anneal`: how the budget falls, `geometric`, `linear`, or `cubic` (AdaLoRA's).
+        step_power: `anneal`: while the mean rank r is above the units' share, lora_B takes (r0 / r)^step_power of the
+            optimizer's step, so that the fat start learns at LoRA's rate: as LoRA's `lora_alpha / r` does with 1, as
+            rsLoRA's `lora_alpha / sqrt(r)` with 1/2. From 0 (all of the step) to 1.
         metric: `anneal`: what a component is worth and a cut keeps: the `loss` to second order, from rank-sized
             statistics of the backward pass, or the size of the `update`.
         allocation: `anneal`: `learned`, or a control on the same path of the budget: `uniform` (ranks as equal
@@ -102,6 +105,7 @@ class ArdConfig(AdapterConfig):
     # Fat start, thin end.
     start: float = 4.0
     shape: Literal["geometric", "linear", "cubic"] = "geometric"
+    step_power: float = 1.0
     metric: Literal["loss", "update"] = "loss"
     allocation: Literal["learned", "uniform", "random"] = "learned"
 
@@ -188,6 +192,7 @@ class ArdConfig(AdapterConfig):
         require(self.budget != "auto" or self.allocation == "learned",
                 f"ArdConfig: budget='auto' must come with allocation='learned', got {self.allocation!r}")  # fmt: skip
         require(math.isfinite(self.start) and self.start >= 1, f"ArdConfig: start must be >= 1, got {self.start}")
+        require(0 <= self.step_power <= 1, f"ArdConfig: step_power must be in [0, 1], got {self.step_power}")
         require(self.serve_rank is None or self.serve_rank >= max(1, self.min_rank),
                 f"ArdConfig: serve_rank must be at least r_min and 1, got {self.serve_rank}")  # fmt: skip
         require(

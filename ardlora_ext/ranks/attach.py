@@ -27,6 +27,7 @@ from ardlora_ext.ranks.controllers import make_controller
 from ardlora_ext.ranks.controllers.base import Controller
 from ardlora_ext.ranks.optimizer import check_optimizer, outermost, settle_loss_scale, unwrapped
 from ardlora_ext.ranks.rehearsal import rehearse
+from ardlora_ext.ranks.steps import SmallerSteps
 from ardlora_ext.ranks.svd_prune import prune
 from ardlora_ext.unbroken import nothing, unbroken, undone_by
 
@@ -187,6 +188,7 @@ class _Follower:
         self.wrapper, self.model, self.record, self.controller = wrapper, model, record, controller
         self.optimizer = optimizer
         self.skipped = False  # this step: a gradient is not finite
+        self.steps = SmallerSteps(controller.units.layers)
         self.made_for = controller.units.live()
         self.waits = False  # for a state of the controller, or the first step
 
@@ -282,6 +284,7 @@ class _Follower:
             return None
         if self.controller.step == 0:
             self._begin(optimizer)
+        self.steps.begin(optimizer, self.controller.step_share)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self.observe(optimizer)
@@ -296,6 +299,7 @@ class _Follower:
 
     def after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if self.active:
+            self.steps.end(optimizer)
             if self.controller.step == 0 and not isinstance(self.record.config, LoraConfig):
                 _check_state(self.model, optimizer)  # of an optimizer that a copy could not stand for
             self.controller.carry_out((lambda: None) if self.skipped else self.controller.propose)

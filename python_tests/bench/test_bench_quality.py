@@ -25,7 +25,7 @@ from ardlora_ext.bench.quality.compare import Comparison, Effort, compare
 from ardlora_ext.bench.quality.methods import RECIPES, MethodUnavailable, Plan, parse, random_ranks, set_ranks
 from ardlora_ext.bench.quality.trial import check_budget, plan_for, run_trial
 from ardlora_ext.errors import InputError
-from ardlora_ext.ranks.controllers.base import Units
+from ardlora_ext.ranks.controllers.units import Units
 from ardlora_ext.train.packages import DatasetUnavailable
 
 BED = PlantedBed(matrices=6, width=16, rank=2, steps=60, batch=16)

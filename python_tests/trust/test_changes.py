@@ -20,9 +20,9 @@ from ardlora_ext.bench.trust.changes import Bed, Change, Lines
 from ardlora_ext.model.record import injection
 from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.ranks.controllers.ard.slopes import row_dots
-from ardlora_ext.ranks.controllers.base import Units
 from ardlora_ext.ranks.controllers.svd.importance import Importance
 from ardlora_ext.ranks.controllers.svd.soft_orthogonality import Rows, add_penalty_gradients
+from ardlora_ext.ranks.controllers.units import Units
 from ardlora_ext.unbroken import unbroken, undone_by
 
 

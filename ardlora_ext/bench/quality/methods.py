@@ -22,7 +22,7 @@ import ardlora_ext as ard
 from ardlora_ext.config import AdapterConfig
 from ardlora_ext.errors import InputError
 from ardlora_ext.ranks import resize
-from ardlora_ext.ranks.controllers.base import Units
+from ardlora_ext.ranks.controllers.units import Units
 
 Ranks = Mapping[str, Sequence[int]]
 

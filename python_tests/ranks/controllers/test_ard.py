@@ -21,7 +21,7 @@ from ardlora_ext.native.units import UnitLayout
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.controllers.ard.controller import ArdController
 from ardlora_ext.ranks.controllers.ard.order import component_orders
-from ardlora_ext.ranks.controllers.base import Units
+from ardlora_ext.ranks.controllers.units import Units
 from ardlora_ext.unbroken import nothing
 
 from helpers.adapters import scramble, set_ranks

@@ -148,6 +148,13 @@ class AnnealController(Controller[ArdConfig]):
             self.metric.take(self.processes)
 
     @property
+    def step_share(self) -> float:
+        """(r0 / r)^step_power of the mean rank r, at most 1."""
+        costs, share = self.units.costs, np.minimum(self.shares, self.units.limit)
+        live = costs.parameters(self.units.live())
+        return float(min(1.0, costs.parameters(share) / max(live, 1.0)) ** self.config.step_power)
+
+    @property
     def alpha(self) -> Floats:
         """Rank of each unit in shares of its r0 [units]."""
         return np.asarray(self.units.live() / self.shares, dtype=np.float64)

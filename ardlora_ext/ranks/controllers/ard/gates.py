@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from ardlora_ext.config import ArdConfig
 from ardlora_ext.native.dispatch import set_gates
 from ardlora_ext.native.transfers import sent
-from ardlora_ext.ranks.controllers.base import Chosen, Units, kinds
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
+from ardlora_ext.ranks.controllers.units import Chosen, Units, kinds
 
 _BYTES = 4  # of a gate, float32
 

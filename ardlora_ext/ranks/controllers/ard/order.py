@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ardlora_ext.ranks.controllers.ard.slopes import row_dots
-from ardlora_ext.ranks.controllers.base import Units
 from ardlora_ext.ranks.controllers.costs import Floats
+from ardlora_ext.ranks.controllers.units import Units
 
 
 def component_orders(units: Units, rho: Floats) -> dict[int, list[int]]:

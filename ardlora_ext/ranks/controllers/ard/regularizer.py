@@ -24,8 +24,8 @@ from typing import Literal
 import numpy as np
 
 from ardlora_ext.native.compiled import core
-from ardlora_ext.ranks.controllers.base import Units
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
+from ardlora_ext.ranks.controllers.units import Units
 
 Variation = Literal["temporal_sq", "temporal_abs", "layer_sq", "layer_abs", "none"]
 

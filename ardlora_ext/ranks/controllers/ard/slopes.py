@@ -17,8 +17,8 @@ from ardlora_ext.native.compiled import core
 from ardlora_ext.native.transfers import Fetched
 from ardlora_ext.processes import Group
 from ardlora_ext.ranks.controllers.ard.gates import Gates
-from ardlora_ext.ranks.controllers.base import Units, kinds, present
 from ardlora_ext.ranks.controllers.costs import Floats
+from ardlora_ext.ranks.controllers.units import Units, kinds, present
 
 EMA = 0.95  # of Fisher information, of the slope's scale, and of the gains shown in records
 

@@ -18,8 +18,8 @@ from ardlora_ext.layers.rows import HOST
 from ardlora_ext.native import dispatch
 from ardlora_ext.native.compiled import DTYPE_CODES
 from ardlora_ext.native.transfers import Fetched
-from ardlora_ext.ranks.controllers.base import kinds, present
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
+from ardlora_ext.ranks.controllers.units import kinds, present
 
 _FACTORS = ("lora_E", "lora_A", "lora_B")
 Tensors = list[torch.Tensor]
