@@ -96,7 +96,10 @@ def test_cutting_ends_at_the_planted_ranks(metric: str, held: bool) -> None:
     assert run.controller.summary()["budget"] is None
     if held:  # what was predicted is what was measured, but for less than the tolerance
         cuts = {r["step"]: (r["predicted"], r["measured"]) for r in run.controller.records if r["event"] != "hold"}
-        assert all(predicted == pytest.approx(measured, abs=run.controller.config.tolerance) for predicted, measured in cuts.values())
+        assert all(
+            predicted == pytest.approx(measured, abs=run.controller.config.tolerance)
+            for predicted, measured in cuts.values()
+        )
 
 
 @pytest.mark.parametrize(("interval", "looks"), [(10, 2), (8, 2), (7, 5), (3, 5)])
