@@ -25,9 +25,9 @@ from ardlora_ext.model.unheard import warn_unheard
 from ardlora_ext.ranks import resize
 from ardlora_ext.ranks.controllers import make_controller
 from ardlora_ext.ranks.controllers.base import Controller
+from ardlora_ext.ranks.controllers.steps import SmallerSteps
 from ardlora_ext.ranks.optimizer import check_optimizer, outermost, settle_loss_scale, unwrapped
 from ardlora_ext.ranks.rehearsal import rehearse
-from ardlora_ext.ranks.steps import SmallerSteps
 from ardlora_ext.ranks.svd_prune import prune
 from ardlora_ext.unbroken import nothing, unbroken, undone_by
 

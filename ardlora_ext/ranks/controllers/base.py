@@ -101,7 +101,7 @@ class Controller(Generic[Config]):
 
     @property
     def step_share(self) -> float:
-        """Part of the optimizer's step that lora_B takes, see `ranks.steps`."""
+        """Part of the optimizer's step that lora_B takes, see `controllers.steps`."""
         return 1.0
 
     def start(self) -> RankUpdate | None:

@@ -43,7 +43,7 @@ def fat(power: float, **options: Any) -> ard.ArdConfig:
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.0])
 def test_a_fat_start_learns_as_lora_at_that_rank_with_its_own_scaling(power: float) -> None:
-    """Under Adam, LoRA of rank 8 scaled by alpha / r (rsLoRA: by alpha / sqrt(r)) is the same function, step by step."""
+    """Under Adam, LoRA of rank 8 scaled by alpha / r (rsLoRA: by alpha / sqrt(r)) is the same function in each step."""
 
     def adam(parameters: list[nn.Parameter]) -> Optimizer:
         return Adam(parameters, lr=0.01, eps=1e-30)
@@ -120,4 +120,4 @@ def test_a_power_out_of_range_is_refused(power: float) -> None:
 
 def test_the_paper_knows_no_such_power() -> None:
     with pytest.raises(ValueError, match="step_power must come with mode='anneal'"):
-        ard.ArdConfig(mode="paper", step_power=1.0)
+        ard.ArdConfig(mode="paper", step_power=0.5)
