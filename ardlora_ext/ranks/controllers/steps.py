@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from ardlora_ext.layers.linear import LoraLinear
-from ardlora_ext.ranks.optimizer import copies
+from ardlora_ext.ranks.optimizer import copied, copies
 
 
 class SmallerSteps:
@@ -28,8 +28,9 @@ class SmallerSteps:
     def _weights(self, optimizer: Optimizer) -> dict[tuple[int, str], torch.Tensor]:
         """Return lora_B of every layer, and what the optimizer keeps that is a copy of it."""
         found = {(i, ""): layer.lora_B.data for i, layer in enumerate(self.layers)}
-        for i, layer in enumerate(self.layers):
-            found |= {(i, key): value for key, value in copies(optimizer, layer.lora_B).items()}
+        if copied(optimizer):
+            for i, layer in enumerate(self.layers):
+                found |= {(i, key): value for key, value in copies(optimizer, layer.lora_B).items()}
         return found
 
     @torch.no_grad()
