@@ -107,7 +107,7 @@ def test_unfit_tensors_are_refused_by_load_pretrained(
         (lambda s: s["rng"][0].update(numpy=["MT19937"]), "IndexError"),
         (lambda s: s["optimizer"].pop("groups"), "groups"),
         (lambda s: s["optimizer"].update(numbers=7), "int"),
-        (lambda s: s["others"]["scheduler"].pop("base_lrs"), "KeyError"),
+        (lambda s: s["others"]["scheduler"].pop("base_lrs"), "got no 'base_lrs'"),
         (lambda s: s.update(others=[]), "others"),
     ],
 )
