@@ -47,7 +47,7 @@ class SmallerSteps:
     @torch.no_grad()
     def end(self, optimizer: Optimizer) -> None:
         """After the step; a copy that is new there began as lora_B."""
-        if self._share < 1.0 and self._held:
+        if self._held:
             moved = self._weights(optimizer)
             before = [self._held.get(key, self._held[key[0], ""]) for key in moved]
             torch._foreach_lerp_(list(moved.values()), before, 1.0 - self._share)
