@@ -18,7 +18,7 @@ from ardlora_ext.bench.quality.methods import RECIPES, parse
 from ardlora_ext.bench.quality.trial import Bed
 from ardlora_ext.errors import InputError
 
-BEDS = ("planted", "tiny", "phonebook", "experts", "real")
+BEDS = ("planted", "tiny", "phonebook", "encoder-book", "experts", "real", "play")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "methods:\n" + "\n".join(f"  {name:18}{recipe.about}" for name, recipe in RECIPES.items())
     parser.add_argument("--bed", choices=BEDS, default="planted", help="where to compare")
     parser.add_argument("--variant", choices=VARIANTS, default="ranks", help="planted bed: what differs between units")
-    parser.add_argument("--pairs", type=int, help="phonebook bed: how many pairs are stored (default: 200)")
+    parser.add_argument("--pairs", type=int, help="books: how many pairs are stored (default: 200; encoder-book 2000)")
     parser.add_argument("--task", default="trec6", help="real bed: data set")
     parser.add_argument("--examples", type=int, help="real bed: how many examples are trained on (default: 1000)")
     parser.add_argument(
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="methods (default: all), each with config fields to change after a colon: ard:tv=0,lr_alpha=0.05",
     )
     parser.add_argument("--reference", help="method that differences are taken to (default: the first)")
-    parser.add_argument("--seeds", type=int, help="report seeds (default: 10; 5 tiny and experts, 3 real)")
+    parser.add_argument("--seeds", type=int, help="report seeds (default: 10; 5 tiny and experts, 3 with real models)")
     parser.add_argument(
-        "--tune-seeds", type=int, help="seeds to choose the learning rate on (default: 2; 1 tiny, experts and real)"
+        "--tune-seeds", type=int, help="seeds to choose the learning rate on (default: 2 planted and phonebook, else 1)"
     )
     parser.add_argument("--lrs", type=float, nargs="+", help="learning rates to try (default: 7 values by bed)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run (default: by bed)")
@@ -88,13 +88,14 @@ def _bed(arguments: argparse.Namespace) -> tuple[Bed, Effort]:
             raise InputError(f"bench: --{name.replace('_', '-')} must be at least 1, got {value}")
     if arguments.lrs is not None and not all(0 < lr < math.inf for lr in arguments.lrs):
         raise InputError(f"bench: --lrs must be positive, got {' '.join(map(str, arguments.lrs))}")
-    for name, owner in {"pairs": "phonebook", "examples": "real"}.items():
-        if getattr(arguments, name) is not None and arguments.bed != owner:
-            raise InputError(f"bench: --{name} must come with --bed {owner}, got {arguments.bed}")
+    for name, owners in {"pairs": ("phonebook", "encoder-book"), "examples": ("real",)}.items():
+        if getattr(arguments, name) is not None and arguments.bed not in owners:
+            raise InputError(f"bench: --{name} must come with --bed {' or '.join(owners)}, got {arguments.bed}")
     sizes = ("steps", "rank", "pairs", "examples")
     chosen = {name: getattr(arguments, name) for name in sizes if getattr(arguments, name) is not None}
     bed = _BEDS[arguments.bed](arguments, chosen)
-    default = {"tiny": (5, 1), "experts": (5, 1), "real": (3, 1)}.get(arguments.bed, (10, 2))
+    slow = {"tiny": (5, 1), "experts": (5, 1), "encoder-book": (3, 1), "real": (3, 1), "play": (3, 1)}
+    default = slow.get(arguments.bed, (10, 2))
     seeds, tune_seeds = (3, 1) if quick else default
     lrs = arguments.lrs or (bed.lrs[3:6] if quick else bed.lrs)
     return bed, Effort(arguments.seeds or seeds, arguments.tune_seeds or tune_seeds, tuple(lrs))
@@ -119,6 +120,12 @@ def _phonebook(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
     return PhonebookBed(**chosen)
 
 
+def _encoder_book(_arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
+    from ardlora_ext.bench.quality.beds.encoder_book import EncoderBookBed
+
+    return EncoderBookBed(**chosen)
+
+
 def _experts(_arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
     from ardlora_ext.bench.quality.beds.experts import ExpertsBed
 
@@ -131,10 +138,18 @@ def _real(arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
     return RealBed(task_name=arguments.task, **chosen)
 
 
+def _play(_arguments: argparse.Namespace, chosen: Mapping[str, Any]) -> Bed:
+    from ardlora_ext.bench.quality.beds.play import PlayBed
+
+    return PlayBed(**chosen)
+
+
 _BEDS: dict[str, Callable[[argparse.Namespace, Mapping[str, Any]], Bed]] = {
     "planted": _planted,
     "tiny": _tiny,
     "phonebook": _phonebook,
+    "encoder-book": _encoder_book,
     "experts": _experts,
     "real": _real,
+    "play": _play,
 }

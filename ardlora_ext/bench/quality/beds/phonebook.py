@@ -22,7 +22,7 @@ from ardlora_ext.bench.quality.beds.tiny import Block
 from ardlora_ext.bench.quality.methods import Ranks
 from ardlora_ext.bench.quality.trial import Measure, Row
 
-_LETTERS, _KEY, _DIGITS, _VALUE = 16, 4, 10, 3
+_LETTERS, _KEY, DIGITS, VALUE = 16, 4, 10, 3
 _BITS = 1.0 / math.log(2.0)
 
 
@@ -56,11 +56,11 @@ class Book(nn.Module):
 
     def __init__(self, bed: PhonebookBed) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(_LETTERS + _DIGITS, bed.width)
-        self.places = nn.Parameter(0.02 * torch.randn(_KEY + _VALUE - 1, bed.width))
+        self.tokens = nn.Embedding(_LETTERS + DIGITS, bed.width)
+        self.places = nn.Parameter(0.02 * torch.randn(_KEY + VALUE - 1, bed.width))
         self.layers = nn.ModuleList(Block(bed.width, bed.heads) for _ in range(bed.depth))
         self.norm = nn.LayerNorm(bed.width)
-        self.head = nn.Linear(bed.width, _DIGITS, bias=False)
+        self.head = nn.Linear(bed.width, DIGITS, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids) + self.places
@@ -74,15 +74,23 @@ def phonebook(pairs: int, generator: torch.Generator) -> torch.Tensor:
     """Return `pairs` rows [pairs, 7] of a key, no two alike, and its value."""
     numbers = torch.randperm(_LETTERS**_KEY, generator=generator)[:pairs]
     key = torch.stack([numbers // _LETTERS**i % _LETTERS for i in range(_KEY)], dim=1)
-    value = torch.randint(0, _DIGITS, (pairs, _VALUE), generator=generator)
-    return torch.cat([key, _LETTERS + value], dim=1)
+    return torch.cat([key, random_values(pairs, generator)], dim=1)
+
+
+def random_values(pairs: int, generator: torch.Generator) -> torch.Tensor:
+    """Return the digits [pairs, 3] of random values, as tokens."""
+    return _LETTERS + torch.randint(0, DIGITS, (pairs, VALUE), generator=generator)
 
 
 def digit_losses(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Return the loss of each digit [rows, 3], those before it given, in bits."""
     logits = model(rows[:, :-1])
-    losses = F.cross_entropy(logits.flatten(0, 1), rows[:, _KEY:].flatten() - _LETTERS, reduction="none")
-    return _BITS * losses.view(-1, _VALUE)
+    losses = F.cross_entropy(logits.flatten(0, 1), _digits(rows).flatten(), reduction="none")
+    return _BITS * losses.view(-1, VALUE)
+
+
+def _digits(rows: torch.Tensor) -> torch.Tensor:
+    return rows[:, -VALUE:] - _LETTERS
 
 
 class PhonebookTask:
@@ -118,7 +126,7 @@ class PhonebookTask:
         return float(digit_losses(self.model, self.book).sum(1).mean())
 
     def test(self) -> Row:
-        known = self.model(self.book[:, :-1]).argmax(-1) == self.book[:, _KEY:] - _LETTERS
+        known = self.model(self.book[:, :-1]).argmax(-1) == _digits(self.book)
         return {"bits": self.valid(), "recall": float(known.all(dim=1).float().mean())}
 
 
