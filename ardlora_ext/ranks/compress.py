@@ -1,11 +1,10 @@
 """Train big, then compress: one threshold over the singular values of all updates (PARA, arXiv:2604.27796).
 
 A component of unit u is worth the squared singular value sigma^2 that its loss takes from the update (or the loss, see
-`controllers/worth.py`), and costs the
-parameters of its rows. At a price p the best ranks maximise  sum sigma_kept^2 - p * parameters,  layer by layer; for
-units with factors of their own that is the threshold sigma^2 / cost >= p. The price is one for the model, the smallest
-that meets the budget; around it ranks are chosen that spend the budget to the last parameter that costs allow
-(`controllers/knapsack.py`). Units that share a factor also share the cost of its rows.
+`controllers/worth.py`), and costs the parameters of its rows. At a price p the best ranks maximise
+sum sigma_kept^2 - p * parameters,  layer by layer; for units with factors of their own that is the threshold
+sigma^2 / cost >= p. The price is one for the model, the smallest that meets the budget; around it the ranks are chosen
+that are worth most within it (`controllers/knapsack.py`). Units that share a factor also share the cost of its rows.
 """
 
 from __future__ import annotations

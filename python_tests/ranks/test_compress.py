@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -302,7 +304,7 @@ def test_one_threshold_over_all_matrices_equals_the_sorted_list() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.05, 0.95), least=st.integers(0, 1))
-def test_no_ranks_come_nearer_to_the_budget(seed: int, share: float, least: int) -> None:
+def test_no_ranks_within_the_budget_are_worth_more(seed: int, share: float, least: int) -> None:
     """Against all 5^6 allocations of units of four costs: two that share, matrices of other widths."""
     torch.manual_seed(seed)
     model = nn.Sequential(*(nn.Linear(k, n) for k, n in ((6, 4), (6, 10), (3, 4), (7, 2), (5, 5))))
@@ -313,17 +315,24 @@ def test_no_ranks_come_nearer_to_the_budget(seed: int, share: float, least: int)
         for layer in layers.values():
             layer.lora_B.normal_()
             layer.lora_B.mul_(torch.rand(layer.lora_B.shape[0], 1))
-    choices = [range(least, r + 1) for layer in layers.values() for r in layer.ranks]
-    totals = set()
-    for ranks in itertools.product(*choices):
-        left = iter(ranks)
-        totals.add(
-            sum(lay.parameters([next(left) for _ in range(lay.units)]) for lay in (m.layout for m in layers.values()))
-        )
+    every = {name: offers(name, layer, least) for name, layer in layers.items()}
+
+    def worth_of(ranks: Mapping[str, Sequence[int]]) -> float:
+        return sum(float(o.worth[range(len(o.indices)), [ranks[n][u] for u in o.indices]].sum())
+                   for n, some in every.items() for o in some)  # fmt: skip
+
+    best: dict[int, float] = {}
+    for flat in itertools.product(*(range(least, r + 1) for layer in layers.values() for r in layer.ranks)):
+        left = iter(flat)
+        ranks = {name: [next(left) for _ in layer.ranks] for name, layer in layers.items()}
+        total = sum(layer.layout.parameters(ranks[name]) for name, layer in layers.items())
+        best[total] = max(worth_of(ranks), best.get(total, -math.inf))
     before = ard.parameters_report(model).live
-    allowed = max(min(totals), round(share * before), 1)
+    allowed = max(min(best), round(share * before), 1)
     report = ard.compress(model, allowed, min_rank=least)
-    assert report.after == max(total for total in totals if total <= allowed)
+    assert report.after <= allowed
+    wanted = max(worth for total, worth in best.items() if total <= allowed)
+    assert worth_of({name: list(layer.ranks) for name, layer in layers.items()}) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_training_goes_on_after_compression() -> None:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "methods:\n" + "\n".join(f"  {name:18}{recipe.about}" for name, recipe in RECIPES.items())
     parser.add_argument("--bed", choices=BEDS, default="planted", help="where to compare")
     parser.add_argument("--variant", choices=VARIANTS, default="ranks", help="planted bed: what differs between units")
-    parser.add_argument("--pairs", type=int, help="books: how many pairs are stored (default: 200; encoder-book 2000)")
+    parser.add_argument("--pairs", type=int, help="books: how many pairs are stored (default: 200; encoder-book 1000)")
     parser.add_argument("--task", default="trec6", help="real bed: data set")
     parser.add_argument("--examples", type=int, help="real bed: how many examples are trained on (default: 1000)")
     parser.add_argument(

@@ -1,8 +1,8 @@
-"""Whole ranks that spend a budget to the last parameter it can be spent on: an exact multiple-choice knapsack.
+"""Whole ranks within a budget: a multiple-choice knapsack.
 
-A `Menu` lists what the units that pay together may cost and what that is worth; one entry of each menu is taken. Spent
-is the largest total within the budget, a fact and no estimate; of the allocations that spend it, the one of most worth
-that was found around a common price per parameter.
+A `Menu` lists what the units that pay together may cost and what that is worth; one entry of each menu is taken, found
+around a common price per parameter. `choose` takes what is worth most. `spend` takes the largest total within the
+budget, a fact and no estimate, and of the allocations that spend it the one of most worth.
 """
 
 from __future__ import annotations
@@ -101,8 +101,13 @@ def _by_count(units: Floats, largest: int) -> tuple[Floats, list[Ints]]:
     return best, taken
 
 
+def choose(menus: Sequence[Menu], budget: int) -> tuple[list[int], float]:
+    """Choose the entries that are worth most within the budget; arguments and results as in `spend`."""
+    return _found(menus, budget, wholly=False)
+
+
 def spend(menus: Sequence[Menu], budget: int) -> tuple[list[int], float]:
-    """Choose an entry of each menu.
+    """Choose an entry of each menu, so that the budget is spent to the last parameter it can be spent on.
 
     Args:
         menus: at least one, with at least one entry each.
@@ -114,6 +119,10 @@ def spend(menus: Sequence[Menu], budget: int) -> tuple[list[int], float]:
     Raises:
         ValueError: the cheapest entries cost more than the budget.
     """
+    return _found(menus, budget, wholly=True)
+
+
+def _found(menus: Sequence[Menu], budget: int, wholly: bool) -> tuple[list[int], float]:
     least = sum(int(menu.cost[0]) for menu in menus)
     if least > budget:
         raise ValueError(f"spend: budget must be at least {least:,} parameters, got {budget:,}")
@@ -130,8 +139,8 @@ def spend(menus: Sequence[Menu], budget: int) -> tuple[list[int], float]:
     wanted: int | None = None
     window = max(_LEAST_WINDOW, left, 4 * max(int(np.diff(s).max(initial=0)) for s in steps))
     while True:
-        found, chosen = _around(steps, worths, start, left, window)
-        if found < left and wanted is None:
+        found, chosen = _around(steps, worths, start, left, window, wholly)
+        if found < left and wanted is None and wholly:
             wanted = left - room + _largest_sum(steps, room)
         if wanted is None or found == wanted:
             return chosen, price / unit
@@ -165,9 +174,9 @@ def _at_one_price(steps: Sequence[Ints], worths: Sequence[Floats], room: int) ->
 
 
 def _around(
-    steps: Sequence[Ints], worths: Sequence[Floats], start: list[int], left: int, window: int
+    steps: Sequence[Ints], worths: Sequence[Floats], start: list[int], left: int, window: int, wholly: bool
 ) -> tuple[int, list[int]]:
-    """Return the largest change of the total up to `left`, and the entries of most worth that make it.
+    """Return the largest change of the total up to `left`, else that of most worth, and the best entries that make it.
 
     Looked at are the changes whose running total, menu after menu, stays within +-window.
     """
@@ -187,7 +196,8 @@ def _around(
             how[into][better] = entry
         best = new
         taken.append(how)
-    at = int(np.flatnonzero(np.isfinite(best[: window + left + 1]))[-1])
+    fits = best[: window + left + 1]
+    at = int(np.flatnonzero(np.isfinite(fits) if wholly else fits == fits.max())[-1])
     found_change, entries = at - window, []
     for step, how, first in zip(reversed(steps), reversed(taken), reversed(start), strict=True):
         entries.append(int(how[at]))

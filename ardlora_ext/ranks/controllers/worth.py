@@ -14,7 +14,7 @@ import numpy as np
 
 from ardlora_ext.layers.linear import LoraLinear
 from ardlora_ext.ranks.controllers.costs import Floats, Ints
-from ardlora_ext.ranks.controllers.knapsack import Menu, SharedMenu, spend
+from ardlora_ext.ranks.controllers.knapsack import Menu, SharedMenu, choose
 from ardlora_ext.ranks.recompress import Metric, check_finite, cores, groups, top_directions
 
 _NOISE = 1e-14  # of the largest sigma^2 of a unit: rounding of float32 factors
@@ -134,12 +134,12 @@ def least_cost(choices: Sequence[Choice]) -> int:
 
 
 def allocate(choices: Sequence[Choice], budget: int) -> Allocation:
-    """Return the ranks of most worth of those that spend the most `budget` and the costs of components allow.
+    """Return the ranks of most worth within `budget`.
 
     Raises:
         ValueError: the cheapest entries cost more than the budget.
     """
-    entries, price = spend([choice.menu for choice in choices], budget)
+    entries, price = choose([choice.menu for choice in choices], budget)
     units: dict[str, dict[int, int]] = {}
     kept = 0.0
     for choice, entry in zip(choices, entries, strict=True):
@@ -164,21 +164,21 @@ def allocate_padded(offered: Sequence[Offer], budget: int, served: Sequence[int]
         ValueError: units that must stay cost more than the budget at any rank.
     """
     best: Allocation | None = None
+    least = max(int(np.argmax(np.isfinite(offer.worth[0]))) for offer in offered)
     largest = max(offer.worth.shape[1] - 1 for offer in offered)
     total = sum(float(offer.worth.max()) for offer in offered)
-    for rank in [r for r in served if r < largest] + [next((r for r in served if r >= largest), largest)]:
+    for rank in [r for r in served if least <= r < largest] + [next((r for r in served if r >= largest), largest)]:
         menus, tops = [], []
         for offer in offered:
-            allowed = np.flatnonzero(np.isfinite(offer.worth[0, : rank + 1]))
-            top = int(allowed[-1]) if len(allowed) else int(np.flatnonzero(np.isfinite(offer.worth[0]))[0])
-            price = offer.own * max(rank, top)
+            top = int(np.flatnonzero(np.isfinite(offer.worth[0, : rank + 1]))[-1])
+            price = offer.own * rank
             stays = not np.isfinite(offer.worth[0, 0])
             cost = np.array([price] if stays else [0, price] if top else [0], dtype=np.int64)
             menus.append(Menu(cost, offer.worth[0, [top] if stays else [0, top] if top else [0]]))
             tops.append(top)
         if sum(int(menu.cost[0]) for menu in menus) > budget:
             continue
-        entries, price_of = spend(menus, budget)
+        entries, price_of = choose(menus, budget)
         kept = sum(float(menu.worth[e]) for menu, e in zip(menus, entries, strict=True))
         ranks = {
             offer.name: [top if menu.cost[e] else 0]

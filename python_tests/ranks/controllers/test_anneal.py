@@ -114,6 +114,22 @@ def test_exported_and_served_sizes_are_kept_to(tmp_path: Path) -> None:
     assert 0 < len(dropped) < len(run.controller.ranks())
 
 
+def test_equal_ranks_end_equal_where_widths_differ() -> None:
+    """Whole budgets on the way must not leave ranks from which the last one cannot be spent."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        shapes = [(16, 16)] * 4 + [(16, 64), (64, 16)]
+        model = nn.ModuleList(nn.Linear(k, n) for k, n in shapes)
+        ard.wrap(model, config(r0=1, allocation="uniform", seed=seed, update_interval=1, target_modules="all-linear"))
+        optimizer = AdamW(trainable(model), lr=0.01)
+        controller = ard.attach(model, optimizer, total_steps=STEPS)
+        for _ in range(STEPS):
+            sum((m(torch.randn(4, m.in_features)) - 1.0).square().mean() for m in model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert controller.ranks() == {str(i): [1] for i in range(6)}
+
+
 def test_worthless_units_lose_all_their_rank_and_the_floor_holds() -> None:
     def tail(floor: int | None) -> list[int]:
         torch.manual_seed(0)

@@ -1,9 +1,10 @@
-"""Budgets are spent to the last parameter that costs allow: against all allocations, one by one."""
+"""Budgets are spent to the last parameter, or on what is worth most: against all allocations, one by one."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ardlora_ext.ranks.controllers.costs import Costs, Floats, Ints
-from ardlora_ext.ranks.controllers.knapsack import Menu, SharedMenu, spend, whole_ranks
+from ardlora_ext.ranks.controllers.knapsack import Menu, SharedMenu, choose, spend, whole_ranks
 
 
 def lists(of: st.SearchStrategy[Any], size: int) -> st.SearchStrategy[list[Any]]:
@@ -43,6 +44,32 @@ def test_nothing_spends_more_within_the_budget(found: list[Menu], share: float) 
     if least > 0:
         with pytest.raises(ValueError, match="spend: budget must be at least"):
             spend(found, least - 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(menus(), st.floats(0, 1))
+def test_nothing_within_the_budget_is_worth_more(found: list[Menu], share: float) -> None:
+    found = [Menu(m.cost, np.sort(m.worth)) for m in found]  # another component takes nothing away
+    least, most = (sum(int(m.cost[i]) for m in found) for i in (0, -1))
+    budget = least + int(share * (most - least))
+    entries, _ = choose(found, budget)
+
+    def total(taken: Sequence[int]) -> tuple[float, float]:
+        return tuple(sum(float(of[i]) for of, i in zip(every, taken, strict=True)) for every in (costs, worths))
+
+    costs, worths = [m.cost for m in found], [m.worth for m in found]
+    every = map(total, itertools.product(*(range(len(m.cost)) for m in found)))
+    cost, worth = total(entries)
+    assert cost <= budget
+    assert worth == pytest.approx(max(value for spent, value in every if spent <= budget), abs=1e-9)
+
+
+def test_one_rank_for_all_is_left_where_it_is_worth_most() -> None:
+    """Spending the last parameter instead would take two components of the widest units and none of the others."""
+    menus = [Menu(np.array([0, 3, 6, 9]), np.array([0.0, 3.0, 4.0, 4.5])) for _ in range(3)]
+    menus += [Menu(np.array([0, 4, 8, 12]), np.array([0.0, 4.0, 5.5, 6.0])) for _ in range(2)]
+    assert choose(menus, 19)[0] == [1, 1, 1, 1, 1]
+    assert sum(int(m.cost[i]) for m, i in zip(menus, spend(menus, 19)[0], strict=True)) == 19
 
 
 @settings(max_examples=60, deadline=None)

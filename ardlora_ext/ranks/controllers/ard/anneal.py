@@ -192,12 +192,26 @@ class AnnealController(Controller[ArdConfig]):
         return update
 
     def _cut(self, allowed: int) -> RankUpdate | None:
-        """Choose ranks for `allowed` parameters."""
+        """Choose ranks for `allowed` parameters, none below those that the last budget would have now."""
         live = self.units.live()
         most = self._most()
         if self._counted(live) <= allowed and int(live.max()) <= most:
             return None
-        return self._made(self._allocation(most)(allowed), allowed)
+        found = self._offers(most)
+        if self.config.budget_counts == "live" and not self.auto and allowed > self.budget:
+            found = self._kept(found, self._allocation(found)(int(self.budget)))
+        return self._made(self._allocation(found)(allowed), allowed)
+
+    @staticmethod
+    def _kept(found: list[list[Offer]], last: Allocation) -> list[list[Offer]]:
+        """Return the offers without ranks below those of `last`."""
+
+        def above(offer: Offer) -> Offer:
+            least = np.array(last.ranks[offer.name])[offer.indices, None]
+            levels = np.arange(offer.worth.shape[1])
+            return replace(offer, worth=np.where(levels < least, -np.inf, offer.worth))
+
+        return [[above(offer) for offer in some] for some in found]
 
     def _tolerated(self, allowed: int) -> RankUpdate | None:
         """Cut towards `allowed` as far as the tolerance lets."""
@@ -205,7 +219,7 @@ class AnnealController(Controller[ArdConfig]):
         present = self._counted(live)
         if present <= allowed and int(live.max()) <= most:
             return None
-        allocation = self._allocation(most)
+        allocation = self._allocation(self._offers(most))
         for part in range(PARTS):
             aim = max(allowed, int(present * 0.5**0.5**part))
             found = allocation(aim)
@@ -269,8 +283,8 @@ class AnnealController(Controller[ArdConfig]):
         done = 1.0 if self.finished or begins is None or ends is None else (self.step - begins) / (ends - begins)
         return math.ceil(budget_at(done, largest, cap, "geometric"))
 
-    def _allocation(self, most: int) -> Callable[[int], Allocation]:
-        """Return what gives ranks for a number of parameters, as things are now."""
+    def _offers(self, most: int) -> list[list[Offer]]:
+        """Return what the components of each module are worth now, up to rank `most`."""
         config, units = self.config, self.units
         found = []
         for name, layer in zip(units.names, units.layers, strict=True):
@@ -278,8 +292,11 @@ class AnnealController(Controller[ArdConfig]):
             found.append(offers(name, layer, min(config.min_rank, layer.max_rank), known))
         if config.allocation != "learned":
             found = [[self._untold(offer, m) for offer in some] for m, some in enumerate(found)]
-        found = [[replace(offer, worth=offer.worth[:, : most + 1]) for offer in some] for some in found]
-        if config.budget_counts == "exported":
+        return [[replace(offer, worth=offer.worth[:, : most + 1]) for offer in some] for some in found]
+
+    def _allocation(self, found: list[list[Offer]]) -> Callable[[int], Allocation]:
+        """Return what gives ranks for a number of parameters."""
+        if self.config.budget_counts == "exported":
             every = [offer for some in found for offer in some]
             return lambda allowed: allocate_padded(every, allowed, SERVED_RANKS)
         choices = self._choices(found)
