@@ -2,7 +2,8 @@
 //
 // A block makes 128 x 128 of Y for one segment, whose columns no other segment has, in two halves. Y is read into
 // registers before the products start and written once, rounded once. Ranks go through shared memory up to 64 at a
-// time, while those before are multiplied: H by cp.async, W through registers, multiplied with its gates.
+// time, while those before are multiplied: H by cp.async, W through registers, multiplied with its gates. A wide block
+// has the sums of both halves at once, so that it reads H once, and copies a prepared W.
 #pragma once
 
 #include "cuda/dropout.cuh"
@@ -87,8 +88,9 @@ struct MaskTable {
   }
 };
 
-// A thread's part of a block's tile of Y: in each half, four rows 8 apart and kChunks chunks of each.
-template <typename T>
+// A thread's part of a block's tile of Y: in each half, four rows 8 apart and kChunks chunks of each. `kHalves`: whose
+// sums it holds at once.
+template <typename T, int kHalves>
 struct ExpandTile {
   static constexpr int kChunk = Tile<T>::kChunk, kProducts = kChunk / 2, kChunkColumns = 8 * kProducts;
   static constexpr int kWarpColumns = kExpandHalf / 2, kChunks = kWarpColumns / kChunkColumns;
@@ -97,7 +99,7 @@ struct ExpandTile {
   int rows_left, columns_left;  // of Y and of the segment, from there
   T* y;
   Word16 old[4][kChunks];
-  float acc[2][kWarpColumns / 8][4];
+  float acc[kHalves][2][kWarpColumns / 8][4];
 
   ARDLORA_DEVICE ExpandTile(const ExpandParams& params, int row, int end, int col_begin, int tile_column)
       : p(params), lane_row(warp_row() + lane_id() / 4) {
@@ -141,12 +143,18 @@ struct ExpandTile {
         }
       }
     }
+  }
+
+  ARDLORA_DEVICE void clear() {
 #pragma unroll
-    for (auto& i : acc) {
+    for (auto& half : acc) {
 #pragma unroll
-      for (auto& j : i) {
+      for (auto& i : half) {
 #pragma unroll
-        for (float& v : j) v = 0.0f;
+        for (auto& j : i) {
+#pragma unroll
+          for (float& v : j) v = 0.0f;
+        }
       }
     }
   }
@@ -159,13 +167,16 @@ struct ExpandTile {
 #pragma unroll
       for (int i = 0; i < 2; ++i) h.load_a(a[i], warp_row() + i * 16, k);
 #pragma unroll
-      for (int j = 0; j < kWarpColumns / 16; ++j) {
-        std::uint32_t b[4];
-        w.load_b_trans(b, k, warp_column() + j * 16);
+      for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          multiply_add<T>(acc[i][2 * j], a[i], b);
-          multiply_add<T>(acc[i][2 * j + 1], a[i], b + 2);
+        for (int j = 0; j < kWarpColumns / 16; ++j) {
+          std::uint32_t b[4];
+          w.load_b_trans(b, k, half * kExpandHalf + warp_column() + j * 16);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            multiply_add<T>(acc[half][i][2 * j], a[i], b);
+            multiply_add<T>(acc[half][i][2 * j + 1], a[i], b + 2);
+          }
         }
       }
     }
@@ -173,6 +184,7 @@ struct ExpandTile {
 
   ARDLORA_DEVICE void end(int half, const MaskTable<T>& masks) const {
     const bool dropping = p.dropout.threshold > 0;
+    const auto& sums = acc[kHalves == 1 ? 0 : half];
     T* first = y + half * kExpandHalf;
 #pragma unroll
     for (int i = 0; i < 4; ++i, first += 8 * p.y.stride) {
@@ -183,7 +195,7 @@ struct ExpandTile {
         T* const to = first + c * kChunkColumns;
         float v[kChunk];
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) v[e] = p.scale * acc[i / 2][c * kProducts + e / 2][i % 2 * 2 + e % 2];
+        for (int e = 0; e < kChunk; ++e) v[e] = p.scale * sums[i / 2][c * kProducts + e / 2][i % 2 * 2 + e % 2];
         if (p.y.vector) {
           if (dropping) {
             const std::uint32_t keep = masks.bits(lane_row + i * 8, y_column + n);
@@ -207,8 +219,9 @@ struct ExpandTile {
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand_kernel(const ExpandParams p) {
+// `kWide`: both halves at once, and W is a prepared factor.
+template <typename T, bool kWide>
+ARDLORA_DEVICE void expand_block(const ExpandParams& p) {
   constexpr int kLogHalf = 6;
   static_assert(1 << kLogHalf == kExpandHalf);
   ARDLORA_SHARED(seed);
@@ -225,7 +238,8 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   const int before = p.h.vector ? segment.h_begin % Tile<T>::kChunk : 0, all_ranks = before + segment.rank;
   const int log_ranks = log_rank_tile(p.rank_tile);
   const int rank_tiles = (all_ranks + p.rank_tile - 1) >> log_ranks;
-  const int h_bytes = tile_bytes<T>(kExpandRows, p.rank_tile), w_bytes = tile_bytes<T>(p.rank_tile, kExpandHalf);
+  const int h_bytes = tile_bytes<T>(kExpandRows, p.rank_tile);
+  const int w_bytes = tile_bytes<T>(p.rank_tile, kWide ? kExpandColumns : kExpandHalf);
   const bool dropping = p.dropout.threshold > 0;
   unsigned char* const shared = seed + (dropping ? kSeedBytes : 0);
   const MaskTable<T> masks{shared + 2 * w_bytes, (segment.col_begin + tile_column) / kPhiloxColumns};
@@ -235,16 +249,15 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
     return Tile<T>{h_tiles + (rank_tiles > 1 ? step % 2 * h_bytes : 0), kExpandRows};
   };
 
-  ExpandTile<T> y(p, row, rows.end, segment.col_begin, tile_column);
+  ExpandTile<T, kWide ? 2 : 1> y(p, row, rows.end, segment.col_begin, tile_column);
   y.begin(0);
+  y.clear();
   if (dropping) {
     const BlockDropout drops = block_dropout(p.dropout, seed);
     __syncthreads();
     masks.fill(drops, row, segment.col_begin + tile_column);
   }
 
-  // A step multiplies one tile of ranks for one half of the columns.
-  Staged<T, kExpandThreads, kRankTile * kExpandHalf / kExpandThreads, Staging::kInterleaved> staged;
   const auto ranks = [&](int tile) {
     const int left = all_ranks - tile * p.rank_tile;
     return left < p.rank_tile ? left : p.rank_tile;
@@ -255,8 +268,28 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
   const auto copy_h = [&](int step, int tile) {
     const int column = segment.h_begin - before + tile * p.rank_tile;
     copy_async<T, kExpandThreads, kExpandRows>(h_tile(step), h_rows, row, column, log_ranks, column + ranks(tile));
+    if constexpr (kWide) {
+      copy_factor<T, kExpandThreads, kRankTile, kExpandColumns>(w_tile(step), p.w, first_row(tile), tile_column,
+                                                                valid(tile));
+    }
     cp_async_commit();
   };
+  if constexpr (kWide) {
+    copy_h(0, 0);
+#pragma unroll 1
+    for (int tile = 0; tile < rank_tiles; ++tile) {
+      cp_async_wait<0>();
+      __syncthreads();
+      if (tile + 1 < rank_tiles) copy_h(tile + 1, tile + 1);
+      y.multiply(h_tile(tile), w_tile(tile), ranks(tile));
+    }
+    y.end(0, masks);
+    y.begin(1);
+    y.end(1, masks);
+    return;
+  }
+  // A step multiplies one tile of ranks for one half of the columns.
+  Staged<T, kExpandThreads, kRankTile * kExpandHalf / kExpandThreads, Staging::kInterleaved> staged;
   const auto fetch_w = [&](int half, int tile) {
     const int column = tile_column + half * kExpandHalf;
     staged.fetch(p.w, first_row(tile), column, p.rank_tile, kLogHalf, valid(tile), p.width - column, gate(tile));
@@ -280,10 +313,23 @@ __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand
     y.multiply(h_tile(step), w_tile(step), ranks(tile));
     if (last) y.end(half, masks);
     if (more) store_w(step + 1, next_tile);
-    if (more && last) y.begin(next_half);
+    if (more && last) {
+      y.begin(next_half);
+      y.clear();
+    }
     tile = next_tile;
     half = next_half;
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand_kernel(const ExpandParams p) {
+  expand_block<T, false>(p);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kExpandThreads, 2) wide_expand_kernel(const ExpandParams p) {
+  expand_block<T, true>(p);
 }
 
 }  // namespace ardlora::cuda

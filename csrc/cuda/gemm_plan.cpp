@@ -18,20 +18,22 @@ int fitting_rank_tile(std::int64_t rank) { return rank <= 16 ? 16 : (rank <= 32 
 
 // A sum that may be divided among blocks.
 struct Sum {
-  std::int64_t blocks;         // of a share
-  std::int64_t length;         // of the sum
-  std::int64_t unit;           // shares are multiples of it
-  std::int64_t bytes;          // that a block moves for each element of its share
-  std::int64_t partial_bytes;  // of a share's partial sums
-  std::int64_t alone;          // quarters of its time that a block takes with no other beside it
+  std::int64_t blocks;             // of a share
+  std::int64_t length;             // of the sum
+  std::int64_t unit;               // shares are multiples of it
+  std::int64_t bytes;              // that a block moves for each element of its share
+  std::int64_t partial_bytes;      // of a share's partial sums
+  std::int64_t alone;              // quarters of its time that a block takes with no other beside it
+  std::int64_t most_resident = 3;  // blocks of a multiprocessor, by their registers
 };
 
 // The shares with which the last multiprocessor is done first. What a multiprocessor does is counted in bytes that it
 // moves: its blocks' shares, a latency for each wave, and its part of the partial sums, written and read again. Latency
 // and `alone` are estimates from the simulation in docs/cuda.md.
 void set_shares(GemmPlan& plan, const Sum& sum, const Multiprocessors& device) {
-  constexpr std::int64_t kLatency = 16 * 1024, kMaxResident = 3, kReserved = 1024;
-  const std::int64_t resident = std::clamp<std::int64_t>(device.shared / (plan.shared + kReserved), 1, kMaxResident);
+  constexpr std::int64_t kLatency = 16 * 1024, kReserved = 1024;
+  const std::int64_t resident =
+      std::clamp<std::int64_t>(device.shared / (plan.shared + kReserved), 1, sum.most_resident);
   const std::int64_t wave = resident * device.count, most = std::max<std::int64_t>(1, 3 * wave / sum.blocks);
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   for (std::int64_t shares = 1; shares <= most; ++shares) {
@@ -84,16 +86,26 @@ void set_row_shares(GemmPlan& plan, const Problem& p, std::int64_t blocks) {
   plan.partial_rows = p.factor.max_rank;
 }
 
+// Floats of a prepared factor, or 0 where blocks are not to be wide.
+std::int64_t prepared_floats(const Problem& p) {
+  const Factor& f = p.factor;
+  const bool pays = p.rows / (p.sorted ? p.segments() : 1) >= kWideRows * p.device.count;
+  if (f.max_rank <= kRankTile || p.bytes != 2 || !pays) return 0;
+  return f.rows * prepared_stride(f.width) / 2;
+}
+
 // Each returns the tiles along x and y.
 using Tiles = std::pair<std::int64_t, std::int64_t>;
 
 Tiles plan_shrink(GemmPlan& plan, const Problem& p) {
+  plan.prepared = prepared_floats(p);
+  if (plan.wide()) plan.rank_tile = kWideRanks;
   const std::int64_t rank_tiles = ceil_div(p.factor.max_rank, plan.rank_tile);
   const std::vector<SegmentGroup> groups = p.sorted ? std::vector<SegmentGroup>{} : segment_groups(p.factor);
   std::int32_t longest = 1;
   for (const SegmentGroup& g : groups) longest = std::max(longest, g.segments);
   const Tiles tiles{p.row_blocks(kShrinkRows), (p.sorted ? 1 : static_cast<std::int64_t>(groups.size())) * rank_tiles};
-  plan.threads = kShrinkThreads;
+  plan.threads = plan.wide() ? kWideThreads : kShrinkThreads;
   plan.shared = shrink_shared(plan.rank_tile);
   plan.tiles = static_cast<int>(rank_tiles);
   plan.partial_rows = p.rows;
@@ -102,9 +114,10 @@ Tiles plan_shrink(GemmPlan& plan, const Problem& p) {
              {.blocks = tiles.first * tiles.second,
               .length = ceil_div(p.factor.width, kPanelBytes / p.bytes) * longest,
               .unit = 1,
-              .bytes = kShrinkRows * kPanelBytes,
+              .bytes = (kShrinkRows + (plan.wide() ? kWideRanks : 0)) * kPanelBytes,
               .partial_bytes = p.rows * plan.partial_stride * 4,
-              .alone = 6},
+              .alone = plan.wide() ? 5 : 6,
+              .most_resident = plan.wide() ? 2 : 3},
              p.device);
   return tiles;
 }
@@ -112,8 +125,9 @@ Tiles plan_shrink(GemmPlan& plan, const Problem& p) {
 Tiles plan_expand(GemmPlan& plan, const Problem& p) {
   plan.rank_tile = fitting_rank_tile(p.ranks());
   if (p.bytes == 4) plan.rank_tile = std::min(plan.rank_tile, 32);  // shared memory
+  plan.prepared = prepared_floats(p);
   plan.threads = kExpandThreads;
-  plan.shared = expand_shared(p.bytes, plan.rank_tile, p.ranks() > plan.rank_tile ? 2 : 1, p.dropout);
+  plan.shared = expand_shared(p.bytes, plan.rank_tile, p.ranks() > plan.rank_tile ? 2 : 1, p.dropout, plan.wide());
   plan.tiles = static_cast<int>(ceil_div(p.factor.width, kExpandColumns));
   return {p.row_blocks(kExpandRows), p.beside() * plan.tiles};
 }

@@ -19,6 +19,13 @@ inline constexpr int kShrinkRows = 128;
 inline constexpr int kShrinkThreads = 128;
 inline constexpr int kShrinkStages = 2;
 
+// More ranks than kRankTile, 16-bit activations and rows enough to pay for it: the factor is prepared once for the call
+// (prepare.cuh), `shrink` holds kWideRanks at once and `expand` both halves of its columns.
+inline constexpr int kWideRanks = 128;
+inline constexpr int kWideThreads = 256;
+inline constexpr int kWideRows = 12;          // for each multiprocessor, at least
+inline constexpr int kPreparedColumns = 128;  // a prepared factor's width is a multiple of it
+
 inline constexpr int kExpandRows = 128;
 inline constexpr int kExpandColumns = 128;
 inline constexpr int kExpandHalf = kExpandColumns / 2;
@@ -38,13 +45,17 @@ ARDLORA_HOST_DEVICE constexpr int tile_bytes(int element_bytes, int rows, int co
   return (columns * element_bytes + kPanelBytes - 1) / kPanelBytes * rows * kPanelBytes;
 }
 
+constexpr std::int64_t prepared_stride(std::int64_t width) {
+  return (width + kPreparedColumns - 1) / kPreparedColumns * kPreparedColumns;
+}
+
 // Bytes of dynamic shared memory.
 constexpr int shrink_shared(int w_rows) {
   return (kShrinkStages * kShrinkRows + 2 * w_rows) * kPanelBytes + kSeedBytes;
 }
 
-constexpr int expand_shared(int element_bytes, int rank_tile, int h_tiles, bool dropout) {
-  return 2 * tile_bytes(element_bytes, rank_tile, kExpandHalf) +
+constexpr int expand_shared(int element_bytes, int rank_tile, int h_tiles, bool dropout, bool wide = false) {
+  return 2 * tile_bytes(element_bytes, rank_tile, wide ? kExpandColumns : kExpandHalf) +
          h_tiles * tile_bytes(element_bytes, kExpandRows, rank_tile) + (dropout ? kExpandMaskBytes + kSeedBytes : 0);
 }
 
@@ -66,7 +77,7 @@ struct GemmPlan {
   unsigned blocks[3];  // one of them 0: nothing to do
   unsigned threads;
   int shared;                   // bytes
-  int rank_tile;                // ranks that a block holds at once: 16, 32 or 64
+  int rank_tile;                // ranks that a block holds at once: 16, 32, 64 or, in a wide shrink, 128
   int tiles;                    // rank tiles of a group (shrink) or column tiles of a segment
   int shares;                   // parts of the summed dimension; more than one: partial sums go to the workspace
   int share;                    // its length: steps (shrink) or rows
@@ -75,8 +86,10 @@ struct GemmPlan {
   std::int64_t partial_stride;  // floats
   std::int64_t hidden_rows;     // outer_shrink: of a column tile's partial sums of dH
   std::int64_t hidden_stride;   // floats
+  std::int64_t prepared;        // floats of the prepared factor; 0 where blocks are not wide
 
-  std::int64_t workspace() const { return partial() + hidden_partial(); }  // floats
+  bool wide() const { return prepared > 0; }
+  std::int64_t workspace() const { return partial() + hidden_partial() + prepared; }  // floats
   std::int64_t partial() const { return shares > 1 ? shares * partial_rows * partial_stride : 0; }
   std::int64_t hidden_partial() const { return tiles > 1 ? tiles * hidden_rows * hidden_stride : 0; }
 };

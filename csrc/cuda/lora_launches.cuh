@@ -10,6 +10,7 @@
 #include "cuda/launcher.h"
 #include "cuda/lora_linear.h"
 #include "cuda/outer.cuh"
+#include "cuda/prepare.cuh"
 #include "cuda/row_blocks.cuh"
 #include "cuda/shrink.cuh"
 #include "cuda/sum_shares.cuh"
@@ -22,6 +23,13 @@ void for_type(DType dtype, F&& f) {
   if (dtype == DType::kBFloat16) return f(BFloat16{});
   if (dtype == DType::kFloat16) return f(Float16{});
   f(float{});
+}
+
+// Of the types that tensor cores take as they are.
+template <typename F>
+void for_short_type(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  f(Float16{});
 }
 
 inline bool in_chunks(const MatrixView& m, std::int64_t width) {
@@ -89,16 +97,29 @@ class Launches {
     launch(op_, row_blocks_kernel, {dim3{tables, 1, 1}, kRowBlockThreads, 0}, call_.stream.handle, params);
   }
 
+  // Before the `shrink` of one factor and the `expand` of the other, for those whose blocks are wide.
+  void prepare(const GemmPlan& of_shrink, const FactorView& w_shrink, const GemmPlan& of_expand,
+               const FactorView& w_expand) {
+    PrepareParams params{};
+    if (of_shrink.wide()) params.factor[0] = prepared(shrunk_, of_shrink, w_shrink, false);
+    if (of_expand.wide()) params.factor[1] = prepared(expanded_, of_expand, w_expand, true);
+    reserved_ = taken_;
+    const dim3 blocks{static_cast<unsigned>(params.factor[0].rows + params.factor[1].rows), 1, 1};
+    for_short_type(p_.x.dtype, [&](auto t) {
+      launch(op_, prepare_kernel<decltype(t)>, {blocks, kPrepareThreads, 0}, call_.stream.handle, params);
+    });
+  }
+
   void shrink(const GemmPlan& plan, const FactorView& w, int factor, const MatrixView& x, const MatrixView& h,
               const Dropout& dropout) {
-    float* const partial = take(plan.workspace());
+    float* const partial = take(plan.partial());
     const float scale = w.scale * dropout.keep_scale;
     const ShrinkParams params{table(factor),
                               tiles_.blocks,
                               static_cast<int>(w.factor->width),
                               activations(x, *w.factor),
-                              weight(w),
-                              w.row_scale,
+                              plan.wide() ? shrunk_ : weight(w),
+                              plan.wide() ? nullptr : w.row_scale,
                               scale,
                               h.data,
                               h.row_stride,
@@ -109,7 +130,11 @@ class Launches {
                               plan.tiles,
                               plan.rank_tile,
                               dropout};
-    for_type(x.dtype, [&](auto t) { start(shrink_kernel<decltype(t)>, plan, params); });
+    if (plan.wide()) {
+      for_short_type(x.dtype, [&](auto t) { start(wide_shrink_kernel<decltype(t)>, plan, params); });
+    } else {
+      for_type(x.dtype, [&](auto t) { start(shrink_kernel<decltype(t)>, plan, params); });
+    }
     if (plan.shares == 1) return;
     // Fours of columns, where `shrink` has written what rounds the last group up.
     std::int64_t columns = p_.table->hidden();
@@ -142,8 +167,8 @@ class Launches {
                               tiles_.blocks,
                               static_cast<int>(w.factor->width),
                               hidden(h),
-                              weight(w),
-                              w.row_scale,
+                              plan.wide() ? expanded_ : weight(w),
+                              plan.wide() ? nullptr : w.row_scale,
                               w.scale * dropout.keep_scale,
                               activations(y, *w.factor),
                               onto.nothing,
@@ -151,7 +176,11 @@ class Launches {
                               plan.tiles,
                               plan.rank_tile,
                               dropout};
-    for_type(y.dtype, [&](auto t) { start(expand_kernel<decltype(t)>, plan, params); });
+    if (plan.wide()) {
+      for_short_type(y.dtype, [&](auto t) { start(wide_expand_kernel<decltype(t)>, plan, params); });
+    } else {
+      for_type(y.dtype, [&](auto t) { start(expand_kernel<decltype(t)>, plan, params); });
+    }
   }
 
   // The second stage is left to `add_shares`.
@@ -177,11 +206,7 @@ class Launches {
                                    dh.row_stride,
                                    parts,
                                    plan.hidden_stride};
-    if (dy.dtype == DType::kBFloat16) {
-      start(outer_shrink_kernel<BFloat16>, plan, params);
-    } else {
-      start(outer_shrink_kernel<Float16>, plan, params);
-    }
+    for_short_type(dy.dtype, [&](auto t) { start(outer_shrink_kernel<decltype(t)>, plan, params); });
     const int rows = static_cast<int>(dy.rows);
     const ShareSum sum{parts,
                        plan.hidden_stride,
@@ -238,6 +263,18 @@ class Launches {
   }
 
  private:
+  PreparedFactor prepared(Operand& as, const GemmPlan& plan, const FactorView& w, bool is_interleaved) {
+    const std::int64_t stride = prepared_stride(w.factor->width);
+    as = {take(plan.prepared), stride, false, true};
+    return {weight(w),
+            w.row_scale,
+            const_cast<void*>(as.data),
+            stride,
+            static_cast<int>(w.factor->rows),
+            static_cast<int>(w.factor->width),
+            is_interleaved};
+  }
+
   OuterParams outer_params(const GemmPlan& plan, const FactorView& grad, int factor, const MatrixView& h,
                            const MatrixView& x, const Dropout& dropout, float* partial) const {
     return {table(factor),
@@ -304,6 +341,7 @@ class Launches {
   DeviceGuard guard_;
   std::int64_t taken_ = 0, reserved_ = 0;  // floats of the workspace
   RowBlockTable tiles_{}, shares_[2]{};    // of rows sorted by expert
+  Operand shrunk_{}, expanded_{};          // prepared factors
 };
 
 }  // namespace ardlora::cuda

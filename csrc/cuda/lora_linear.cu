@@ -49,9 +49,10 @@ LoraPlans plan_lora(const UnitTable& table, std::int64_t rows, DType activations
               plan(Gemm::kExpand, a, dropout),
               plan(Gemm::kOuter, a),
               0};
-  const std::int64_t forward = p.shrink_a.workspace(), outer_a = p.outer_a.workspace(), of_b = p.outer_b.workspace();
-  p.workspace =
-      4 * (at_once ? std::max({forward, outer_a, of_b}) : std::max({forward, p.shrink_b.workspace(), outer_a + of_b}));
+  const std::int64_t forward = p.shrink_a.workspace() + p.expand_b.workspace(), outer_a = p.outer_a.workspace();
+  const std::int64_t of_b = p.outer_b.workspace(), sums = at_once ? std::max(outer_a, of_b) : outer_a + of_b;
+  const std::int64_t backward = p.shrink_b.prepared + p.expand_a.prepared + std::max(sums, p.shrink_b.partial());
+  p.workspace = 4 * std::max(forward, backward);
   if (is_sorted(table)) p.workspace += 4 * row_block_floats(p.shrink_a, p.outer_a, p.outer_b);
   return p;
 }
@@ -60,6 +61,7 @@ void lora_forward(const LoraParams& p, const MatrixView& y, const DeviceCall& ca
   check_ungrouped(*p.table, "lora_forward");
   check_forward(p, y, p.x.dtype);
   Launches go("lora_forward", p, call);
+  go.prepare(call.plans->shrink_a, factor_a(p), call.plans->expand_b, factor_b(p));
   go.shrink(call.plans->shrink_a, factor_a(p), kFactorA, p.x, p.h, p.dropout);
   go.expand(call.plans->expand_b, factor_b(p), kFactorB, p.h, y, {}, onto);
 }
@@ -74,6 +76,7 @@ void lora_backward(const LoraParams& p, const MatrixView& dy, const MatrixView& 
   FactorView grad_a = with_weight(a, dA), grad_b = with_weight(b, dB);
   FactorView& gated = p.table->gate_on_a() ? grad_a : grad_b;
   if (dgate != nullptr) gated.row_scale = nullptr;
+  go.prepare(plans.shrink_b, b, dx.data != nullptr ? plans.expand_a : GemmPlan{}, a);
   ShareSum sum_b{};
   if (plans.at_once) {
     go.outer_shrink(plans.outer_b, grad_b, b, kFactorB, p.h, dy, dh);
@@ -90,6 +93,7 @@ void lora_grouped_forward(const GroupedParams& p, const MatrixView& y, const Dev
   check_forward(p.lora, y, p.lora.x.dtype);
   Launches go("lora_grouped_forward", p.lora, call);
   go.find_rows(p.offsets, false);
+  go.prepare(call.plans->shrink_a, factor_a(p.lora), call.plans->expand_b, factor_b(p.lora));
   go.shrink(call.plans->shrink_a, factor_a(p.lora), kFactorA, p.lora.x, p.lora.h, p.lora.dropout);
   go.expand(call.plans->expand_b, factor_b(p.lora), kFactorB, p.lora.h, y, {});
 }
@@ -104,6 +108,7 @@ void lora_grouped_backward(const GroupedParams& p, const MatrixView& dy, const M
   const FactorView a = factor_a(lora), b = factor_b(lora), grad_a = with_weight(a, dA);
   FactorView grad_b = with_weight(b, dB);
   if (dgate != nullptr) grad_b.row_scale = nullptr;  // experts' gates are on B
+  go.prepare(plans.shrink_b, b, dx.data != nullptr ? plans.expand_a : GemmPlan{}, a);
   go.shrink(plans.shrink_b, b, kFactorB, dy, dh, {});
   const ShareSum sum_b = go.outer(plans.outer_b, grad_b, kFactorB, lora.h, dy, {});
   if (dx.data != nullptr) go.expand(plans.expand_a, a, kFactorA, dh, dx, lora.dropout);

@@ -25,6 +25,10 @@ struct alignas(16) Word16 {
   std::uint32_t part[4];
 };
 
+struct alignas(8) Word8 {
+  std::uint32_t part[2];
+};
+
 // ---- global memory, 16 bytes at an address divisible by 16
 
 // What a pointer that was itself read from memory needs, so that the compiler knows what it points to.
@@ -43,6 +47,16 @@ ARDLORA_DEVICE Word16 load16(const void* from) {
 #else
   simt::check_aligned("load16", from, 16);
   return *static_cast<const Word16*>(from);
+#endif
+}
+
+ARDLORA_DEVICE Word8 load8(const void* from) {
+#ifdef __CUDACC__
+  const uint2 v = *static_cast<const uint2*>(from);
+  return {v.x, v.y};
+#else
+  simt::check_aligned("load8", from, 8);
+  return *static_cast<const Word8*>(from);
 #endif
 }
 

@@ -1,9 +1,10 @@
 // shrink  H[M, R] = scale * sum over the group's segments of X[:, columns] (gate o W)^T
 //
-// A block makes 128 rows x up to 64 columns of H of one group of segments, and one share of the summed dimension. X
-// goes to shared memory by cp.async, one step ahead; W, mostly in L2, comes through registers, where it is multiplied
-// with its gates and rounded to X's type. With one share the block writes H, in X's type as the tensor cores will want
-// it; with more it writes partial sums in float, which `sum_shares_kernel` (sum_shares.cuh) adds in order.
+// A block makes 128 rows x up to 64 columns of H, or 128 where it is wide, of one group of segments, and one share of
+// the summed dimension. X goes to shared memory by cp.async, one step ahead; W, mostly in L2, comes through registers,
+// where it is multiplied with its gates and rounded to X's type. With one share the block writes H, in X's type as the
+// tensor cores will want it; with more it writes partial sums in float, which `sum_shares_kernel` (sum_shares.cuh) adds
+// in order.
 #pragma once
 
 #include "cuda/dropout.cuh"
@@ -28,7 +29,7 @@ struct ShrinkParams {
   std::int64_t partial_stride;
   int share;       // steps of a share, kPanel columns each
   int rank_tiles;  // grid.y = groups * rank_tiles
-  int rank_tile;   // 16, 32 or 64
+  int rank_tile;   // 16, 32 or 64; of a wide block 128
   Dropout dropout;
 };
 
@@ -51,10 +52,12 @@ struct StepWalk {
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkParams p) {
+// A warp makes 32 rows x up to 64 ranks. `kWide`: two warps beside each other, and W is a prepared factor.
+template <typename T, bool kWide>
+ARDLORA_DEVICE void shrink_block(const ShrinkParams& p) {
   constexpr int kColumns = Tile<T>::kPanel, kLogColumns = sizeof(T) == 2 ? 6 : 5;
   constexpr int kPairs = kRankTile / 16;
+  constexpr int kThreads = kWide ? kWideThreads : kShrinkThreads;
   ARDLORA_SHARED(seed);
   unsigned char* const shared = seed + kSeedBytes;
   const RowBlock rows = row_block(p.blocks, static_cast<int>(blockIdx.x), kShrinkRows, p.x.rows);
@@ -78,45 +81,53 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
     return Tile<T>{shared + step % kShrinkStages * (kShrinkRows * kPanelBytes), kShrinkRows};
   };
   const auto w_tile = [&](int step) {
-    return Tile<T>{shared + (kShrinkStages * kShrinkRows + step % 2 * p.rank_tile) * kPanelBytes, p.rank_tile};
+    const int tile = kWide ? kWideRanks : p.rank_tile;
+    return Tile<T>{shared + (kShrinkStages * kShrinkRows + step % 2 * tile) * kPanelBytes, tile};
   };
+  const int warp_row = (kWide ? warp_id() % 4 : warp_id()) * 32, warp_rank = kWide ? warp_id() / 4 * kRankTile : 0;
 
   const BlockDropout drops = block_dropout(p.dropout, seed);
   float acc[2][2 * kPairs][4] = {};
   if (begin < end) {
     StepWalk x_walk(segments, begin, per_segment, kColumns), w_walk = x_walk;
-    Staged<T, kShrinkThreads, kRankTile * kColumns / kShrinkThreads> staged;
-    TileDropout<T, kShrinkThreads, kShrinkRows, kColumns> dropout;
+    [[maybe_unused]] Staged<T, kShrinkThreads, kRankTile * kColumns / kShrinkThreads> staged;
+    TileDropout<T, kThreads, kShrinkRows, kColumns> dropout;
 
+    const auto valid_ranks = [&](const StepWalk& walk) { return ValidRows{0, walk.segment.rank - first_rank}; };
     const auto copy_x = [&](int step) {
       if (step < end) {
         const int from = x_walk.segment.col_begin;
-        copy_async<T, kShrinkThreads, kShrinkRows>(x_tile(step), x_rows, row, from + x_walk.column, kLogColumns,
-                                                   from + p.width);
+        copy_async<T, kThreads, kShrinkRows>(x_tile(step), x_rows, row, from + x_walk.column, kLogColumns,
+                                             from + p.width);
+        if constexpr (kWide) {
+          const int w_row = x_walk.segment.w_begin + first_rank;
+          copy_factor<T, kThreads, kWideRanks, kColumns>(w_tile(step), p.w, w_row, x_walk.column, valid_ranks(x_walk));
+        }
         x_walk.advance(kColumns, p.width, step + 1 < all);
       }
       cp_async_commit();
     };
-    const auto valid_ranks = [&] { return ValidRows{0, w_walk.segment.rank - first_rank}; };
     const auto gate = [&] { return p.gate == nullptr ? nullptr : p.gate + w_walk.segment.w_begin + first_rank; };
     const auto fetch_w = [&] {
-      staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, tile_rows, kLogColumns, valid_ranks(),
+      staged.fetch(p.w, w_walk.segment.w_begin + first_rank, w_walk.column, tile_rows, kLogColumns, valid_ranks(w_walk),
                    p.width - w_walk.column, gate());
     };
     const auto store_w = [&](int step) {
-      staged.store(w_tile(step), p.w, tile_rows, kLogColumns, valid_ranks(), gate());
+      staged.store(w_tile(step), p.w, tile_rows, kLogColumns, valid_ranks(w_walk), gate());
       w_walk.advance(kColumns, p.width, step + 1 < all);
     };
 
     // Always W first: it would wait behind the X of a later step.
-    fetch_w();
+    if constexpr (!kWide) fetch_w();
     for (int s = 0; s < kShrinkStages - 1; ++s) copy_x(begin + s);
-    store_w(begin);
+    if constexpr (!kWide) store_w(begin);
 #pragma unroll 1
     for (int step = begin; step < end; ++step) {
       cp_async_wait<kShrinkStages - 2>();
       __syncthreads();
-      if (step + 1 < end) fetch_w();
+      if constexpr (!kWide) {
+        if (step + 1 < end) fetch_w();
+      }
       copy_x(step + kShrinkStages - 1);
       const Tile<T> tile = x_tile(step);
       if (p.dropout.threshold > 0) {
@@ -129,12 +140,12 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
       for (int k = 0; k < kColumns; k += Tile<T>::kStep) {
         std::uint32_t a[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) x.load_a(a[i], warp_id() * 32 + i * 16, k);
+        for (int i = 0; i < 2; ++i) x.load_a(a[i], warp_row + i * 16, k);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
-          if (j * 16 >= ranks) break;
+          if (warp_rank + j * 16 >= ranks) break;
           std::uint32_t b[4];
-          w.load_b(b, j * 16, k);
+          w.load_b(b, warp_rank + j * 16, k);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             multiply_add<T>(acc[i][2 * j], a[i], b);
@@ -142,28 +153,33 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
           }
         }
       }
-      if (step + 1 < end) store_w(step + 1);
+      if constexpr (!kWide) {
+        if (step + 1 < end) store_w(step + 1);
+      }
     }
     cp_async_wait<0>();
   }
 
-  // A warp alone has read its rows of X; H takes their place on its way out.
+  // A warp alone, or two where they are wide, has read its rows of X; H takes their place on its way out.
   const bool whole = p.partial == nullptr;
-  const int warp_row = warp_id() * 32;
   const Tile<T> h_tile{shared, kShrinkRows};
   const int column = group.h_begin + first_rank;
   float* const partial = p.partial + blockIdx.z * p.x.rows * p.partial_stride + column;
   // The last group also writes what rounds it up to the stride: the second stage takes four columns at a time.
   const int stored = column + ranks == p.hidden ? static_cast<int>(p.partial_stride) - column : ranks;
-  __syncwarp();
+  if constexpr (kWide) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int r = warp_row + i * 8 + lane_id() / 4;
     if (!whole && row + r >= rows.end) continue;
 #pragma unroll
     for (int j = 0; j < 2 * kPairs; ++j) {
-      if (j * 8 >= ranks) break;
-      const int c = j * 8 + lane_id() % 4 * 2;
+      if (warp_rank + j * 8 >= ranks) break;
+      const int c = warp_rank + j * 8 + lane_id() % 4 * 2;
       const float* v = acc[i / 2][j] + i % 2 * 2;
       if (whole) {
         put_pair(h_tile.at(r, c), p.scale * v[0], p.scale * v[1]);
@@ -174,10 +190,21 @@ __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkP
   }
   if (!whole) return;
   __syncwarp();
-  const int log_ranks = log_rank_tile(p.rank_tile), left = rows.end - row - warp_row;
-  T* const h = static_cast<T*>(p.h) + (row + warp_row) * p.h_stride + column;
-  store_rows(h, p.h_stride, left < 32 ? left : 32, log_ranks, ranks,
-             [&](int r, int c) { return h_tile.at(warp_row + r, c); });
+  const int log_ranks = kWide ? 6 : log_rank_tile(p.rank_tile), left = rows.end - row - warp_row;
+  const int own = kWide && ranks - warp_rank > kRankTile ? kRankTile : ranks - warp_rank;
+  T* const h = static_cast<T*>(p.h) + (row + warp_row) * p.h_stride + column + warp_rank;
+  store_rows(h, p.h_stride, left < 32 ? left : 32, log_ranks, own,
+             [&](int r, int c) { return h_tile.at(warp_row + r, warp_rank + c); });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkParams p) {
+  shrink_block<T, false>(p);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kWideThreads, 2) wide_shrink_kernel(const ShrinkParams p) {
+  shrink_block<T, true>(p);
 }
 
 }  // namespace ardlora::cuda

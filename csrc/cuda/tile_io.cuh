@@ -238,6 +238,27 @@ struct Staged {
   }
 };
 
+// Starts copying a tile of a prepared factor (prepare.cuh): rows [row, row + kRows), of which the valid ones exist, and
+// kColumns columns, all of which do. The rest becomes zero.
+template <typename T, int kThreads, int kRows, int kColumns>
+ARDLORA_DEVICE void copy_factor(const Tile<T>& tile, const Operand& from, std::int64_t row, std::int64_t column,
+                                ValidRows valid) {
+  constexpr int kApart = kThreads / 8;  // rows; a multiple of 8, after which chunks lie as before
+  static_assert(kApart % 8 == 0 && kRows % kApart == 0 && kColumns % Tile<T>::kPanel == 0);
+  const int r = static_cast<int>(threadIdx.x) / 8, c = static_cast<int>(threadIdx.x) % 8 * Tile<T>::kChunk;
+  const std::uint32_t to = tile.address(r, c);
+  const T* const first = static_cast<const T*>(from.data) + (row + r) * from.stride + column + c;
+#pragma unroll
+  for (int panel = 0; panel < kColumns / Tile<T>::kPanel; ++panel) {
+    const T* at = first + panel * Tile<T>::kPanel;
+#pragma unroll
+    for (int i = 0; i < kRows; i += kApart, at += kApart * from.stride) {
+      const bool is = valid.have(r + i);
+      cp_async16(to + (panel * kRows + i) * kPanelBytes, is ? at : static_cast<const T*>(from.data), is ? 16 : 0);
+    }
+  }
+}
+
 template <typename Record>
 ARDLORA_DEVICE Record load_record(const Record* at) {
   static_assert(sizeof(Record) == sizeof(Word16));

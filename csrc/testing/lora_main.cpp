@@ -287,6 +287,33 @@ Case draw_ragged(unsigned number, bool few) {
   return c;
 }
 
+const Ranks kWideMatrixRanks[] = {{65}, {100}, {128}, {129}, {200}, {232}, {300}};
+const Ranks kWideUnitRanks[] = {{70, 0, 5, 129}, {129, 66}};
+
+// As `draw`, of rows and ranks with which blocks are wide.
+Case draw_wide(unsigned number, bool few) {
+  constexpr std::int64_t features[] = {64, 100, 136, 264};
+  Case c = draw(number, few);
+  std::tie(c.activations, c.adapters) = kTypes[number % 4];
+  c.multiprocessors = number % 2 == 0 ? 3 : 10;
+  c.shape = {few ? 129 : 129 + 65 * (number % 3), few ? 72 : pick(features), few ? 72 : pick(features)};
+  c.kind = UnitKind::kMatrix;
+  c.ranks = kWideMatrixRanks[number % std::size(kWideMatrixRanks)];
+  if (number % 3 == 1) {
+    c.kind = number % 2 == 0 ? UnitKind::kOutHeads : UnitKind::kInHeads;
+    c.ranks = kWideUnitRanks[number / 3 % 2];
+  } else if (number % 12 == 5) {
+    c.kind = UnitKind::kExperts;
+    c.factoring = Factoring::kIndependent;
+    c.ranks = {100, 70};
+    c.shape.rows = 300;
+    c.offsets = {0, 70, 290};
+    c.given = c.offsets;
+    c.spoiled = false;
+  }
+  return c;
+}
+
 const Ranks kExpertRanks[] = {
     {8}, {3, 0, 8, 5}, {1, 1, 1, 1}, {0, 0, 0}, {0, 37, 1, 12}, {16, 64, 0, 4}, {100, 1, 0, 70}};
 
@@ -330,7 +357,8 @@ Case draw_experts(unsigned number, bool few) {
 int main(int argc, char** argv) {
   const bool few = small(argc, argv);
   const unsigned cases = few ? 12 : 105, of_experts = few ? 8 : 42, ragged = few ? 2 : 12;
-  std::mt19937 for_experts(4), for_ragged(5);
+  const unsigned wide = few ? 3 : 24;
+  std::mt19937 for_experts(4), for_ragged(5), for_wide(6);
   for (unsigned i = 0; i < cases; ++i) {
     set_order(i);
     Run{draw(i, few)}();
@@ -339,11 +367,16 @@ int main(int argc, char** argv) {
       Run{draw_ragged(i, few)}();
       std::swap(rng, for_ragged);
     }
+    if (i < wide) {
+      std::swap(rng, for_wide);
+      Run{draw_wide(i, few)}();
+      std::swap(rng, for_wide);
+    }
     if (i >= of_experts) continue;
     std::swap(rng, for_experts);
     Run{draw_experts(i, few)}();
     std::swap(rng, for_experts);
   }
-  std::printf("%u cases equal the equations\n", cases + of_experts + ragged);
+  std::printf("%u cases equal the equations\n", cases + of_experts + ragged + wide);
   return 0;
 }

@@ -4,6 +4,7 @@
 #include "cuda/gate_gradient.cuh"
 #include "cuda/gemm_plan.h"
 #include "cuda/importance.cuh"
+#include "cuda/prepare.cuh"
 #include "cuda/rank_resize.cuh"
 #include "cuda/regularizer.cuh"
 #include "cuda/row_blocks.cuh"
@@ -17,11 +18,14 @@ int main() {
     std::size_t shared;
   } shapes[] = {
       {"shrink_kernel", kShrinkThreads, shrink_shared(kRankTile)},
+      {"wide_shrink_kernel", kWideThreads, shrink_shared(kWideRanks)},
       {"expand_kernel", kExpandThreads, expand_shared(2, kRankTile, 2, true)},
       {"expand_kernel<float>", kExpandThreads, expand_shared(4, kRankTile / 2, 2, true)},
+      {"wide_expand_kernel", kExpandThreads, expand_shared(2, kRankTile, 2, true, true)},
       {"outer_kernel", kOuterThreads, outer_shared(2, kRankTile)},
       {"outer_kernel<float>", kOuterThreads, outer_shared(4, kRankTile)},
       {"outer_shrink_kernel", kOuterThreads, outer_shrink_shared(2, 2 * kOnePassRanks)},
+      {"prepare_kernel", kPrepareThreads, 0},
       {"row_blocks_kernel", kRowBlockThreads, 0},
       {"sum_shares_kernel", kSumThreads, 0},
       {"gate_gradient_kernel", kGateThreads, kGateShared},

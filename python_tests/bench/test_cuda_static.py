@@ -16,11 +16,14 @@ from ardlora_ext.bench.machine import Json
 # 168 three blocks of 128 threads fit on an SM, with 128 two of 256. float32: two and one, up to 255 registers.
 REGISTERS = {
     "shrink_kernel": 168,
+    "wide_shrink_kernel": 128,
     "expand_kernel": 128,
+    "wide_expand_kernel": 128,
     "expand_kernel<float>": 192,
     "outer_kernel": 168,
     "outer_kernel<float>": 192,
     "outer_shrink_kernel": 168,
+    "prepare_kernel": 64,
     "row_blocks_kernel": 64,
     "sum_shares_kernel": 64,
     "gate_gradient_kernel": 40,
@@ -31,7 +34,14 @@ REGISTERS = {
     "gates_kernel": 40,
 }
 WIDE_LOADS = {"rank_resize_kernel", "row_sums_kernel", "importance_kernel", "sum_shares_kernel", "expand_kernel"}
-GEMM = {"shrink_kernel", "expand_kernel", "outer_kernel", "outer_shrink_kernel"}
+GEMM = {
+    "shrink_kernel",
+    "wide_shrink_kernel",
+    "expand_kernel",
+    "wide_expand_kernel",
+    "outer_kernel",
+    "outer_shrink_kernel",
+}
 ASYNC_COPIES = GEMM
 
 

@@ -72,6 +72,27 @@ def test_few_tiles_are_divided_and_many_are_not(kind: str) -> None:
     assert plan(kind, [8], 65536, width=65536)["shares"] == 1
 
 
+@pytest.mark.parametrize(
+    ("rank", "rows", "dtype", "wide"),
+    [
+        (65, 2048, 1, True),
+        (232, 2048, 2, True),
+        (64, 2048, 1, False),
+        (128, 1024, 1, False),  # too few rows to pay for a prepared factor
+        (128, 2048, 0, False),  # float32
+    ],
+)
+def test_wide_blocks_are_for_many_ranks_and_rows(rank: int, rows: int, dtype: int, wide: bool) -> None:
+    shrink, expand = plan("shrink", [rank], rows, dtype=dtype), plan("expand", [rank], rows, dtype=dtype)
+    assert (shrink["tile"], shrink["threads"]) == ((128, 256) if wide else (64, 128))
+    prepared = rank * 4096 * 2 if wide else 0
+    assert expand["workspace"] == prepared
+    sums = shrink["shares"] * rows * -(-rank // 8) * 8 * 4 if shrink["shares"] > 1 else 0
+    assert shrink["workspace"] == sums + prepared
+    for p in (shrink, expand, plan("expand", [rank], rows, dtype=dtype, dropout=True)):
+        assert p["shared"] <= SMALLEST_BLOCK
+
+
 def test_a_tile_of_outer_has_room_for_the_columns_before_a_head() -> None:
     assert plan("outer", [16] * 8, 512)["tile"] == 16
     assert plan("outer", [7] + [16] * 7, 512)["tile"] == 32  # heads begin at 7, 23, ...

@@ -213,6 +213,28 @@ BUGS = (
         "(PLANTED ? 0 : s.h_begin % (16 / bytes)) + s.rank",
     ),
     Bug(
+        "ranks of the warp beside",
+        "lora",
+        "shrink.cuh",
+        "w.load_b(b, warp_rank + j * 16, k);",
+        "w.load_b(b, (PLANTED ? 0 : warp_rank) + j * 16, k);",
+    ),
+    Bug(
+        "H over X that is still read",
+        "lora",
+        "shrink.cuh",
+        "if constexpr (kWide) {\n    __syncthreads();",
+        "if constexpr (kWide) {\n    if (!PLANTED) __syncthreads();",
+    ),
+    Bug(
+        "prepared columns not interleaved",
+        "lora",
+        "prepare.cuh",
+        "const int apart = f.is_interleaved ? kChunk : 2;",
+        "const int apart = f.is_interleaved && !PLANTED ? kChunk : 2;",
+    ),
+    Bug("prepared without gates", "lora", "prepare.cuh", "f.gate == nullptr ?", "f.gate == nullptr || PLANTED ?"),
+    Bug(
         "row overwritten before it is read",
         "resize",
         "rank_resize.cuh",
