@@ -195,6 +195,9 @@ def cuda_built() -> bool: ...
 def cuda_problem(device: int) -> str:
     """Return what tensors must do instead of being on a CUDA device, or "" where kernels run; < 0: the current one."""
 
+def cuda_overlap_launches(on: bool) -> bool:
+    """Say whether a kernel of a call may begin before the one before it has ended; return what was before."""
+
 def cuda_problem_of(driver: int, runtime: int, capability: int, has_code: bool) -> str:
     """Return the same from what a device and its driver say of themselves: 12040, 13000, 75."""
 

@@ -43,6 +43,8 @@ _FLOAT32: Any = {"dtype": torch.float32}
 # On a CUDA device the adapter's part may be written first and the base's product added to it (docs/cuda.md): one order
 # for the whole process, because it moves roundings.
 BASE_LAST = os.environ.get("ARDLORA_BASE_LAST", "0") == "1"
+if os.environ.get("ARDLORA_OVERLAP_LAUNCHES", "0") == "1":  # kernels of a call, where a GPU can (docs/cuda.md)
+    core.cuda_overlap_launches(True)
 _CHUNK = 8  # columns: rows of H are whole pieces of 16 bytes on a CUDA device, in each of its types
 _segments, _row_tables, _gate_tables = DeviceTables(1 << 12), DeviceTables(64), DeviceTables(64)
 

@@ -25,6 +25,7 @@ std::vector<RowMove> row_moves(const IndexArray& moves) {
 void bind_cuda(py::module_& m) {
   m.def("cuda_built", &cuda::built);
   m.def("cuda_problem", &cuda::problem, py::arg("device"));
+  m.def("cuda_overlap_launches", &cuda::overlap_launches, py::arg("on"));
   m.def(
       "cuda_problem_of",
       [](int driver, int runtime, int capability, bool has_code) {

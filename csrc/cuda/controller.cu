@@ -7,8 +7,8 @@
 namespace ardlora::cuda {
 namespace {
 
-Grid row_grid(const DeviceRows& t) {
-  return {dim3{static_cast<unsigned>((t.rows + kRowsPerBlock - 1) / kRowsPerBlock)}, kRowThreads};
+Grid row_grid(const DeviceRows& t, bool follows = false) {
+  return {dim3{static_cast<unsigned>((t.rows + kRowsPerBlock - 1) / kRowsPerBlock)}, kRowThreads, 0, follows};
 }
 
 void check_rows(const char* op, const DeviceRows& t) {
@@ -34,15 +34,15 @@ void importance(const DeviceRows& rows, const ImportanceParams& p, Stream stream
   // Sums of |w g| first: one entry that is not finite spoils its sum, and then nothing may change.
   float* finite = p.workspace + rows.rows;
   launch(op, row_sums_kernel<true>, row_grid(rows), stream.handle, rows.table, rows.jobs, rows.rows, p.workspace);
-  launch(op, all_finite_kernel, {dim3{1}, kFiniteThreads, kFiniteShared}, stream.handle, p.workspace, rows.rows,
-         finite);
+  launch(op, all_finite_kernel, {dim3{1}, kFiniteThreads, kFiniteShared, rows.rows > 0}, stream.handle, p.workspace,
+         rows.rows, finite);
   const ImportanceStep step{static_cast<float>(p.beta1),
                             static_cast<float>(1.0 - p.beta1),
                             static_cast<float>(p.beta2),
                             static_cast<float>(1.0 - p.beta2),
                             finite,
                             p.score};
-  launch(op, importance_kernel, row_grid(rows), stream.handle, rows.table, rows.jobs, rows.rows, step);
+  launch(op, importance_kernel, row_grid(rows, true), stream.handle, rows.table, rows.jobs, rows.rows, step);
 }
 
 void set_gates(const GateBlock* blocks, std::int64_t units, const double* rho, const GateParams& p, Stream stream) {

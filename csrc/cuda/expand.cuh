@@ -324,11 +324,13 @@ ARDLORA_DEVICE void expand_block(const ExpandParams& p) {
 
 template <typename T>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 2 ? 2 : 1) expand_kernel(const ExpandParams p) {
+  begin_kernel();
   expand_block<T, false>(p);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kExpandThreads, 2) wide_expand_kernel(const ExpandParams p) {
+  begin_kernel();
   expand_block<T, true>(p);
 }
 

@@ -20,6 +20,7 @@ struct GateGradientParams {
 // A block for each row.
 template <typename T>
 __global__ void __launch_bounds__(kGateThreads) gate_gradient_kernel(const GateGradientParams p) {
+  begin_kernel();
   ARDLORA_SHARED(shared);
   float* const sums = reinterpret_cast<float*>(shared);
   const std::int64_t row = blockIdx.x;

@@ -148,6 +148,7 @@ struct SumOfRow {
 template <bool kMagnitude>
 __global__ void __launch_bounds__(kRowThreads)
     row_sums_kernel(const std::int64_t* __restrict__ table, std::int64_t jobs, std::int64_t rows, float* out) {
+  begin_kernel();
   for_row(table, jobs, rows, SumOfRow<kMagnitude>{out});
 }
 
@@ -166,13 +167,15 @@ struct UpdateOfRow {
 __global__ void __launch_bounds__(kRowThreads)
     importance_kernel(const std::int64_t* __restrict__ table, std::int64_t jobs, std::int64_t rows,
                       ImportanceStep step) {
+  begin_kernel();
   if (*step.finite == 0.0f) return;
   for_row(table, jobs, rows, UpdateOfRow{step});
 }
 
 // finite = 1 if all values are, else 0. One block.
 __global__ void __launch_bounds__(kFiniteThreads)
-    all_finite_kernel(const float* __restrict__ values, std::int64_t count, float* finite) {
+    all_finite_kernel(const float* values, std::int64_t count, float* finite) {
+  begin_kernel();
   ARDLORA_SHARED(shared);
   float* bad = reinterpret_cast<float*>(shared);  // [warps]
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;

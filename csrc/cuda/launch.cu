@@ -28,6 +28,8 @@ std::string problem(int device) {
 }
 #endif
 
+bool overlap_launches(bool on) { return overlapping.exchange(on); }
+
 void rank_resize(const std::int64_t* table, std::int64_t jobs, std::int64_t blocks, Stream stream) {
   constexpr const char* op = "rank_resize";
   if (blocks == 0) return;

@@ -23,6 +23,10 @@ struct DeviceFacts {
 };
 std::string problem_of(const DeviceFacts& facts);
 
+// Whether a kernel that follows another of the same call may begin before that has ended, where it runs on compute
+// capability 9.0 or newer. For the whole process; returns what was before.
+bool overlap_launches(bool on);
+
 struct Stream {
   int device;
   void* handle;  // cudaStream_t

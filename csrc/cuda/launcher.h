@@ -2,6 +2,7 @@
 // nvcc is not the compiler the same launchers run their kernels in testing/simt.h.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <map>
 #include <mutex>
@@ -17,7 +18,10 @@ struct Grid {
   dim3 blocks;
   unsigned threads;
   std::size_t shared = 0;  // bytes of dynamic shared memory
+  bool follows = false;    // another kernel of ours in the same call
 };
+
+inline std::atomic<bool> overlapping = false;
 
 inline constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
 
@@ -56,6 +60,37 @@ inline void set_shared_limit(const char* op, const void* kernel, std::size_t byt
   check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
+// Whether the code of a kernel that runs on the current device waits for the kernel before it (`begin_kernel`): code
+// for sm_80 may run on a newer device, and does not.
+inline bool waits(const char* op, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace({kernel, current_device(op)}, false);
+  if (is_new) {
+    cudaFuncAttributes code{};
+    check(op, cudaFuncGetAttributes(&code, kernel));
+    at->second = code.ptxVersion >= 90;
+  }
+  return at->second;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                               Arguments... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 #else
 
 struct DeviceGuard {
@@ -81,21 +116,30 @@ inline void allow_shared(const char* op, const void* kernel, std::size_t bytes) 
   most = bytes;
 }
 
-// On the current device; a grid without blocks is no launch.
+// On the current device; a grid without blocks is no launch, and false.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), const Grid& grid, [[maybe_unused]] void* stream,
+bool launch(const char* op, void (*kernel)(Parameters...), const Grid& grid, [[maybe_unused]] void* stream,
             Arguments... arguments) {
-  if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
+  if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return false;
   if (grid.shared > kSharedWithoutAsking) allow_shared(op, reinterpret_cast<const void*>(kernel), grid.shared);
 #ifdef __CUDACC__
-  kernel<<<grid.blocks, grid.threads, grid.shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return;
+  const auto to = static_cast<cudaStream_t>(stream);
+  cudaError_t status = cudaSuccess;
+  if (grid.follows && overlapping && waits(op, reinterpret_cast<const void*>(kernel))) {
+    status = launch_overlapping(kernel, grid, to, arguments...);
+  } else {
+    kernel<<<grid.blocks, grid.threads, grid.shared, to>>>(arguments...);
+  }
+  if (const cudaError_t last = cudaGetLastError(); status == cudaSuccess) status = last;
+  if (status == cudaSuccess) return true;
   fail(ErrorKind::kRuntime, op, ": CUDA failed: ", cudaGetErrorString(status),
        ", here or in an earlier kernel; launched ", grid.blocks.x, " x ", grid.blocks.y, " x ", grid.blocks.z,
        " blocks of ", grid.threads, " threads with ", grid.shared, " bytes");
 #else
+  simt::begins = {simt::begins.launches + 1, simt::begins.following + (grid.follows ? 1u : 0u), true};
   simt::launch(kernel, grid.blocks, dim3{grid.threads}, grid.shared, arguments...);
+  simt::begins.required = false;
+  return true;
 #endif
 }
 

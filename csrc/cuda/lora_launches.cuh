@@ -94,7 +94,7 @@ class Launches {
       shares_[factor] = params.table[tables++];
     }
     reserved_ = taken_;
-    launch(op_, row_blocks_kernel, {dim3{tables, 1, 1}, kRowBlockThreads, 0}, call_.stream.handle, params);
+    start(row_blocks_kernel, {dim3{tables, 1, 1}, kRowBlockThreads}, params);
   }
 
   // Before the `shrink` of one factor and the `expand` of the other, for those whose blocks are wide.
@@ -105,9 +105,7 @@ class Launches {
     if (of_expand.wide()) params.factor[1] = prepared(expanded_, of_expand, w_expand, true);
     reserved_ = taken_;
     const dim3 blocks{static_cast<unsigned>(params.factor[0].rows + params.factor[1].rows), 1, 1};
-    for_short_type(p_.x.dtype, [&](auto t) {
-      launch(op_, prepare_kernel<decltype(t)>, {blocks, kPrepareThreads, 0}, call_.stream.handle, params);
-    });
+    for_short_type(p_.x.dtype, [&](auto t) { start(prepare_kernel<decltype(t)>, {blocks, kPrepareThreads}, params); });
   }
 
   void shrink(const GemmPlan& plan, const FactorView& w, int factor, const MatrixView& x, const MatrixView& h,
@@ -232,8 +230,7 @@ class Launches {
     const std::int64_t before = blocks(first), all = before + blocks(second);
     ARDLORA_CHECK(all < (std::int64_t{1} << 31), op_, ": gradients must have less than 2^40 elements");
     second.first_block = static_cast<int>(before);
-    launch(op_, sum_shares_kernel, {dim3{static_cast<unsigned>(all), 1, 1}, kSumThreads, 0}, call_.stream.handle,
-           SumSharesParams{{first, second}});
+    start(sum_shares_kernel, {dim3{static_cast<unsigned>(all), 1, 1}, kSumThreads}, SumSharesParams{{first, second}});
   }
 
   // Rows past the live ones, where sums of sorted rows do not come by.
@@ -258,8 +255,7 @@ class Launches {
                                     gate,
                                     dgate};
     const Grid grid{dim3{static_cast<unsigned>(grad.factor->rows), 1, 1}, kGateThreads, kGateShared};
-    for_type(p_.x.dtype,
-             [&](auto t) { launch(op_, gate_gradient_kernel<decltype(t)>, grid, call_.stream.handle, params); });
+    for_type(p_.x.dtype, [&](auto t) { start(gate_gradient_kernel<decltype(t)>, grid, params); });
   }
 
  private:
@@ -329,16 +325,23 @@ class Launches {
   }
 
   template <typename Params>
-  void start(void (*kernel)(Params), const GemmPlan& plan, const Params& params) const {
+  void start(void (*kernel)(Params), const GemmPlan& plan, const Params& params) {
     const Grid grid{dim3{plan.blocks[0], plan.blocks[1], plan.blocks[2]}, plan.threads,
                     static_cast<std::size_t>(plan.shared)};
-    launch(op_, kernel, grid, call_.stream.handle, params);
+    start(kernel, grid, params);
+  }
+
+  template <typename Params>
+  void start(void (*kernel)(Params), Grid grid, const Params& params) {
+    grid.follows = started_;
+    if (launch(op_, kernel, grid, call_.stream.handle, params)) started_ = true;
   }
 
   const char* op_;
   const LoraParams& p_;
   const DeviceCall& call_;
   DeviceGuard guard_;
+  bool started_ = false;
   std::int64_t taken_ = 0, reserved_ = 0;  // floats of the workspace
   RowBlockTable tiles_{}, shares_[2]{};    // of rows sorted by expert
   Operand shrunk_{}, expanded_{};          // prepared factors

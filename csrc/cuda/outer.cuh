@@ -224,11 +224,13 @@ ARDLORA_DEVICE void outer_block(const OuterParams& p, With with) {
 
 template <typename T>
 __global__ void __launch_bounds__(kOuterThreads, 2) outer_kernel(const OuterParams p) {
+  begin_kernel();
   outer_block<T, kRankTile>(p, nullptr);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kOuterThreads, 3) outer_shrink_kernel(const OuterShrinkParams p) {
+  begin_kernel();
   outer_block<T, 2 * kOnePassRanks>(p.outer, &p);  // with those of the unit before
 }
 

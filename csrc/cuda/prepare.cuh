@@ -46,6 +46,7 @@ ARDLORA_DEVICE std::uint32_t load_pair(const PreparedFactor& f, std::int64_t row
 // A block for each row of the first factor, then of the second. A thread makes eight columns at a time.
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareParams p) {
+  begin_kernel();
   constexpr int kChunk = Tile<T>::kChunk, kGroup = 4 * kChunk;
   static_assert(sizeof(T) == 2);
   const int block = static_cast<int>(blockIdx.x);

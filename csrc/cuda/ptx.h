@@ -29,6 +29,19 @@ struct alignas(8) Word8 {
   std::uint32_t part[2];
 };
 
+// ---- launches that overlap (launcher.h)
+
+// The first statement of every kernel: waits until the kernel before it has ended and what it wrote is there, if this
+// one was let begin before that, and then lets the next one come. Nothing below sm_90.
+ARDLORA_DEVICE void begin_kernel() {
+#ifndef __CUDACC__
+  simt::begin_kernel();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- global memory, 16 bytes at an address divisible by 16
 
 // What a pointer that was itself read from memory needs, so that the compiler knows what it points to.

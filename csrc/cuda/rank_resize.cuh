@@ -32,6 +32,7 @@ ARDLORA_DEVICE void move_column(const ResizeJob& job, const RowStep* steps, std:
 
 __global__ void __launch_bounds__(kResizeThreads)
     rank_resize_kernel(const std::int64_t* __restrict__ table, std::int64_t jobs) {
+  begin_kernel();
   const ResizeJob* all = reinterpret_cast<const ResizeJob*>(table);
   const RowStep* steps = reinterpret_cast<const RowStep*>(all + jobs);
   const std::int64_t block = blockIdx.x;

@@ -13,6 +13,7 @@ inline constexpr int kUnitThreads = 128;
 // A block has one unit.
 __global__ void __launch_bounds__(kUnitThreads)
     gates_kernel(const GateBlock* __restrict__ blocks, const double* __restrict__ rho, GateParams p) {
+  begin_kernel();
   const GateBlock unit = blocks[blockIdx.x];
   float* gate = as_global(unit.gate);
   const double soft_rank = rho[blockIdx.x];

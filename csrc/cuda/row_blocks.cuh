@@ -62,6 +62,7 @@ ARDLORA_DEVICE int largest_so_far(int mine, int& last) {
 
 // Offsets that do not ascend or leave the rows cannot be refused here: rows stay with the first expert that has them.
 __global__ void __launch_bounds__(kRowBlockThreads) row_blocks_kernel(const RowBlocksParams p) {
+  begin_kernel();
   const RowBlockTable t = p.table[blockIdx.x];
   const bool outer = t.sums != nullptr;
   const auto offset = [&](int e) {

@@ -199,11 +199,13 @@ ARDLORA_DEVICE void shrink_block(const ShrinkParams& p) {
 
 template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads, 3) shrink_kernel(const ShrinkParams p) {
+  begin_kernel();
   shrink_block<T, false>(p);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kWideThreads, 2) wide_shrink_kernel(const ShrinkParams p) {
+  begin_kernel();
   shrink_block<T, true>(p);
 }
 

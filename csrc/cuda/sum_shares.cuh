@@ -85,6 +85,7 @@ __host__ __device__ constexpr std::int64_t sum_blocks(const ShareSum& s) {
 
 // out = scale * gate o (the sum of the shares). A thread makes four columns of a row.
 __global__ void __launch_bounds__(kSumThreads) sum_shares_kernel(const SumSharesParams p) {
+  begin_kernel();
   const int block = static_cast<int>(blockIdx.x);
   const ShareSum s = block >= p.sum[1].first_block ? p.sum[1] : p.sum[0];
   const int per_row = (s.columns + 3) / 4;

@@ -14,6 +14,8 @@ namespace {
 bool built() { return false; }
 std::string problem(int) { return "be on the CPU, this build has no CUDA kernels"; }
 
+bool overlap_launches(bool) { return false; }
+
 void rank_resize(const std::int64_t*, std::int64_t, std::int64_t, Stream) { fail_unavailable("rank_resize"); }
 void row_dots(const DeviceRows&, float*, Stream) { fail_unavailable("row_dots"); }
 void importance(const DeviceRows&, const ImportanceParams&, Stream) { fail_unavailable("importance"); }

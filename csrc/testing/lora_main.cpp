@@ -148,15 +148,27 @@ class Run {
     MatrixView dx = dx_.view();
     if (!c_.dx) dx.data = nullptr;
     float* const dgate = c_.dgate && gate() != nullptr ? dgate_.data() : nullptr;
+    simt::begins = {};
     if (experts()) {
       const GroupedParams grouped{p, c_.given.data()};
       cuda::lora_grouped_forward(grouped, y_.view(), call);
+      expect_one_first();
       cuda::lora_grouped_backward(grouped, dy_.view(), dh_.view(), dx, da_.view(), db_.view(), dgate, call);
     } else {
       const cuda::Onto onto{fresh(), c_.bias && fresh() ? bias_.view().data : nullptr};
       cuda::lora_forward(p, y_.view(), call, onto);
+      expect_one_first();
       cuda::lora_backward(p, dy_.view(), dh_.view(), dx, da_.view(), db_.view(), dgate, call, onto);
     }
+    expect_one_first();
+  }
+
+  // All launches of a call but its first follow one of ours.
+  void expect_one_first() const {
+    const auto [launches, following, _] = simt::begins;
+    expect(launches - following == (launches > 0 ? 1u : 0u), "%s: %u of %u launches follow another, which",
+           name().c_str(), following, launches);
+    simt::begins = {};
   }
 
   bool fresh() const {

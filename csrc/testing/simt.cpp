@@ -108,6 +108,7 @@ struct Fiber {
   std::size_t size;
   Copies copies;
   const char* waits_at;
+  bool begun;
   std::uint32_t words[kMaxWords];
 };
 
@@ -241,6 +242,7 @@ void entry() {
   after_switch(self);
   acquire(&e.body);
   e.body(e.arguments);
+  if (begins.required && !self->begun) fail("a thread left without begin_kernel");
   release(&e.alive);
   switch_to(self, --e.alive == 0 ? &e.main : pop_ready(), true);
 }
@@ -348,6 +350,8 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(void*), v
   forget_blocks();
   current = nullptr;
 }
+
+void begin_kernel() { running()->begun = true; }
 
 void sync_block() {
   Engine& e = engine();

@@ -4,6 +4,7 @@
 //   - shared memory starts as NaN, and cp.async leaves NaN at its target until the wait;
 //   - only barriers order memory, so ThreadSanitizer reports a missing __syncthreads or __syncwarp, and two blocks that
 //     touch one address; AddressSanitizer knows the bounds of shared memory;
+//   - every thread of a kernel that a launcher starts must have begun by `begin_kernel`;
 //   - lanes that meet at different instructions, and threads that wait for one that left, end the program.
 #pragma once
 
@@ -67,6 +68,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
       },
       &call);
 }
+
+// What launchers have started, and whether threads that leave must have called `begin_kernel`.
+struct Begins {
+  unsigned launches, following;  // following: another kernel of the same call
+  bool required;
+};
+inline Begins begins{};
+void begin_kernel();
 
 void sync_block();
 void sync_warp();

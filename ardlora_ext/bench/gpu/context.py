@@ -104,6 +104,16 @@ def _compile(command: list[str]) -> None:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr[-2000:]}")
 
 
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Let a kernel of a call begin before the one before it has ended, as ARDLORA_OVERLAP_LAUNCHES=1 does."""
+    before = dispatch.core.cuda_overlap_launches(True)
+    try:
+        yield
+    finally:
+        dispatch.core.cuda_overlap_launches(before)
+
+
 @lru_cache
 def load(file: Path) -> Any:
     """Load what `build_host_run` made."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ardlora_ext.bench.gpu.context import Context
+from ardlora_ext.bench.gpu.context import Context, overlapping
 from ardlora_ext.bench.gpu.shapes import REAL, SMALL, Call, Shape, make
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.native import reference
@@ -59,15 +59,18 @@ def precise(context: Context) -> Iterator[Json]:
 
 
 def repeated(context: Context) -> Iterator[Json]:
-    """Two runs give the same bits, on a stream of their own, too."""
+    """Two runs give the same bits, on a stream of their own and with launches that overlap, too."""
     for shape in SMALL[:2] if context.dry else (REAL[2], REAL[6], REAL[9], *REAL[-6:]):
         call = make(shape, context.device)
         with context.kernels():
             first = [t.clone() for t in call.run()]
             second = [t.clone() for t in call.run()]
             third = second if context.dry else _aside(call)
-        same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
-        yield {"case": str(shape), "ok": same}
+            with overlapping():
+                fourth = [t.clone() for _ in range(5) for t in call.run()][-len(first) :]
+        others = {"again": second, "aside": third, "overlapping": fourth}
+        wrong = [name for name, found in others.items() if not all(map(torch.equal, first, found))]
+        yield {"case": str(shape), "ok": not wrong, "other bits": ", ".join(wrong)}
 
 
 def _aside(call: Call) -> list[torch.Tensor]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ardlora_ext.bench.gpu.context import Context
+from ardlora_ext.bench.gpu.context import Context, overlapping
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.bench.speed import kernels_cuda
 from ardlora_ext.bench.speed.models import Runner, make_runner
@@ -20,6 +20,7 @@ from ardlora_ext.native import dispatch
 _RANKS = (8, 16, 64, 128)
 _ROUNDS = 8
 _LAST = "ours-lora, base last"  # as with ARDLORA_BASE_LAST=1
+_OVERLAPPING = "ours-lora, overlapping"  # as with ARDLORA_OVERLAP_LAUNCHES=1
 
 
 def _model(context: Context) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -48,7 +49,8 @@ def step(context: Context) -> Iterator[Json]:
         runners = {}
         for name in ("frozen", "ours-lora", "peft-lora"):
             runners[name] = make_runner(name, base, batch, r, recipe)
-        runners[_LAST] = make_runner("ours-lora", base, batch, r, recipe)
+        for name in (_LAST, _OVERLAPPING):
+            runners[name] = make_runner("ours-lora", base, batch, r, recipe)
         with context.kernels():
             with _base_last():  # what a layer's first call decides
                 runners[_LAST].step()
@@ -82,7 +84,8 @@ def _in_turns(runners: dict[str, Runner], rounds: int, context: Context) -> dict
         runner.step()
     for i in range(rounds):
         for name, runner in runners.items():
-            times[name][i] = _timed(runner.step, context)
+            with overlapping() if name == _OVERLAPPING else nullcontext():
+                times[name][i] = _timed(runner.step, context)
     return times
 
 

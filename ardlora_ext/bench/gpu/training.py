@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ardlora_ext as ard
-from ardlora_ext.bench.gpu.context import Context, Skipped
+from ardlora_ext.bench.gpu.context import Context, Skipped, overlapping
 from ardlora_ext.bench.machine import Json
 from ardlora_ext.config import AdapterConfig
 
@@ -184,10 +184,13 @@ def graph(context: Context) -> Iterator[Json]:
         with context.kernels():
             eager, captured = step(), _Captured(step, context.dry)
             first, second = captured(), captured()
+            with overlapping():
+                third = _Captured(step, context.dry)()
         if dropout:
             yield {"case": "replays with dropout differ", "ok": not torch.equal(first, second)}
         else:
             yield {"case": "a replay is the eager step", "ok": torch.equal(first, eager) and torch.equal(second, eager)}
+            yield {"case": "so is one of launches that overlap", "ok": torch.equal(third, eager)}
 
 
 def compiled(context: Context) -> Iterator[Json]:

@@ -235,6 +235,20 @@ BUGS = (
     ),
     Bug("prepared without gates", "lora", "prepare.cuh", "f.gate == nullptr ?", "f.gate == nullptr || PLANTED ?"),
     Bug(
+        "a kernel does not wait for the one before",
+        "lora",
+        "sum_shares.cuh",
+        "begin_kernel();",
+        "if (!PLANTED) begin_kernel();",
+    ),
+    Bug(
+        "the first launch of a call follows none",
+        "lora",
+        "lora_launches.cuh",
+        "grid.follows = started_;",
+        "grid.follows = started_ || PLANTED;",
+    ),
+    Bug(
         "row overwritten before it is read",
         "resize",
         "rank_resize.cuh",
