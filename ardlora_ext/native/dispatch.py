@@ -32,6 +32,7 @@ __all__ = [
     "lora_grouped_backward",
     "lora_grouped_forward",
     "native_adapter",
+    "overlap_launches",
     "rank_resize",
     "row_dots",
     "set_gates",
@@ -43,8 +44,15 @@ _FLOAT32: Any = {"dtype": torch.float32}
 # On a CUDA device the adapter's part may be written first and the base's product added to it (docs/cuda.md): one order
 # for the whole process, because it moves roundings.
 BASE_LAST = os.environ.get("ARDLORA_BASE_LAST", "0") == "1"
-if os.environ.get("ARDLORA_OVERLAP_LAUNCHES", "0") == "1":  # kernels of a call, where a GPU can (docs/cuda.md)
-    core.cuda_overlap_launches(True)
+
+
+def overlap_launches(on: bool) -> bool:
+    """Say whether a kernel of a call may begin before the one before it has ended; return what was before."""
+    return core.cuda_overlap_launches(on)
+
+
+if os.environ.get("ARDLORA_OVERLAP_LAUNCHES", "0") == "1":  # docs/cuda.md
+    overlap_launches(True)
 _CHUNK = 8  # columns: rows of H are whole pieces of 16 bytes on a CUDA device, in each of its types
 _segments, _row_tables, _gate_tables = DeviceTables(1 << 12), DeviceTables(64), DeviceTables(64)
 

@@ -107,11 +107,11 @@ def _compile(command: list[str]) -> None:
 @contextmanager
 def overlapping() -> Iterator[None]:
     """Let a kernel of a call begin before the one before it has ended, as ARDLORA_OVERLAP_LAUNCHES=1 does."""
-    before = dispatch.core.cuda_overlap_launches(True)
+    before = dispatch.overlap_launches(True)
     try:
         yield
     finally:
-        dispatch.core.cuda_overlap_launches(before)
+        dispatch.overlap_launches(before)
 
 
 @lru_cache
